@@ -1,0 +1,49 @@
+# `make repro` and `make test` need nothing but Python 3.11, git and make: both set themselves up.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export DO_NOT_TRACK := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export PREFECT_HOME := $(CURDIR)/.prefect
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test check ui flow bench lock data-mnist data-fashion-mnist data-cifar10 clean
+
+help:  ## show this list
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
+
+setup: .venv/.ready  ## build .venv from the hash-locked requirements
+
+.venv/.ready: requirements.lock requirements-bootstrap.lock
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --require-hashes -r requirements-bootstrap.lock
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --require-hashes -r requirements.lock
+	touch $@
+
+repro: setup  ## run the whole pipeline, print the table of systems and where their pictures lie
+	dvc repro
+	@python -m tessera.tracking replay || true  # the tracker may be down; nothing is lost, replay later
+	@echo; cat data/comparison/comparison.md; echo; python -m tessera.progress data/timings
+
+test: setup  ## every test, on tiny data
+	pytest
+
+check: setup  ## style, import rules and contracts, in seconds
+	ruff format --check . && ruff check . && lint-imports && pytest -q tests/contract
+
+ui: setup  ## MLflow on http://127.0.0.1:5000 with every run
+	mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+
+flow: setup  ## the same pipeline through Prefect
+	python -m flows.reproduce
+
+bench: setup  ## our parts beside their peers', in one run
+	python -m benchmarks.quantizer && python -m benchmarks.sampling && python -m benchmarks.frechet
+
+lock: setup  ## resolve the dependencies of pyproject.toml anew
+	uv pip compile pyproject.toml --extra dev --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet --output-file requirements.lock
+
+data-mnist data-fashion-mnist data-cifar10: data-%: setup  ## download a data set into data/raw
+	python data/download.py $*
+
+clean:  ## remove what the pipeline made, keep the environment
+	rm -rf .state data/comparison data/features data/images data/curves data/pictures data/priors data/samples data/timings data/tokenizers data/tokens
