@@ -1,0 +1,77 @@
+"""Trained parts between stages: weights.safetensors and config.json, rebuilt by name, never unpickled.
+
+config.json also names the sha256 of each source file that defines the model. A stage that only receives the folder
+cannot list those files among its DVC dependencies; through the artifact an edit of them still reaches it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from tessera.artifacts import folder as artifact
+from tessera.artifacts.folder import ArtifactError
+from tessera.components import PACKAGE, Params, load, parse, source_files
+from tessera.contracts import ImageSpec, TokenSpec
+
+SPECS: dict[str, type[Params]] = {"tokenizers": ImageSpec, "features": ImageSpec, "priors": TokenSpec}
+
+
+def save(folder: Path, part: str, config: Params, spec: Params, model: nn.Module) -> None:
+    """Write a part ("tokenizers", "priors", "features") into an artifact folder that `artifact.create` yields."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"refusing to save {folder}: not finite: {', '.join(bad)}")
+    safetensors.torch.save_file(state, folder / "weights.safetensors")
+    settings, described, code = identity(config, spec)
+    artifact.write_json(
+        folder / "config.json",
+        {"part": part, "config": settings, "spec": described, "code": code},
+    )
+
+
+def identity(config: Params, spec: Params) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """What a model is besides its weights: its settings, what it is for, and the sha256 of each source file of it."""
+    code = {path.relative_to(PACKAGE.parent).as_posix(): artifact.sha256(path) for path in source_files(config)}
+    return config.model_dump(mode="json"), spec.model_dump(mode="json"), code
+
+
+def read(folder: Path, part: str) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """Verify the artifact; return its Config, its spec and its weights."""
+    folder = artifact.check(folder)
+    meta = artifact.read_json(folder / "config.json")
+    if not isinstance(meta, dict) or meta.get("part") != part:
+        found = meta.get("part") if isinstance(meta, dict) else meta
+        raise ArtifactError(f"{folder} holds {found!r}, expected {part!r}: another kind of artifact lies there")
+    config = parse(load(part, meta["config"]["kind"]).Config, meta["config"], f"{folder}/config.json")
+    spec = parse(SPECS[part], meta["spec"], f"{folder}/config.json")
+    return config, spec, read_weights(folder / "weights.safetensors")
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file. Raises ArtifactError for anything else, a pickle above all: none is ever opened."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            start = file.read(2)
+        pickled = start[:1] == b"\x80" or start == b"PK"
+        what = "a pickle or a zip (as torch.save writes)" if pickled else "no safetensors file"
+        raise ArtifactError(
+            f"{path} is {what}: {error}. Expected safetensors; convert it where you trust it, with safetensors.torch.save_file"
+        ) from None
+
+
+def load_model(folder: Path, part: str) -> tuple[nn.Module, Any, Any]:
+    """The model in evaluation mode on the CPU, its Config and its spec."""
+    config, spec, weights = read(folder, part)
+    model = load(part, config.kind).Model(config, spec)
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ArtifactError(f"{folder}/weights.safetensors does not fit its config.json: {error}") from None
+    return model.eval().requires_grad_(False), config, spec

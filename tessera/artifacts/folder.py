@@ -1,0 +1,104 @@
+"""A folder that appears whole or not at all, with the sha256 of each of its files, checked before anyone reads it.
+
+Neither DVC's cache, nor safetensors, nor .npy notice a flipped bit in their payload; the manifest does.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+class ArtifactError(ValueError):
+    """A file or folder between two stages is missing, damaged, or of another kind than expected."""
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Make what was written to a file or folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def create(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `out`; when the block ends well, seal it with a manifest and rename it to `out`."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.parent / f".{out.name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+        write_json(temporary / MANIFEST, {path.relative_to(temporary).as_posix(): sha256(path) for path in files})
+        for path in (*files, temporary / MANIFEST, temporary):
+            sync(path)
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.rename(out)
+        sync(out.parent)
+    except OSError as error:
+        needed = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+        free = shutil.disk_usage(out.parent).free
+        raise ArtifactError(
+            f"{out} could not be written ({error.strerror or error}): {needed:,} bytes were there, "
+            f"{free:,} bytes are free. Free some space, then run the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check(folder: Path) -> Path:
+    """Verify every file of an artifact against its manifest and return the folder. Raises ArtifactError naming the file."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} does not exist. {remedy(folder)}")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        entries = [(folder / name, digest) for name, digest in manifest.items()]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ArtifactError(
+            f"{folder / MANIFEST} cannot be read ({error}), so {folder} is not a whole artifact. {remedy(folder)}"
+        ) from None
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the lock, disks like company
+        found = list(pool.map(lambda entry: sha256(entry[0]) if entry[0].is_file() else "no file", entries))
+    for (path, expected), actual in zip(entries, found, strict=True):
+        if actual != expected:
+            raise ArtifactError(f"{path} is damaged: sha256 {actual}, expected {expected}. {remedy(folder)}")
+    return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """One hash for all files of an artifact: equal folders have equal fingerprints."""
+    return sha256(Path(folder) / MANIFEST)
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of an artifact. Raises ArtifactError naming it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}). {remedy(path.parent)}") from None
+
+
+def remedy(folder: Path) -> str:
+    return f"Make it again with: dvc repro --force --single-item STAGE, where STAGE is the one whose output is {folder}"

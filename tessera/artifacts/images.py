@@ -1,0 +1,100 @@
+"""Images between stages: uint8 shards and labels per split, index.parquet with a row per source file, meta.json."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tessera.artifacts import folder as artifact
+from tessera.artifacts.folder import ArtifactError
+from tessera.artifacts.shards import Shards, ShardWriter
+from tessera.components import parse
+from tessera.contracts import ImageBatch, ImageSpec
+
+SPLITS = ("train", "test")
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 in [0, 255] -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float in [-1, 1] -> uint8 in [0, 255], clipped; the inverse of `to_float` on all 256 values."""
+    return (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+class ImageWriter:
+    """Streams images of one split into shards inside an artifact folder."""
+
+    def __init__(self, folder: Path, split: str, spec: ImageSpec):
+        self.spec = spec
+        self.images = ShardWriter(folder / split, "images")
+        self.labels = ShardWriter(folder / split, "labels")
+
+    def append(self, images: np.ndarray, labels: np.ndarray) -> None:
+        """images: (n, C, H, W) uint8; labels: (n,) integers in [0, num_classes)."""
+        expected = (self.spec.channels, self.spec.height, self.spec.width)
+        assert images.dtype == np.uint8 and images.shape[1:] == expected, (images.dtype, images.shape, expected)
+        assert len(images) == len(labels)
+        if len(labels) and not (labels.min() >= 0 and labels.max() < self.spec.num_classes):
+            raise ValueError(f"labels {labels.min()} to {labels.max()} are outside 0 to {self.spec.num_classes - 1}")
+        self.images.append(images)
+        self.labels.append(labels.astype(np.int64))
+
+    def __enter__(self) -> "ImageWriter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.images.__exit__(*error)
+        self.labels.__exit__(*error)
+
+
+def write_meta(folder: Path, spec: ImageSpec, source_sha256: str, index: pd.DataFrame) -> None:
+    """index: one row per source image with id, split, shard row, label, source, sha256, kept, reason."""
+    index.to_parquet(folder / "index.parquet", index=False)
+    counts = {split: int(((index.split == split) & index.kept).sum()) for split in SPLITS}
+    artifact.write_json(
+        folder / "meta.json", {"spec": spec.model_dump(), "counts": counts, "source_sha256": source_sha256}
+    )
+
+
+class Images:
+    """One split of an images artifact, memory-mapped. Check the artifact once with `read` before."""
+
+    def __init__(self, folder: Path, split: str, spec: ImageSpec):
+        self.split, self.spec = split, spec
+        self.pixels = Shards(Path(folder) / split, "images")
+        self.labels = Shards(Path(folder) / split, "labels").all()  # (N,) int64
+        expected = (spec.channels, spec.height, spec.width)
+        if self.pixels.dtype != np.uint8 or self.pixels.row_shape != expected or len(self.labels) != len(self.pixels):
+            raise ArtifactError(
+                f"{folder}/{split} holds {self.pixels.dtype} images {self.pixels.row_shape} and {len(self.labels)} labels; "
+                f"expected uint8 {expected} and {len(self.pixels)} labels. {artifact.remedy(folder)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def uint8(self, rows: np.ndarray) -> Tensor:
+        """(n, C, H, W) uint8 at these rows."""
+        return torch.from_numpy(self.pixels.gather(rows))
+
+    def batch(self, rows: Tensor, generator: torch.Generator | None = None) -> ImageBatch:
+        """The images at these rows; the generator is what augmentations would draw from."""
+        rows_ = rows.numpy()
+        return ImageBatch(to_float(self.uint8(rows_)), torch.from_numpy(self.labels[rows_]))
+
+
+def read_spec(folder: Path) -> ImageSpec:
+    """The spec of an images artifact, unverified."""
+    return parse(ImageSpec, artifact.read_json(Path(folder) / "meta.json")["spec"], f"{folder}/meta.json")
+
+
+def read(folder: Path) -> tuple[ImageSpec, dict[str, Images]]:
+    """Verify the artifact and open both splits."""
+    artifact.check(folder)
+    spec = read_spec(folder)
+    return spec, {split: Images(folder, split, spec) for split in SPLITS}

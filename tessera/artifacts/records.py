@@ -1,0 +1,46 @@
+"""What every data set yields: one record per source image, kept or not, in an order that never changes."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from tessera.seeding import derive
+
+
+class Record(NamedTuple):
+    """One file or array row of the source; its image is there exactly if it is kept."""
+
+    split: str  # "train" or "test"; "" for a file whose place in the source gives none
+    label: int  # in [0, num_classes); -1 for a file whose place in the source gives none
+    source: str  # name within the source
+    sha256: str  # of the file's bytes, or of the image's pixels where the source is an array; "" if never read
+    image: np.ndarray | None  # (C, H, W) uint8
+    reason: str = ""  # why there is no image
+    ignored: bool = False  # left out by rule (hidden files and the like), so it does not count as unreadable
+
+
+class Unreadable(Exception):
+    """A file gives no image; the text is the reason, for people."""
+
+
+def array_records(split: str, images: np.ndarray, labels: np.ndarray, names: list[str]) -> Iterator[Record]:
+    """images: (N, C, H, W) uint8; labels: (N,) integers; names: N of them."""
+    for image, label, name in zip(images, labels, names, strict=True):
+        image = np.ascontiguousarray(image)
+        yield Record(split, int(label), name, hashlib.sha256(image.data).hexdigest(), image)
+
+
+def stratified_test_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """(N,) bool, True for the test split: the same fraction of each class, and at least one image on either side.
+
+    Rows are ranked by a hash of (seed, row), not by numpy's generator, whose streams may change between releases.
+    """
+    is_test = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        ranked = sorted(rows.tolist(), key=lambda row: derive(seed, "split", row))
+        number = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
+        is_test[ranked[:number]] = True
+    return is_test

@@ -1,0 +1,85 @@
+"""Rows of one shape and dtype in numbered .npy files: written as a stream, read memory-mapped, gathered in batches."""
+
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from tessera.artifacts.folder import ArtifactError
+
+SHARD_BYTES = 256 * 2**20
+
+
+class ShardWriter:
+    """Appends arrays (n, *row) and writes STEM-00000.npy, STEM-00001.npy, ... of at most `shard_bytes` each."""
+
+    def __init__(self, folder: Path, stem: str, shard_bytes: int = SHARD_BYTES):
+        self.folder, self.stem, self.shard_bytes = Path(folder), stem, shard_bytes
+        self.num_rows = 0
+        self._num_shards = 0
+        self._held: list[np.ndarray] = []
+        self._held_rows = 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def append(self, rows: np.ndarray) -> None:
+        if self._held and (rows.dtype, rows.shape[1:]) != (self._held[0].dtype, self._held[0].shape[1:]):
+            held = self._held[0]
+            raise ValueError(
+                f"rows {rows.dtype} {rows.shape[1:]} do not fit {held.dtype} {held.shape[1:]} of {self.stem}"
+            )
+        self._held.append(rows)
+        self._held_rows += len(rows)
+        self.num_rows += len(rows)
+        per_shard = max(1, self.shard_bytes // max(1, rows[:1].nbytes)) if len(rows) else 1
+        while self._held_rows >= per_shard and len(rows):
+            together = np.concatenate(self._held)
+            self._write(together[:per_shard])
+            self._held = [together[per_shard:]]
+            self._held_rows = len(self._held[0])
+
+    def _write(self, rows: np.ndarray) -> None:
+        np.save(self.folder / f"{self.stem}-{self._num_shards:05d}.npy", np.ascontiguousarray(rows), allow_pickle=False)
+        self._num_shards += 1
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._held_rows:
+            self._write(np.concatenate(self._held))
+
+
+class Shards:
+    """Read-only rows of all shards of a stem. Memory use is that of the rows asked for."""
+
+    def __init__(self, folder: Path, stem: str):
+        paths = sorted(Path(folder).glob(f"{stem}-[0-9]*.npy"))
+        if not paths:
+            raise ArtifactError(f"{folder} has no {stem}-*.npy: it holds no rows")
+        try:
+            self.arrays = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"the shards {stem}-*.npy of {folder} cannot be read: {error}") from None
+        self.starts = np.cumsum([0, *(len(array) for array in self.arrays)])
+        self.dtype, self.row_shape = self.arrays[0].dtype, self.arrays[0].shape[1:]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """The rows at these positions, in this order, as a new array (len(rows), *row_shape)."""
+        rows = np.asarray(rows)
+        if len(self.arrays) == 1:
+            return self.arrays[0][rows]
+        out = np.empty((len(rows), *self.row_shape), self.dtype)
+        shard = np.searchsorted(self.starts, rows, side="right") - 1
+        for number in np.unique(shard):
+            chosen = shard == number
+            out[chosen] = self.arrays[number][rows[chosen] - self.starts[number]]
+        return out
+
+    def all(self) -> np.ndarray:
+        """Every row, in memory: for labels and small sets."""
+        return np.concatenate(self.arrays)

@@ -1,0 +1,81 @@
+"""Tokens between stages: index shards (uint16 or int32) and latents (float32), V views of each training image.
+
+Latents lie as the encoder gave them; their mean and deviation per channel, in the spec, standardize them on reading.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tessera.artifacts import folder as artifact
+from tessera.artifacts.folder import ArtifactError
+from tessera.artifacts.shards import Shards
+from tessera.components import parse
+from tessera.contracts import Learns, TokenBatch, TokenSpec
+
+
+def index_dtype(codebook_size: int) -> type[np.integer]:
+    """The smallest dtype that torch can widen and that holds every index."""
+    return np.uint16 if codebook_size <= 2**16 else np.int32
+
+
+class Tokens:
+    """One split of a tokens artifact, memory-mapped, as a prior learns it."""
+
+    def __init__(self, folder: Path, split: str, spec: TokenSpec, learns: Learns):
+        folder = Path(folder)
+        if learns == "indices" and spec.codebook_size is None:
+            raise ArtifactError(
+                f"{folder} holds no indices: its tokenizer has no codebook. Use a prior that learns latents"
+            )
+        self.spec, self.learns = spec, learns
+        self.values = Shards(folder / split, learns)  # rows (V, h, w) or (V, D, h, w)
+        self.labels = Shards(folder / split, "labels").all()  # (N,) int64
+        grid = spec.latent_shape[1:] if learns == "indices" else spec.latent_shape
+        if self.values.row_shape[1:] != grid or len(self.labels) != len(self.values):
+            raise ArtifactError(f"{folder}/{split} holds {learns} {self.values.row_shape}, expected (views, *{grid})")
+        self.num_views = self.values.row_shape[0]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def batch(self, rows: torch.Tensor, generator: torch.Generator | None = None) -> TokenBatch:
+        """The tokens at these rows, each in a view drawn from the generator, or in the first view without one."""
+        rows_ = rows.numpy()
+        views = np.zeros(len(rows_), np.int64)
+        if generator is not None and self.num_views > 1:
+            views = torch.randint(self.num_views, (len(rows_),), generator=generator).numpy()
+        values = self.values.gather(rows_)[np.arange(len(rows_)), views]
+        labels = torch.from_numpy(self.labels[rows_])
+        if self.learns == "latents":
+            return TokenBatch(standardize(torch.from_numpy(values), self.spec), labels)
+        if values.max(initial=0) >= self.spec.codebook_size:
+            raise ArtifactError(f"index {values.max()} is outside the codebook of {self.spec.codebook_size} codes")
+        return TokenBatch(torch.from_numpy(values.astype(np.int64)), labels)
+
+
+def standardize(latents: torch.Tensor, spec: TokenSpec) -> torch.Tensor:
+    """(B, D, h, w) latents of the encoder -> mean 0 and deviation 1 per channel."""
+    return (latents - _channels(spec.latent_mean, latents)) / _channels(spec.latent_std, latents)
+
+
+def unstandardize(latents: torch.Tensor, spec: TokenSpec) -> torch.Tensor:
+    """The inverse of `standardize`: what the tokenizer decodes."""
+    return latents * _channels(spec.latent_std, latents) + _channels(spec.latent_mean, latents)
+
+
+def _channels(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+
+
+def read_spec(folder: Path) -> TokenSpec:
+    """The spec of a tokens artifact, unverified."""
+    return parse(TokenSpec, artifact.read_json(Path(folder) / "meta.json")["spec"], f"{folder}/meta.json")
+
+
+def read(folder: Path, learns: Learns) -> tuple[TokenSpec, dict[str, Tokens]]:
+    """Verify the artifact and open both splits."""
+    artifact.check(folder)
+    spec = read_spec(folder)
+    return spec, {split: Tokens(folder, split, spec, learns) for split in ("train", "test")}

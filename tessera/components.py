@@ -1,0 +1,142 @@
+"""Finds a part by its file name: `kind: vector` among quantizers is tessera/quantizers/vector.py.
+
+There is no table of parts, because under DVC a table would be a dependency of every stage: one new line in it would
+retrain everything. A part's file holds its `Config`, a subclass of `Params`, and the class that the Config describes.
+"""
+
+import ast
+import difflib
+import importlib
+import json
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+
+PACKAGE = Path(__file__).parent
+P = TypeVar("P", bound="Params")
+
+
+class Params(BaseModel):
+    """Base of every Config: unknown keys and loosely typed values are errors, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class InvalidParams(ValueError):
+    """What is wrong with the params, one sentence per mistake."""
+
+
+def kinds(folder: str) -> list[str]:
+    """The parts that exist in tessera/FOLDER."""
+    return sorted(path.stem for path in (PACKAGE / folder).glob("*.py") if path.stem != "__init__")
+
+
+def load(folder: str, kind: str) -> ModuleType:
+    """The module tessera/FOLDER/KIND.py. Raises ValueError, naming the choices, if there is none."""
+    choices = kinds(folder)
+    if kind not in choices:
+        raise ValueError(
+            f"there is no tessera/{folder}/{kind}.py: choose one of {', '.join(choices)}{_near(kind, choices)}"
+        )
+    return importlib.import_module(f"tessera.{folder}.{kind}")
+
+
+class _Folder(NamedTuple):
+    """Marks a field whose value is the Config of any part in the folder."""
+
+    name: str
+
+
+def _part(folder: str, value: Any) -> Params:
+    if isinstance(value, Params):
+        return value
+    if not isinstance(value, dict) or "kind" not in value:
+        raise ValueError(f"expected a mapping with the key 'kind', one of {', '.join(kinds(folder))}; got {value!r}")
+    return _validate(load(folder, value["kind"]).Config, value)
+
+
+def part(folder: str) -> Any:
+    """The annotation of a field that holds the Config of any part in FOLDER."""
+    return Annotated[SerializeAsAny[Params], BeforeValidator(partial(_part, folder)), _Folder(folder)]
+
+
+DatasetConfig = part("datasets")
+FeaturesConfig = part("features")
+TokenizerConfig = part("tokenizers")
+QuantizerConfig = part("quantizers")
+PriorConfig = part("priors")
+
+
+def _validate(config: type[P], value: Any) -> P:
+    return config.model_validate_json(json.dumps(value), strict=True)
+
+
+def parse(config: type[P], value: Any, where: str = "") -> P:
+    """Validate plain data, as YAML or JSON gives it, strictly: "6" is no integer, a list is a fine tuple.
+
+    Raises InvalidParams with one sentence per mistake, each starting with the key's path below `where`.
+    """
+    try:
+        return _validate(config, value)
+    except ValidationError as error:
+        raise InvalidParams("\n".join(_sentence(config, value, item, where) for item in error.errors())) from None
+
+
+def _sentence(config: type[Params], value: Any, error: Any, where: str) -> str:
+    path = ".".join([*([where] if where else []), *(str(step) for step in error["loc"])]) or "params"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(config, value, error["loc"][:-1])
+        return f"{path}: unknown key{_near(str(error['loc'][-1]), known)} (known keys: {', '.join(known)})"
+    if error["type"] == "missing":
+        return f"{path}: this key is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{path}: {message}"
+    return f"{path}: {message[:1].lower() + message[1:]}, got {error['input']!r}"
+
+
+def _near(word: Any, choices: list[str]) -> str:
+    near = difflib.get_close_matches(str(word), choices, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _known_keys(model: Any, value: Any, location: tuple[int | str, ...]) -> list[str]:
+    """The keys that the mapping at `location` may have: descends through fields, dicts of models, and parts."""
+    for step in location:
+        value = value[step]
+        fields = getattr(model, "model_fields", None)
+        if fields is None:  # dict[str, Model]
+            model, marks = get_args(model)[-1], ()
+        else:
+            model, marks = fields[step].annotation, fields[step].metadata
+        if get_origin(model) is Annotated:
+            model, *marks = get_args(model)
+        folder = next((mark.name for mark in marks if isinstance(mark, _Folder)), None)
+        model = load(folder, value["kind"]).Config if folder else model
+    return sorted(getattr(model, "model_fields", {}))
+
+
+def source_files(config: Params) -> list[Path]:
+    """The source files that define a part: its module, those of the parts in its Config, and what they import of tessera.
+
+    Read from the import statements, so that it does not depend on what else the process has loaded.
+    """
+    waiting = {type(config).__module__} | {
+        type(value).__module__
+        for value in vars(config).values()
+        if isinstance(value, Params) and hasattr(value, "kind")
+    }
+    found: dict[str, Path] = {}
+    while waiting:
+        name = waiting.pop()
+        path = PACKAGE.parent.joinpath(*name.split(".")).with_suffix(".py")
+        if name in found or not path.is_file():
+            continue
+        found[name] = path
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE.name:
+                waiting |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return [path for _, path in sorted(found.items())]

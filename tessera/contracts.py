@@ -1,0 +1,110 @@
+"""What passes between the parts: the specs, the tuples, and the protocols of tokenizer, quantizer, prior, objective.
+
+Shape letters everywhere: B batch, C H W image, D latent channels, h w token grid, L = h * w, K codebook size, V views.
+Images in models are float32 in [-1, 1]; on disk they are uint8 in [0, 255].
+"""
+
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.optim import Optimizer
+
+from tessera.components import Params
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class ImageSpec(Params):
+    """The shape of every image of a data set, and what its labels mean."""
+
+    name: str
+    channels: Count
+    height: Count
+    width: Count
+    num_classes: Count  # 1: the data set has no labels, every label is 0
+    class_names: tuple[str, ...]
+    licence: str
+
+
+class TokenSpec(Params):
+    """What a prior learns: the grid of one image, its alphabet, and the tokenizer that gives it meaning."""
+
+    codebook_size: Count | None  # None: latents only, there are no indices
+    latent_shape: tuple[Count, Count, Count]  # (D, h, w)
+    num_classes: Count
+    class_counts: tuple[int, ...]  # of the training images: what samples are drawn in proportion to
+    latent_mean: tuple[float, ...]  # per channel, of the latents as stored; priors learn (latents - mean) / std
+    latent_std: tuple[Annotated[float, Field(gt=0)], ...]
+    tokenizer_fingerprint: str
+
+
+class Encoded(NamedTuple):
+    """An encoded batch of images."""
+
+    latents: Tensor  # (B, D, h, w) float, before quantization: what a continuous prior models
+    indices: Tensor | None  # (B, h, w) int64 in [0, K): what a discrete prior models; None without a codebook
+
+
+class Quantized(NamedTuple):
+    """A quantized batch of latents."""
+
+    codes: Tensor  # (B, D, h, w), gradients reach the latents through it
+    indices: Tensor | None  # (B, h, w) int64 in [0, K); None without a codebook
+    loss: Tensor  # scalar, what the quantizer adds to the training loss
+
+
+class ImageBatch(NamedTuple):
+    images: Tensor  # (B, C, H, W) float32 in [-1, 1]
+    labels: Tensor  # (B,) int64
+
+
+class TokenBatch(NamedTuple):
+    tokens: Tensor  # (B, h, w) int64 indices, or (B, D, h, w) float32 standardized latents
+    labels: Tensor  # (B,) int64
+
+
+class Quantizer(Protocol):
+    """Maps each latent vector to one of finitely many codes."""
+
+    codebook_size: int | None
+
+    def __call__(self, z: Tensor) -> Quantized: ...
+    def indices_to_codes(self, indices: Tensor) -> Tensor: ...  # (B, h, w) -> (B, D, h, w)
+
+
+class Tokenizer(Protocol):
+    """Stage one: images to tokens and back."""
+
+    latent_shape: tuple[int, int, int]  # (D, h, w)
+    codebook_size: int | None
+
+    def encode(self, images: Tensor) -> Encoded: ...
+    def decode(self, latents: Tensor) -> Tensor: ...  # quantizes first, where there is a codebook
+    def decode_indices(self, indices: Tensor) -> Tensor: ...
+
+
+class Prior(Protocol):
+    """Stage two: a distribution over tokens, given a label."""
+
+    def sample(self, labels: Tensor, sampling: Any, generator: torch.Generator) -> Tensor: ...  # as TokenBatch.tokens
+
+
+Learns = Literal["indices", "latents"]
+
+
+class Objective(Protocol):
+    """How a model is trained: a module that holds the `model` to keep and whatever only training needs (a discriminator).
+
+    Each step runs its phases in order; each phase is one forward, backward and optimizer step.
+    """
+
+    model: torch.nn.Module
+    phases: tuple[str, ...]
+
+    def __call__(self, batch: Any, phase: str, step: int) -> dict[str, Tensor] | None: ...
+
+    # terms to plot, among them "loss", the one to minimise; None skips this phase at this step
+
+    def optimizers(self) -> dict[str, list[Optimizer]]: ...  # by phase

@@ -1,0 +1,180 @@
+"""params.yaml as one object: every key known, every value in range, every cell of the matrix possible.
+
+Each stage reads it whole before its work, so that a mistake anywhere is told before any training.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, Field, model_validator
+
+from tessera.components import (
+    DatasetConfig,
+    FeaturesConfig,
+    InvalidParams,
+    Params,
+    PriorConfig,
+    TokenizerConfig,
+    load,
+    parse,
+)
+
+# DVC ignores changes of keys with these names inside a section (treeverse/dvc#10296).
+KEYS_DVC_IGNORES = ("size", "nfiles")
+
+
+def _entry_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) or name == "real":
+        raise ValueError(f"'{name}' is no valid name: use a-z, 0-9 and single hyphens ('real' is taken)")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_entry_name)]
+
+
+class System(Params):
+    """One cell of the matrix: a prior on the tokens of a tokenizer, and how it is sampled."""
+
+    tokenizer: str
+    prior: PriorConfig
+    sampling: dict[str, Any]  # validated by the Sampling of the prior's file
+
+
+class EncodeTokens(Params):
+    """The views of a training image that a prior sees as tokens; the first is the image itself."""
+
+    horizontal_flip: bool  # adds the mirror image of each view
+    warps: Annotated[int, Field(ge=0)]  # random sub-pixel warps per image: rotation, scale and shift
+    warp_rotation: Annotated[float, Field(ge=0, le=math.pi)]  # radians, largest
+    warp_scale: Annotated[float, Field(ge=0, lt=1)]  # largest relative change
+    warp_shift: Annotated[float, Field(ge=0, lt=1)]  # largest, as a fraction of the side
+    store_latents: bool  # beside the indices; priors of latents need them
+    batch_size: Annotated[int, Field(ge=1)]
+
+
+class SampleImages(Params):
+    num_images: Annotated[int, Field(ge=2)]
+    batch_size: Annotated[int, Field(ge=1)]
+
+
+class Evaluate(Params):
+    kernel_subset: Annotated[int, Field(ge=2)]  # images per subset of the kernel distance
+    num_kernel_subsets: Annotated[int, Field(ge=2)]
+
+
+class Pipeline(Params):
+    seed: Annotated[int, Field(ge=0)]
+    dataset: DatasetConfig
+    features: FeaturesConfig
+    tokenizers: Annotated[dict[Name, TokenizerConfig], Field(min_length=1)]
+    encode_tokens: EncodeTokens
+    systems: Annotated[dict[Name, System], Field(min_length=1)]
+    sample_images: SampleImages
+    evaluate: Evaluate
+
+    @model_validator(mode="after")
+    def _cells_are_possible(self) -> "Pipeline":
+        mistakes = [*self._tokenizer_mistakes(), *self._system_mistakes()]
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
+        return self
+
+    def _tokenizer_mistakes(self) -> list[str]:
+        found = []
+        for name, tokenizer in self.tokenizers.items():
+            factor, height, width = tokenizer.downsample_factor, self.dataset.height, self.dataset.width
+            if height % factor or width % factor:
+                found.append(
+                    f"tokenizer {name}: images of {height}x{width} are not divisible by its downsampling of {factor}. "
+                    f"Change its patch_size or channel_multipliers, or the size of the images in dataset"
+                )
+        return found
+
+    def _system_mistakes(self) -> list[str]:
+        found = []
+        for name, system in self.systems.items():
+            prior = load("priors", system.prior.kind)
+            if system.tokenizer not in self.tokenizers:
+                known = ", ".join(self.tokenizers)
+                found.append(f"system {name}: there is no tokenizer '{system.tokenizer}', only {known}")
+            elif prior.LEARNS == "indices" and self.tokenizers[system.tokenizer].codebook_size is None:
+                found.append(
+                    f"system {name}: prior {system.prior.kind} models indices, but tokenizer {system.tokenizer} has no "
+                    f"codebook. Give it a quantizer with one (vector), or use a prior of latents (flow_matching)"
+                )
+            elif prior.LEARNS == "latents" and not self.encode_tokens.store_latents:
+                found.append(
+                    f"system {name}: prior {system.prior.kind} models latents; set encode_tokens.store_latents: true"
+                )
+            try:
+                parse(prior.Sampling, system.sampling, f"systems.{name}.sampling")
+            except InvalidParams as error:
+                found.append(str(error))
+        return found
+
+    def sampling(self, system: str) -> Any:
+        """The validated sampling settings of a system."""
+        entry = self.systems[system]
+        return parse(load("priors", entry.prior.kind).Sampling, entry.sampling, f"systems.{system}.sampling")
+
+    def describe(self, stage: str) -> dict[str, Any]:
+        """The flat params that a stage depends on, as a tracker shows them."""
+        action, _, name = stage.partition("@")
+        sections: dict[str, Any] = {"seed": self.seed, "dataset": self.dataset}
+        tokenizer = self.systems[name].tokenizer if name in self.systems else name
+        if tokenizer in self.tokenizers:
+            sections["tokenizer"] = self.tokenizers[tokenizer]
+        if name in self.systems:
+            sections |= {"prior": self.systems[name].prior, "sampling": self.systems[name].sampling}
+        if action == "train_features":
+            sections["features"] = self.features
+        return _flat(sections)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Params):
+        value = value.model_dump(mode="json")
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML lets a repeated key win silently; here it is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise InvalidParams(
+                    f"line {key_node.start_mark.line + 1}: the key '{key}' stands there twice; keep one"
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read(path: Path) -> Pipeline:
+    """Read and validate a params file. Raises InvalidParams with a sentence per mistake."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidParams(f"{path} cannot be read: {error.strerror}. Run from the project's top folder") from None
+    try:
+        value = yaml.load(text, _UniqueKeys)  # noqa: S506  a SafeLoader
+    except yaml.YAMLError as error:
+        raise InvalidParams(f"{path} is no plain YAML: {error}") from None
+    except InvalidParams as error:
+        raise InvalidParams(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidParams(f"{path}: expected a mapping with the keys {', '.join(Pipeline.model_fields)}")
+    try:
+        return parse(Pipeline, value)
+    except InvalidParams as error:
+        raise InvalidParams(f"{path} is not valid:\n{error}") from None
