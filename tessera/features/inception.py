@@ -1,0 +1,128 @@
+"""The 2048 features of Inception-v3 as the FID is defined by them: its weights, its resizing, its 8-bit images.
+
+A Fréchet distance may be called FID with these features only, and only if the weights are those that TensorFlow
+published in 2015. They are read from a local file, never downloaded; see `prepare` for how to get that file.
+
+Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2015, arXiv:1512.00567; Heusel et
+al., 2017, arXiv:1706.08500 (FID). Layers and resizing are those of torch-fidelity (Apache-2.0), which reproduces the
+TensorFlow graph; its extractor itself is not built, since it downloads or unpickles its weights.
+"""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from tessera.artifacts import folder as artifact
+from tessera.artifacts.checkpoints import read_weights
+from tessera.artifacts.folder import ArtifactError
+from tessera.artifacts.images import to_uint8
+from tessera.components import Params
+from tessera.contracts import ImageSpec
+
+SIDE = 299  # pixels that the network sees
+
+
+class Config(Params):
+    kind: Literal["inception"] = "inception"
+    weights: Annotated[str, Field(min_length=1)]  # path of a safetensors file
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of that file
+
+
+class Model(nn.Module):
+    """Without meaningful weights until `prepare` or `load_state_dict` has put them in."""
+
+    has_logits = False  # its 1008 classes are not those of the data set
+    feature_dim = 2048
+
+    def __init__(self, config: Config, spec: ImageSpec):
+        super().__init__()
+        if spec.channels not in (1, 3):
+            raise ValueError(
+                f"images of {spec.channels} channels do not fit Inception-v3, expected 1 (gray) or 3 (RGB): "
+                f"use features of kind classifier or random"
+            )
+        # Imported here because it takes seconds, which only those who use it should wait.
+        from torch_fidelity import feature_extractor_inceptionv3 as layers
+        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+        self.resize = interpolate_bilinear_2d_like_tensorflow1x
+        conv = layers.BasicConv2d
+        # The names are those of the published weights.
+        named: list[tuple[str, nn.Module]] = [
+            ("Conv2d_1a_3x3", conv(3, 32, kernel_size=3, stride=2)),
+            ("Conv2d_2a_3x3", conv(32, 32, kernel_size=3)),
+            ("Conv2d_2b_3x3", conv(32, 64, kernel_size=3, padding=1)),
+            ("MaxPool_1", nn.MaxPool2d(3, stride=2)),
+            ("Conv2d_3b_1x1", conv(64, 80, kernel_size=1)),
+            ("Conv2d_4a_3x3", conv(80, 192, kernel_size=3)),
+            ("MaxPool_2", nn.MaxPool2d(3, stride=2)),
+            ("Mixed_5b", layers.InceptionA(192, pool_features=32)),
+            ("Mixed_5c", layers.InceptionA(256, pool_features=64)),
+            ("Mixed_5d", layers.InceptionA(288, pool_features=64)),
+            ("Mixed_6a", layers.InceptionB(288)),
+            ("Mixed_6b", layers.InceptionC(768, channels_7x7=128)),
+            ("Mixed_6c", layers.InceptionC(768, channels_7x7=160)),
+            ("Mixed_6d", layers.InceptionC(768, channels_7x7=160)),
+            ("Mixed_6e", layers.InceptionC(768, channels_7x7=192)),
+            ("Mixed_7a", layers.InceptionD(768)),
+            ("Mixed_7b", layers.InceptionE_1(1280)),
+            ("Mixed_7c", layers.InceptionE_2(2048)),
+            ("AvgPool", nn.AdaptiveAvgPool2d(1)),
+        ]
+        self.blocks = nn.Sequential(OrderedDict(named))
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Model":
+        """Stays in evaluation mode: batch statistics would make features depend on their neighbours."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """images: (B, C, H, W) float in [-1, 1], C 1 or 3, any size -> (B, 2048) float32, at least 0."""
+        pixels = to_uint8(images).float()
+        pixels = self.resize(pixels.expand(-1, 3, -1, -1), size=(SIDE, SIDE), align_corners=False)
+        return self.blocks((pixels - 128) / 128).flatten(1).float()
+
+
+def prepare(model: Model, config: Config) -> None:
+    """Read the weights from config.weights, once, when the features artifact is made; the artifact then holds them.
+
+    The published file (weights-inception-2015-12-05-6726825d.pth in the releases of torch-fidelity) is a pickle, which
+    is never opened here; the error sentence has the command that converts it.
+    """
+    path = Path(config.weights)
+    if not path.is_file():
+        raise ValueError(
+            f"features.weights: {path} does not exist, expected the Inception-v3 weights of the FID as safetensors. "
+            f"{_how_to_convert('weights-inception-2015-12-05-6726825d.pth')}"
+        )
+    digest = artifact.sha256(path)
+    if digest != config.sha256:
+        raise ValueError(
+            f"features.sha256: {path} has sha256 {digest}, expected {config.sha256}: get the file again, "
+            f"or set features.sha256 if you trust this one"
+        )
+    try:
+        weights = read_weights(path)
+    except ArtifactError as error:
+        raise ValueError(f"features.weights: {error}. {_how_to_convert(str(path))}") from None
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}  # no logits are needed
+    try:
+        model.blocks.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"features.weights: {path} holds the weights of another network ({error}), expected those of "
+            f"torch-fidelity's FID Inception-v3: {_how_to_convert('weights-inception-2015-12-05-6726825d.pth')}"
+        ) from None
+
+
+def _how_to_convert(path: str) -> str:
+    return (
+        "Convert the published file where you trust it: python -c "
+        f"\"import torch; from safetensors.torch import save_file; save_file(torch.load('{path}', weights_only=True), "
+        f"'inception-v3-fid.safetensors')\", then name it in features.weights and its sha256sum in features.sha256"
+    )

@@ -1,0 +1,80 @@
+"""How close a reconstruction is to its original, pixel by pixel (PSNR) and by local structure (SSIM).
+
+Source: Wang, Bovik, Sheikh and Simoncelli, "Image Quality Assessment: From Error Visibility to Structural Similarity",
+IEEE Transactions on Image Processing 13(4), 2004, equation 13, with their window (Gaussian, 11x11, sigma 1.5) and
+constants (K1 0.01, K2 0.03).
+Differs from it: every channel counts alike, no luminance is formed; as in torchmetrics there is a window around every
+pixel, with the image mirrored at its edges. Where an image is smaller than 11 pixels the window shrinks to the largest
+odd side that fits (7x7 for an 8x8 image), so such figures compare only among equal image sizes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WINDOW = 11  # pixels
+SIGMA = 1.5  # pixels
+K1, K2 = 0.01, 0.03
+CHUNK_IMAGES = 256  # whose float64 maps are in memory at a time
+
+
+def psnr_db(images: Tensor, originals: Tensor, ceiling: float = 100.0) -> float:
+    """Peak signal-to-noise ratio in dB: of each image, then the mean over images, not that of the pooled error.
+
+    Both (N, C, H, W) float in [0, 1]. An image counts at most `ceiling` dB, so that an exact one leaves the mean finite.
+    """
+    _check(images, originals)
+    errors = [
+        (a.double() - b.double()).square().mean(dim=(1, 2, 3))  # (n,)
+        for a, b in zip(images.split(CHUNK_IMAGES), originals.split(CHUNK_IMAGES), strict=True)
+    ]
+    return (-10 * torch.cat(errors).log10()).clamp(max=ceiling).mean().item()
+
+
+def ssim(images: Tensor, originals: Tensor) -> float:
+    """Structural similarity in [-1, 1], 1 for equal images: the mean over pixels and channels, then over images.
+
+    Both (N, C, H, W) float in [0, 1].
+    """
+    _check(images, originals)
+    pairs = zip(images.split(CHUNK_IMAGES), originals.split(CHUNK_IMAGES), strict=True)
+    return torch.cat([_ssim_of_each(a.double(), b.double()) for a, b in pairs]).mean().item()
+
+
+def _ssim_of_each(x: Tensor, y: Tensor) -> Tensor:
+    """(n,) float64."""
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = _blur(torch.stack([x, y, x * x, y * y, x * y])).unbind()
+    variance_x = (mean_xx - mean_x.square()).clamp(min=0)
+    variance_y = (mean_yy - mean_y.square()).clamp(min=0)
+    covariance = mean_xy - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + K1**2) / (mean_x.square() + mean_y.square() + K1**2)
+    structure = (2 * covariance + K2**2) / (variance_x + variance_y + K2**2)
+    return (luminance * structure).mean(dim=(1, 2, 3))
+
+
+def _blur(images: Tensor) -> Tensor:
+    """(..., H, W) -> the same: the Gaussian mean around every pixel of the mirrored image."""
+    height, width = images.shape[-2:]
+    smallest = min(height, width)
+    side = min(WINDOW, smallest - (smallest + 1) % 2)
+    offsets = torch.arange(side, dtype=images.dtype, device=images.device) - (side - 1) / 2
+    weights = torch.exp(-0.5 * (offsets / SIGMA) ** 2)
+    weights = weights / weights.sum()
+    planes = F.pad(images.reshape(-1, 1, height, width), [side // 2] * 4, mode="reflect")
+    blurred = F.conv2d(F.conv2d(planes, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))  # it is separable
+    return blurred.view(images.shape)
+
+
+def _check(images: Tensor, originals: Tensor) -> None:
+    if images.shape != originals.shape or images.ndim != 4 or not images.numel():
+        raise ValueError(
+            f"images of shapes {tuple(images.shape)} and {tuple(originals.shape)} cannot be compared, "
+            f"expected one shape (N, C, H, W) without a 0: pass each original beside its reconstruction"
+        )
+    for name, values in (("images", images), ("originals", originals)):
+        low, high = values.min().item(), values.max().item()
+        if not (values.is_floating_point() and low >= 0 and high <= 1):  # NaN fails this too
+            raise ValueError(
+                f"{name} are {values.dtype} from {low} to {high}, expected float in [0, 1]: "
+                f"divide uint8 by 255, or map [-1, 1] by (x + 1) / 2 and clip"
+            )

@@ -1,0 +1,159 @@
+"""The transformer body of every token prior: pre-RMSNorm, rotary positions on the grid, SwiGLU, normalised queries and keys.
+
+Sources: Vaswani et al. 2017, arXiv:1706.03762; RMSNorm, Zhang and Sennrich 2019, arXiv:1910.07467; SwiGLU, Shazeer 2020,
+arXiv:2002.05202; RoPE, Su et al. 2021, arXiv:2104.09864, here on two axes; query-key normalisation, Henry et al. 2020,
+arXiv:2010.04245; adaLN-zero conditioning, Peebles and Xie 2022 (DiT), arXiv:2212.09748, section 3.2.
+
+Shape letters: B batch, L sequence, N width, H heads, E = N / H.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, in float32."""
+
+    def __init__(self, width: int, has_weight: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width)) if has_weight else None
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (self.width,), self.weight, eps=1e-6).to(x.dtype)
+
+
+def rotary_angles(height: int, width: int, head_width: int, base: float = 100.0) -> Tensor:
+    """(h * w, E / 2) angles, half of them turned by the row, half by the column, raster order."""
+    quarter = head_width // 4
+    frequencies = base ** (-torch.arange(quarter) / quarter)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.cat([rows.reshape(-1, 1) * frequencies, columns.reshape(-1, 1) * frequencies], dim=1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + E/2]) of the last axis; x (B, H, L, E), cos and sin (L, E / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Cache:
+    """Keys and values of one layer, allocated once for the whole sequence: (2, B, H, L, E)."""
+
+    def __init__(self, batch: int, heads: int, length: int, head_width: int, like: Tensor):
+        self.memory = like.new_zeros(2, batch, heads, length, head_width)
+        self.length = 0
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, H, n, E) and return everything up to here."""
+        end = self.length + key.shape[2]
+        self.memory[0, :, :, self.length : end] = key
+        self.memory[1, :, :, self.length : end] = value
+        self.length = end
+        return self.memory[0, :, :, :end], self.memory[1, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.query_norm, self.key_norm = RMSNorm(width // heads), RMSNorm(width // heads)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, is_causal: bool, cache: Cache | None) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, L, E)
+        query, key, value = qkv.unbind(0)
+        query = rotate(self.query_norm(query), cos, sin)
+        key = rotate(self.key_norm(key), cos, sin)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        x = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal and length > 1
+        )
+        return self.out(x.transpose(1, 2).reshape(batch, length, width))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = (8 * width // 3 + 15) // 16 * 16
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each on a norm of the residual stream; with a condition, each shifted, scaled and gated."""
+
+    def __init__(self, width: int, heads: int, dropout: float, is_conditioned: bool):
+        super().__init__()
+        self.attention_norm = RMSNorm(width, has_weight=not is_conditioned)
+        self.mlp_norm = RMSNorm(width, has_weight=not is_conditioned)
+        self.attention, self.mlp = Attention(width, heads, dropout), SwiGLU(width)
+        self.dropout = nn.Dropout(dropout)
+        self.modulation = nn.Linear(width, 6 * width) if is_conditioned else None
+        if is_conditioned:  # adaLN-zero: each block starts as the identity
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, condition: Tensor | None, is_causal: bool, cache: Cache | None
+    ) -> Tensor:
+        if self.modulation is None:
+            x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, is_causal, cache))
+            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).unsqueeze(1).chunk(6, dim=-1)
+        h = self.attention_norm(x) * (1 + scale1) + shift1
+        x = x + gate1 * self.dropout(self.attention(h, cos, sin, is_causal, cache))
+        h = self.mlp_norm(x) * (1 + scale2) + shift2
+        return x + gate2 * self.dropout(self.mlp(h))
+
+
+class Transformer(nn.Module):
+    """(B, L, N) -> (B, L, N), normalised at the end. The grid gives each of the L = h * w places its rotary angles."""
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        grid: tuple[int, int],
+        dropout: float,
+        is_causal: bool,
+        is_conditioned: bool = False,
+    ):
+        super().__init__()
+        self.width, self.heads, self.is_causal = width, heads, is_causal
+        self.blocks = nn.ModuleList(Block(width, heads, dropout, is_conditioned) for _ in range(depth))
+        self.norm = RMSNorm(width)
+        angles = rotary_angles(*grid, width // heads)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        for block in self.blocks:
+            for layer in (block.attention.qkv, block.mlp.gate_up):
+                nn.init.normal_(layer.weight, std=width**-0.5)
+            for layer in (block.attention.out, block.mlp.down):  # GPT-2's scaling of what adds to the residual stream
+                nn.init.normal_(layer.weight, std=width**-0.5 / (2 * depth) ** 0.5)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None, caches: list[Cache] | None = None) -> Tensor:
+        """With caches, x is the next piece of the sequence, and everything before it is in the caches."""
+        start = caches[0].length if caches else 0
+        places = slice(start, start + x.shape[1])
+        cos, sin = self.cos[places].to(x.dtype), self.sin[places].to(x.dtype)
+        for number, block in enumerate(self.blocks):
+            x = block(x, cos, sin, condition, self.is_causal, caches[number] if caches else None)
+        return self.norm(x)
+
+    def new_caches(self, batch: int, like: Tensor) -> list[Cache]:
+        length = self.cos.shape[0]
+        return [Cache(batch, self.heads, length, self.width // self.heads, like) for _ in self.blocks]
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """What Muon may move: the matrices inside the blocks."""
+        return [p for block in self.blocks for p in block.parameters() if p.ndim == 2]

@@ -1,0 +1,81 @@
+"""How weights move: the settings of one training, its learning-rate schedule, its optimizers, its weight average.
+
+Muon (Jordan et al. 2024, torch.optim.Muon) orthogonalises the update of each hidden matrix; everything that is not a
+hidden matrix (embeddings, norms, biases, output heads, convolutions) is AdamW's (Loshchilov & Hutter, arXiv:1711.05101).
+"""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.optim import Optimizer
+
+from tessera.components import Params
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Training(Params):
+    """One training. All amounts are per optimizer step and global: the same on one device or many."""
+
+    num_steps: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)] = 64  # images per optimizer step, over all devices
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1  # micro-batches per step; divides batch_size
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: Positive = 1e-3
+    muon_learning_rate: Positive = 2e-3  # of the hidden matrices, when optimizer is muon; scaled to match AdamW's RMS
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # of matrices and kernels only
+    warmup_fraction: Fraction = 0.03  # of num_steps, linear from 0
+    final_learning_rate_fraction: Fraction = 0.05  # the cosine ends here
+    gradient_clip: Positive = 1.0  # largest gradient norm
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998  # of the weight average that is kept; 0: the raw weights
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of the networks; losses and optimizer stay fp32
+
+
+def learning_rate_factor(step: int, settings: Training) -> float:
+    """Linear warm-up, then half a cosine down to `final_learning_rate_fraction`; step counts from 0."""
+    warmup = settings.warmup_fraction * settings.num_steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1.0, settings.num_steps - warmup)
+    floor = settings.final_learning_rate_fraction
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def optimizers_for(module: nn.Module, settings: Training, hidden: list[nn.Parameter] | None = None) -> list[Optimizer]:
+    """AdamW on the trainable parameters of `module`; with optimizer: muon, Muon on the `hidden` matrices among them.
+
+    Weight decay acts on parameters of two and more dimensions, except embeddings.
+    """
+    embeddings = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
+    muon = {id(p) for p in hidden or []} if settings.optimizer == "muon" else set()
+    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in muon]
+    decayed = [p for p in rest if p.ndim >= 2 and id(p) not in embeddings]
+    kept = [p for p in rest if p.ndim < 2 or id(p) in embeddings]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)]
+    if muon:
+        optimizers.append(
+            torch.optim.Muon(
+                [p for p in hidden if p.requires_grad],
+                lr=settings.muon_learning_rate,
+                weight_decay=settings.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return optimizers
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move `average` towards `model`: decay min(ema_decay, (1 + step) / (10 + step)); buffers are copied."""
+    decay = min(decay, (1 + step) / (10 + step))
+    averages, weights = list(average.parameters()), list(model.parameters())
+    torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1 - decay)
+    for kept, current in zip(average.buffers(), model.buffers(), strict=True):
+        kept.copy_(current)

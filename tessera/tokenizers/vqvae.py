@@ -1,0 +1,41 @@
+"""VQ-VAE: an autoencoder with a codebook in the middle, trained on reconstruction alone.
+
+Source: van den Oord et al., "Neural Discrete Representation Learning", 2017, arXiv:1711.00937, equation 3:
+loss = reconstruction + codebook + beta * commitment; the last two are the quantizer's (quantizers/vector.py).
+Differs from it: the reconstruction may add a perceptual term (off by default).
+"""
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tessera.autoencoding import Autoencoder, AutoencoderConfig, ReconstructionLoss, codebook_terms
+from tessera.contracts import ImageBatch
+from tessera.optimization import optimizers_for
+
+
+class Config(AutoencoderConfig):
+    kind: Literal["vqvae"] = "vqvae"
+
+
+class Model(Autoencoder):
+    pass
+
+
+class Objective(nn.Module):
+    phases = ("autoencoder",)
+
+    def __init__(self, model: Model, config: Config):
+        super().__init__()
+        self.model, self.config = model, config
+        self.reconstruction_loss = ReconstructionLoss(config)
+
+    def forward(self, batch: ImageBatch, phase: str, step: int) -> dict[str, Tensor]:
+        reconstructions, quantized = self.model(batch.images)
+        terms = self.reconstruction_loss(reconstructions, batch.images)
+        terms["loss"] = terms["loss"] + quantized.loss
+        return {**terms, "quantizer_loss": quantized.loss, **codebook_terms(quantized, self.model.codebook_size)}
+
+    def optimizers(self) -> dict[str, list[Optimizer]]:
+        return {"autoencoder": optimizers_for(self.model, self.config.training)}

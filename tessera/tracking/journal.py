@@ -1,0 +1,312 @@
+"""The journal of a stage: what it tracks, appended to a file in microseconds, whatever becomes of MLflow.
+
+MLflow takes seconds to import and a dead server blocks its client for minutes, so no stage ever waits for either. The
+journal is the truth; another process (mirror.py), one per checkout, sends it on, live or later.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Literal, Self
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+JOURNAL = "journal.jsonl"
+CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def open_run(
+    stage: str,
+    *,
+    experiment: str,
+    root: Path,
+    state: Path | None,
+    params: dict[str, Any],
+    tags: dict[str, str],
+    kind: str = "stage",
+) -> "Run":
+    """Open the journal of one execution of a stage, or go on with the one that `state` (its resume folder) names.
+
+    It goes on only with the same params, and only if that execution did not finish.
+    kind "system" is for the one row per system that people compare. Never fails for want of disk or server.
+    """
+    run = Run(stage)
+    if not _enabled():
+        return run
+    root = root.resolve()  # a stage may change its working directory
+    flat = _flat(params)
+    uid = _unfinished(root, state, flat) or uuid.uuid4().hex
+    run._start(folder_of(root) / uid)
+    if state is not None:
+        run._guard(lambda: replace_json(state / "run.json", {"run_uid": uid}))
+    run._append(
+        "open",
+        uid=uid,
+        stage=stage,
+        kind=kind,
+        experiment=experiment,
+        parent=os.environ.get("TESSERA_PARENT_RUN", ""),
+        pid=os.getpid(),
+        started=process_start(os.getpid()),
+        params=flat,
+        tags={key: redact(str(value)) for key, value in tags.items()},
+    )
+    return run
+
+
+class Run:
+    """One journal. Its methods take microseconds, and on a full disk they warn once and raise nothing."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.folder: Path | None = None  # none: tracking is off
+        self._descriptor: int | None = None
+        self._torn = False
+        self._warned = False
+        self._logged: dict[tuple[str, int], float] = {}  # by the interrupted processes of this run
+
+    @property
+    def uid(self) -> str | None:
+        """The id that survives kills and resumes, or None while tracking is off."""
+        return self.folder.name if self.folder else None
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Add a point to each curve. A resumed run that arrives at the same values again leaves them out."""
+        new = {key: float(value) for key, value in values.items()}
+        if self._logged:
+            new = {key: value for key, value in new.items() if self._logged.get((key, step)) != value}
+        if new:
+            self._append("log", step=int(step), values=new)
+
+    def figures(self, values: dict[str, float]) -> None:
+        """Record final numbers, such as a Frechet distance."""
+        self.log(0, values)
+
+    def tag(self, values: dict[str, str]) -> None:
+        self._append("tag", values={key: redact(str(value)) for key, value in values.items()})
+
+    def param(self, values: dict[str, Any]) -> None:
+        self._append("param", values=_flat(values))
+
+    def attach(self, path: Path, name: str | None = None) -> None:
+        """Copy a small file (a grid, a table) beside the journal; `name` may hold folders."""
+        relative = PurePosixPath(name or path.name)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise ValueError(f"an attached file cannot be named {name!r}: expected a relative path without '..'")
+        if self.folder is not None and self._guard(lambda: _copy(path, self.folder / "files" / relative)):
+            self._append("attach", name=str(relative))
+
+    def close(self, status: Status) -> None:
+        """End the run; closing it again changes nothing."""
+        self._append("close", status=status)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+            self.close("FINISHED")
+        elif isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code in (130, 143)):
+            self.close("KILLED")
+        else:
+            self.close("FAILED")
+
+    def _start(self, folder: Path) -> None:
+        self.folder = folder
+        self._guard(self._open_journal)
+
+    def _open_journal(self) -> None:
+        assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        journal = self.folder / JOURNAL
+        if journal.exists():
+            for _, event in events_of(journal):
+                if event["event"] == "log":
+                    self._logged |= {(key, event["step"]): value for key, value in event["values"].items()}
+            self._torn = journal.stat().st_size > 0  # the killed process may have left half a line
+        self._descriptor = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def _append(self, event: str, **content: Any) -> None:
+        """Write one whole line by one system call, so that a kill loses nothing and a reader sees lines only."""
+        if self._descriptor is None:
+            return
+        line = json.dumps({"event": event, "time": time.time_ns() // 1_000_000, **content}) + "\n"
+        self._guard(lambda: self._write((("\n" if self._torn else "") + line).encode()))
+
+    def _write(self, data: bytes) -> None:
+        assert self._descriptor is not None
+        self._torn = True
+        written = os.write(self._descriptor, data)
+        if written < len(data):
+            raise OSError(28, "No space left on device")
+        self._torn = False
+
+    def _guard(self, act: Any) -> bool:
+        """Run one act of input or output; if it fails, say so the first time, and let the training go on."""
+        try:
+            act()
+        except OSError as error:
+            if not self._warned:
+                print(
+                    f"a part of what {self.stage} tracks is lost, because {error.filename or self.folder}: "
+                    f"{error.strerror or error}; the stage goes on and its results are not affected, free some space.",
+                    file=sys.stderr,
+                )
+            self._warned = True
+            return False
+        return True
+
+
+def start_uploader(root: Path) -> None:
+    """Start the process that mirrors the journals of this checkout into MLflow, unless it runs already."""
+    global _uploader
+    if not _enabled():
+        return
+    try:
+        folder_of(root).mkdir(parents=True, exist_ok=True)
+        with uploader_lock(root) as free:
+            pass
+        if free:
+            package = str(Path(__file__).resolve().parents[2])
+            paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+            _uploader = subprocess.Popen(
+                [sys.executable, "-m", "tessera.tracking", "upload", "--root", str(root.resolve())],
+                cwd=root,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # it outlives the stage, and signals to the stage's group do not reach it
+            )
+    except OSError as error:
+        print(
+            f"the uploader to MLflow could not be started ({error}); what is tracked stays in {folder_of(root)}, "
+            "send it later with: python -m tessera.tracking replay",
+            file=sys.stderr,
+        )
+
+
+_uploader: subprocess.Popen[bytes] | None = None  # kept, because Python warns when a running Popen is forgotten
+
+
+def _enabled() -> bool:
+    value = os.environ.get("TESSERA_TRACKING", "on")
+    if value not in ("on", "off"):
+        raise ValueError(f"TESSERA_TRACKING is {value!r}: expected on or off; correct it in the environment or in .env")
+    return value == "on"
+
+
+def folder_of(root: Path) -> Path:
+    return root / ".state" / "tracking"
+
+
+def _unfinished(root: Path, state: Path | None, params: dict[str, str]) -> str | None:
+    """The run that `state` names, unless it came to its end or had other params: then this is another run."""
+    if state is None or not (state / "run.json").is_file():
+        return None
+    try:
+        uid = json.loads((state / "run.json").read_text(encoding="utf-8"))["run_uid"]
+        ends = [event for _, event in events_of(folder_of(root) / uid / JOURNAL) if event["event"] in ("open", "close")]
+        others = any(event["event"] == "open" and event["params"] != params for event in ends)
+    except FileNotFoundError:  # the journal was thrown away, the run in MLflow was not
+        return uid
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{state / 'run.json'} cannot be read ({error}), so this is tracked as a new run.", file=sys.stderr)
+        return None
+    return None if others or (ends and ends[-1].get("status") == "FINISHED") else uid
+
+
+def events_of(journal: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The journal's lines from a byte offset on, each with the offset after it."""
+    with journal.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return  # still being written, or the last act of a killed process
+            offset += len(line)
+            try:
+                event = json.loads(line)
+            except ValueError:
+                event = None  # half a line that a killed process left, closed by its successor
+            yield offset, event if isinstance(event, dict) and "event" in event else {"event": "nothing"}
+
+
+def _flat(params: dict[str, Any], above: str = "") -> dict[str, str]:
+    """Nested params as MLflow wants them: {"prior": {"width": 8}} becomes {"prior.width": "8"}."""
+    flat: dict[str, str] = {}
+    for key, value in params.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{above}{key}.")
+        else:
+            flat[f"{above}{key}"] = redact(str(value))
+    return flat
+
+
+def redact(text: str) -> str:
+    """The text without the user name and password of any address in it."""
+    return CREDENTIALS.sub("", text)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)  # the uploader may be reading the previous one
+
+
+def process_start(pid: int) -> int:
+    """When a process began, in the kernel's ticks, to tell it from a later one with its number; 0 if nobody knows."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0
+    state, *fields = stat.rpartition(")")[2].split()
+    return 0 if state in "ZX" else int(fields[18])
+
+
+def is_alive(pid: int, started: int) -> bool:
+    if started:
+        return process_start(pid) == started
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def uploader_lock(root: Path) -> Iterator[bool]:
+    """Yield whether the uploader's lock could be taken; the kernel gives it back when its holder dies."""
+    with (folder_of(root) / "uploader.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")  # for people; the lock itself is what counts
+            file.flush()
+            yield True

@@ -1,0 +1,258 @@
+"""One training loop for every part: count, average, log, save, resume. What a step does is the part's own affair.
+
+Everything random in a step is seeded from (seed, purpose, step), and the data order from (seed, epoch): a resumed run
+equals an uninterrupted one bit for bit on the same machine and number of threads. Devices, processes and precision are
+Accelerate's: one process on a CPU or GPU, or many with `torchrun` or `accelerate launch`.
+"""
+
+import copy
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tessera import seeding
+from tessera.artifacts import folder as artifact
+from tessera.artifacts.checkpoints import read_weights
+from tessera.artifacts.folder import ArtifactError
+from tessera.contracts import Objective
+from tessera.optimization import Training, learning_rate_factor, update_average
+from tessera.progress import History, say
+from tessera.stage_process import Job
+
+HISTORY_ROWS = 200  # at most, per training
+
+
+class Diverged(ValueError):
+    """A loss or gradient is not finite; no optimizer step was taken with it."""
+
+
+class Data(Protocol):
+    def __len__(self) -> int: ...
+    def batch(self, rows: Tensor, generator: torch.Generator | None) -> Any: ...  # a NamedTuple of CPU tensors
+
+
+def rows_of_step(step: int, batch_size: int, num_rows: int, seed: int) -> Tensor:
+    """(batch_size,) the rows of a step: consecutive pieces of one seeded permutation per epoch. A function of its
+    arguments alone, so there is no sampler state to save."""
+    pieces, position, wanted = [], step * batch_size, batch_size
+    while wanted:
+        epoch, offset = divmod(position, num_rows)
+        piece = torch.randperm(num_rows, generator=seeding.generator(seed, "epoch", epoch))[offset : offset + wanted]
+        pieces.append(piece)
+        position += len(piece)
+        wanted -= len(piece)
+    return torch.cat(pieces)
+
+
+def fit(objective: Objective, data: Data, settings: Training, *, seed: int, job: Job) -> nn.Module | None:
+    """Train `objective` for settings.num_steps steps and return its averaged model on the CPU.
+
+    Writes history.csv into job.state and resumes from the newest whole checkpoint there. Returns None in all but the
+    main process. Raises Diverged at the first loss or gradient that is not finite, before it is applied.
+    """
+    if settings.batch_size % settings.gradient_accumulation:
+        raise ValueError(
+            f"training.batch_size {settings.batch_size} is not divisible by gradient_accumulation "
+            f"{settings.gradient_accumulation}; choose a divisor"
+        )
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if settings.precision == "bf16" else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+    )
+    shares = accelerator.num_processes * settings.gradient_accumulation
+    if settings.batch_size % shares:
+        raise ValueError(
+            f"training.batch_size {settings.batch_size} is not divisible by {accelerator.num_processes} processes x "
+            f"{settings.gradient_accumulation} accumulation steps; choose a multiple of {shares}"
+        )
+    objective.to(accelerator.device).train()
+    average = copy.deepcopy(objective.model).requires_grad_(False)
+    optimizers = objective.optimizers()
+    base_rates = [group["lr"] for group in _groups(optimizers)]
+    state = _State(job.state, objective, average, optimizers)
+    history = History(
+        job.state / "history.csv", job.name, settings.num_steps, job.log, quiet=not accelerator.is_main_process
+    )
+    start = state.load(accelerator.device)
+    if start:
+        history.resume(start)
+        job.say(f"resumed step {start}")
+    network = accelerator.prepare(objective)
+
+    row_interval = max(1, math.ceil(settings.num_steps / HISTORY_ROWS))
+    began = saved = time.monotonic()
+    for step in range(start, settings.num_steps):
+        rate = learning_rate_factor(step, settings)
+        for group, base_rate in zip(_groups(optimizers), base_rates, strict=True):
+            group["lr"] = base_rate * rate
+        terms = _step(network, objective, optimizers, data, settings, accelerator, seed, step)
+        update_average(average, objective.model, settings.ema_decay, step)
+        done = step + 1
+        if done % row_interval == 0 or done == settings.num_steps:
+            terms = _mean_over_processes(terms, accelerator)
+            terms["learning_rate"] = rate * settings.learning_rate
+            history.add(done, terms, settings.batch_size)
+        stopping = _any(accelerator, job.stop_requested)
+        due = accelerator.is_main_process and time.monotonic() - saved >= job.checkpoint_seconds
+        if (due or stopping) and accelerator.is_main_process:
+            state.save(done)
+            saved = time.monotonic()
+        if stopping:
+            job.stop(f"stopped after step {done}; the same command continues from there")
+    seconds = time.monotonic() - began
+    if not accelerator.is_main_process:
+        return None
+    if start < settings.num_steps:
+        job.figures["images_per_second"] = (settings.num_steps - start) * settings.batch_size / seconds
+    if accelerator.device.type == "cuda":
+        job.figures["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
+    return average.cpu().eval()
+
+
+def _step(
+    network: nn.Module,
+    objective: Objective,
+    optimizers: dict[str, list[Optimizer]],
+    data: Data,
+    settings: Training,
+    accelerator: Accelerator,
+    seed: int,
+    step: int,
+) -> dict[str, float]:
+    """One optimizer step of every phase; returns its terms as numbers."""
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    rows = rows_of_step(step, settings.batch_size, len(data), seed)
+    rows = rows.view(settings.gradient_accumulation, processes, -1)[:, rank]  # (accumulation, share)
+    torch.manual_seed(seeding.derive(seed, "step", step, rank))  # dropout and the like draw from the global generator
+    draws = seeding.generator(seed, "batch", step, rank)
+    batches = [_to(data.batch(micro, draws), accelerator.device) for micro in rows]
+    terms: dict[str, float] = {}
+    for phase in objective.phases:
+        skipped = False
+        for batch in batches:
+            with accelerator.autocast():
+                losses = network(batch, phase, step)
+            if losses is None:
+                skipped = True
+                break
+            for name, value in losses.items():
+                key = "loss" if name == "loss" and phase == objective.phases[0] else name
+                key = f"{phase}_loss" if key == "loss" and phase != objective.phases[0] else key
+                number = float(value.detach())
+                if not math.isfinite(number):
+                    raise Diverged(
+                        f"{phase} term '{name}' is {number} at step {step + 1}: not applied, the last checkpoint stays. "
+                        f"Lower training.learning_rate, or use precision: fp32; rows {rows.flatten()[:8].tolist()}..."
+                    )
+                terms[key] = terms.get(key, 0.0) + number / len(batches)
+            accelerator.backward(losses["loss"] / len(batches))
+        if skipped:
+            continue
+        parameters = [p for optimizer in optimizers[phase] for g in optimizer.param_groups for p in g["params"]]
+        norm = float(nn.utils.clip_grad_norm_(parameters, settings.gradient_clip))
+        if not math.isfinite(norm):
+            raise Diverged(
+                f"the gradient of phase '{phase}' is {norm} at step {step + 1}: not applied, the last checkpoint stays. "
+                f"Lower training.learning_rate, or use precision: fp32"
+            )
+        for optimizer in optimizers[phase]:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return terms
+
+
+class _State:
+    """Checkpoints of a training: safetensors and JSON, written beside and renamed, the newest two kept."""
+
+    def __init__(self, folder: Path, objective: nn.Module, average: nn.Module, optimizers: dict[str, list[Optimizer]]):
+        self.folder, self.objective, self.average, self.optimizers = folder, objective, average, optimizers
+
+    def save(self, step: int) -> None:
+        with artifact.create(self.folder / f"step-{step:09d}") as place:
+            safetensors.torch.save_file(_cpu(self.objective.state_dict()), place / "objective.safetensors")
+            safetensors.torch.save_file(_cpu(self.average.state_dict()), place / "average.safetensors")
+            tensors, plain = {}, {}
+            for key, optimizer in self._flat():
+                for number, values in optimizer.state_dict()["state"].items():
+                    for name, value in values.items():
+                        target = tensors if isinstance(value, Tensor) else plain
+                        target[f"{key}/{number}/{name}"] = value
+            safetensors.torch.save_file(_cpu(tensors), place / "optimizers.safetensors")
+            artifact.write_json(place / "state.json", {"step": step, "optimizers": plain})
+        for old in sorted(self.folder.glob("step-*"))[:-2]:
+            shutil.rmtree(old)
+
+    def load(self, device: torch.device) -> int:
+        """Restore the newest checkpoint whose hashes are right and return its step; 0 if there is none."""
+        for folder in sorted(self.folder.glob("step-*"), reverse=True):
+            try:
+                artifact.check(folder)
+            except ArtifactError as error:
+                say(f"passing over a damaged checkpoint: {error}")
+                continue
+            meta = json.loads((folder / "state.json").read_text())
+            self.objective.load_state_dict(read_weights(folder / "objective.safetensors"), strict=True)
+            self.average.load_state_dict(read_weights(folder / "average.safetensors"), strict=True)
+            saved = {**read_weights(folder / "optimizers.safetensors"), **meta["optimizers"]}
+            for key, optimizer in self._flat():
+                restored: dict[int, dict[str, Any]] = {}
+                for path, value in saved.items():
+                    if path.startswith(f"{key}/"):
+                        _, _, number, name = path.split("/")
+                        restored.setdefault(int(number), {})[name] = value
+                optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
+            return int(meta["step"])
+        return 0
+
+    def _flat(self) -> list[tuple[str, Optimizer]]:
+        return [(f"{phase}/{i}", one) for phase, some in self.optimizers.items() for i, one in enumerate(some)]
+
+
+def _cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def _groups(optimizers: dict[str, list[Optimizer]]) -> list[dict[str, Any]]:
+    return [group for some in optimizers.values() for optimizer in some for group in optimizer.param_groups]
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    return type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
+
+
+def _mean_over_processes(terms: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
+    """Each process has the terms of its own share of the batch; a row of the history is about the whole batch."""
+    if accelerator.num_processes == 1:
+        return terms
+    values = torch.tensor(
+        list(terms.values()), dtype=torch.float64 if accelerator.device.type == "cpu" else torch.float32
+    )
+    means = accelerator.reduce(values.to(accelerator.device), reduction="mean").tolist()
+    return dict(zip(terms, means, strict=True))
+
+
+def _any(accelerator: Accelerator, flag: Callable[[], bool]) -> bool:
+    """Whether the flag is up in any process: all of them must stop at the same step."""
+    here = flag()
+    if accelerator.num_processes == 1:
+        return here
+    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device)).item() > 0)
+
+
+def threads() -> str:
+    """What the bits of a CPU training depend on besides its inputs, for the first line of a stage."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x{torch.get_num_threads()}"
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return f"{device}, {world} processes" if world > 1 else device

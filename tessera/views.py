@@ -1,0 +1,31 @@
+"""Further views of a training image: mirror images and small warps, encoded once and drawn from while a prior trains.
+
+Source: LlamaGen's pre-extracted ten-crop codes (Sun et al. 2024, arXiv:2406.06525, section 3.1), with sub-pixel warps in
+the place of crops, because whole-pixel shifts of an 8x8 image are other images.
+"""
+
+import torch
+from torch import Tensor
+
+from tessera import seeding
+from tessera.nn.warp import warp as warped
+from tessera.params import EncodeTokens
+
+
+def count(settings: EncodeTokens) -> int:
+    """Views per training image, the image itself among them."""
+    return (1 + settings.warps) * (2 if settings.horizontal_flip else 1)
+
+
+def others(images: Tensor, settings: EncodeTokens, seed: int, split: str, start: int) -> list[Tensor]:
+    """The count - 1 views beside the images (B, C, H, W) in [-1, 1]; `start`, the first row, seeds their warps."""
+    generator = seeding.generator(seed, "views", split, start)
+    warped = [warp(images, settings, generator) for _ in range(settings.warps)]
+    flipped = [view.flip(-1) for view in (images, *warped)] if settings.horizontal_flip else []
+    return [*warped, *flipped]
+
+
+def warp(images: Tensor, settings: EncodeTokens, generator: torch.Generator) -> Tensor:
+    """Rotate, scale and shift each image by its own uniform draws."""
+    draws = torch.rand(4, len(images), generator=generator) * 2 - 1
+    return warped(images, draws, settings.warp_rotation, settings.warp_scale, settings.warp_shift)
