@@ -1,0 +1,49 @@
+"""Train one tokenizer: images -> encoder, quantizer, decoder.
+
+python -m stages.train_tokenizer vqgan --images data/images --out data/tokenizers/vqgan \
+        --history data/curves/tokenizers/vqgan.csv
+"""
+
+from pathlib import Path
+
+import torch
+
+from tessera import stage_process, training
+from tessera.artifacts import checkpoints
+from tessera.artifacts import folder as artifact
+from tessera.artifacts import images as image_artifact
+from tessera.components import load
+from tessera.params import Pipeline
+
+
+def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job: stage_process.Job) -> None:
+    spec, splits = image_artifact.read(images)
+    config = params.tokenizers[name]
+    module = load("tokenizers", config.kind)
+    torch.manual_seed(params.seed)
+    model = module.Model(config, spec)
+    job.say(_first_line(model, spec, len(splits["train"])))
+    job.resumable(*checkpoints.identity(config, spec), artifact.fingerprint(images), params.seed)
+    if hasattr(module, "Objective"):
+        objective = module.Objective(model, config)
+        model = training.fit(objective, splits["train"], config.training, seed=params.seed, job=job)
+        if model is None:  # only the first process writes
+            return
+    with artifact.create(out) as place:
+        checkpoints.save(place, "tokenizers", config, spec, model)
+    job.keep_history(history)
+    job.say(f"wrote {out}")
+
+
+def _first_line(model: torch.nn.Module, spec: image_artifact.ImageSpec, num_images: int) -> str:
+    codes = f"{model.codebook_size} codes" if model.codebook_size else "no codebook"
+    depth, height, width = model.latent_shape
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    return (
+        f"{num_images:,} images {spec.channels}x{spec.height}x{spec.width} -> {height}x{width} tokens of {depth} channels, "
+        f"{codes}, {millions:.2f} M parameters, {training.threads()}"
+    )
+
+
+if __name__ == "__main__":
+    stage_process.main(run)
