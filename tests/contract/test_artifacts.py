@@ -1,0 +1,253 @@
+"""What lies between stages is checked before use: damage, mix-ups and foreign formats end in a sentence naming the file."""
+
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tessera.artifacts import checkpoints, images, samples, tokens
+from tessera.artifacts import folder as artifact
+from tessera.artifacts.folder import ArtifactError
+from tessera.artifacts.samples import Samples, quotas
+from tessera.artifacts.shards import Shards, ShardWriter
+from tessera.components import load, parse
+
+CONFIG = {
+    "kind": "vqvae",
+    "quantizer": {"kind": "vector", "codebook_size": 16, "code_dim": 4},
+    "channels": 8,
+    "num_blocks": 1,
+    "training": {"num_steps": 1},
+}
+
+
+@pytest.fixture
+def tokenizer(tmp_path, image_spec):
+    config = parse(load("tokenizers", "vqvae").Config, CONFIG)
+    torch.manual_seed(0)
+    with artifact.create(tmp_path / "tokenizer") as place:
+        checkpoints.save(place, "tokenizers", config, image_spec, load("tokenizers", "vqvae").Model(config, image_spec))
+    return tmp_path / "tokenizer"
+
+
+@pytest.fixture
+def token_folder(tmp_path, token_spec):
+    with artifact.create(tmp_path / "tokens") as place:
+        for split in ("train", "test"):
+            for stem, rows in {
+                "indices": np.arange(6 * 8, dtype=np.uint16).reshape(6, 1, 4, 2) % 11,
+                "latents": np.ones((6, 1, 3, 4, 2), np.float32),
+                "labels": np.arange(6) % 3,
+            }.items():
+                with ShardWriter(place / split, stem) as writer:
+                    writer.append(rows)
+        artifact.write_json(place / "meta.json", {"spec": token_spec.model_dump()})
+    return tmp_path / "tokens"
+
+
+@pytest.fixture
+def sample_folder(tmp_path):
+    with artifact.create(tmp_path / "samples") as place:
+        with ShardWriter(place, "images") as writer, ShardWriter(place, "labels") as labels:
+            writer.append(np.zeros((4, 1, 16, 8), np.uint8))
+            labels.append(np.zeros(4, np.int64))
+        artifact.write_json(place / "meta.json", {"seed": 0})
+    return tmp_path / "samples"
+
+
+READERS = {
+    "tokenizer": lambda folder: checkpoints.load_model(folder, "tokenizers"),
+    "images_copy": images.read,
+    "token_folder": lambda folder: tokens.read(folder, "indices"),
+    "sample_folder": Samples,
+}
+
+
+@pytest.fixture
+def images_copy(images_folder, tmp_path):
+    return shutil.copytree(images_folder, tmp_path / "images")
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_one_flipped_bit_in_any_file_is_found_before_use(kind, request):
+    folder = request.getfixturevalue(kind)
+    READERS[kind](folder)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    assert len(files) >= 3
+    for path in files:
+        whole = path.read_bytes()
+        for offset in (0, len(whole) // 2, len(whole) - 1):
+            broken = bytearray(whole)
+            broken[offset] ^= 4
+            path.write_bytes(broken)
+            with pytest.raises(ArtifactError) as error:
+                READERS[kind](folder)
+            assert str(folder) in str(error.value) and "dvc repro" in str(error.value)
+        path.write_bytes(whole)
+    READERS[kind](folder)
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+def test_damaged_files_are_named(kind, damage, request):
+    folder = request.getfixturevalue(kind)
+    for path in [path for path in sorted(folder.rglob("*")) if path.is_file()]:
+        whole = path.read_bytes()
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"")
+        with pytest.raises(ArtifactError, match=path.name):
+            READERS[kind](folder)
+        path.write_bytes(whole)
+
+
+class Canary:
+    """Unpickling it creates a file: if that file ever exists, something was unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("writer", ["pickle", "torch"])
+def test_a_pickle_in_the_place_of_weights_is_refused_and_never_opened(tokenizer, tmp_path, writer):
+    canary, weights = tmp_path / "canary", tokenizer / "weights.safetensors"
+    if writer == "pickle":
+        weights.write_bytes(pickle.dumps(Canary(str(canary))))
+    else:
+        torch.save({"a": Canary(str(canary))}, weights)
+    manifest = {path.name: artifact.sha256(path) for path in tokenizer.iterdir() if path.name != artifact.MANIFEST}
+    artifact.write_json(tokenizer / artifact.MANIFEST, manifest)  # even one that vouches for it
+    with pytest.raises(ArtifactError, match="weights.safetensors is a pickle or a zip.*Expected safetensors"):
+        checkpoints.load_model(tokenizer, "tokenizers")
+    assert not canary.exists()
+
+
+def test_an_artifact_of_another_kind_is_refused(tokenizer, sample_folder):
+    with pytest.raises(ArtifactError, match="holds 'tokenizers', expected 'priors'"):
+        checkpoints.load_model(tokenizer, "priors")
+
+
+def test_a_missing_artifact_says_how_to_make_it(tmp_path):
+    with pytest.raises(ArtifactError, match="does not exist.*dvc repro"):
+        artifact.check(tmp_path / "nothing")
+
+
+def test_weights_of_other_settings_are_refused(tokenizer):
+    meta = artifact.read_json(tokenizer / "config.json")
+    meta["config"]["channels"] = 16
+    artifact.write_json(tokenizer / "config.json", meta)
+    manifest = {path.name: artifact.sha256(path) for path in tokenizer.iterdir() if path.name != artifact.MANIFEST}
+    artifact.write_json(tokenizer / artifact.MANIFEST, manifest)
+    with pytest.raises(ArtifactError, match="does not fit its config.json"):
+        checkpoints.load_model(tokenizer, "tokenizers")
+
+
+def test_the_code_of_a_model_is_part_of_its_artifact(tokenizer):
+    code = artifact.read_json(tokenizer / "config.json")["code"]
+    expected = {"tessera/tokenizers/vqvae.py", "tessera/quantizers/vector.py", "tessera/nn/autoencoder.py"}
+    assert expected <= set(code) and "tessera/tokenizers/vqgan.py" not in code
+
+
+def test_a_prior_of_indices_is_refused_on_tokens_without_them(token_folder, token_spec):
+    bare = token_spec.model_copy(update={"codebook_size": None})
+    with pytest.raises(ArtifactError, match="holds no indices"):
+        tokens.Tokens(token_folder, "train", bare, "indices")
+
+
+def test_an_index_outside_the_codebook_is_refused(token_folder, token_spec):
+    narrow = token_spec.model_copy(update={"codebook_size": 5})
+    with pytest.raises(ArtifactError, match="outside the codebook of 5 codes"):
+        tokens.Tokens(token_folder, "train", narrow, "indices").batch(torch.arange(6))
+
+
+def test_latents_are_standardized_on_reading_and_back(token_spec):
+    raw = torch.randn(2, 3, 4, 2)
+    standard = tokens.standardize(raw, token_spec)
+    torch.testing.assert_close(standard[:, 1], (raw[:, 1] - 1) / 2)
+    torch.testing.assert_close(tokens.unstandardize(standard, token_spec), raw)
+
+
+def test_an_interrupted_write_leaves_the_artifact_of_before(tmp_path):
+    with artifact.create(tmp_path / "out") as place:
+        (place / "a").write_text("old")
+    with pytest.raises(RuntimeError), artifact.create(tmp_path / "out") as place:
+        (place / "a").write_text("new")
+        raise RuntimeError("killed")
+    assert (artifact.check(tmp_path / "out") / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_new_artifact_takes_the_place_of_the_old_one_whole(tmp_path):
+    for names in (("a", "b"), ("b", "c")):
+        with artifact.create(tmp_path / "out") as place:
+            for name in names:
+                (place / name).write_text(name)
+    assert sorted(path.name for path in artifact.check(tmp_path / "out").iterdir()) == ["b", "c", artifact.MANIFEST]
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_artifact_of_before(tmp_path):
+    program = f"""
+import resource
+from pathlib import Path
+from tessera.artifacts import folder as artifact
+out = Path({str(tmp_path / "out")!r})
+with artifact.create(out) as place:
+    (place / "a").write_bytes(b"old")
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    with artifact.create(out) as place:
+        (place / "a").write_bytes(b"x" * 1_000_000)
+except artifact.ArtifactError as error:
+    print(error)
+print((artifact.check(out) / "a").read_bytes(), [p.name for p in out.parent.iterdir()])
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    lines = result.stdout.splitlines()
+    assert "could not be written (File too large): 100,000 bytes were there" in lines[0], result
+    assert lines[1] == "b'old' ['out']"
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, image_spec):
+    config = parse(load("tokenizers", "vqvae").Config, CONFIG)
+    model = load("tokenizers", "vqvae").Model(config, image_spec)
+    model.decoder.head.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="not finite: decoder.head.bias"), artifact.create(tmp_path / "out") as place:
+        checkpoints.save(place, "tokenizers", config, image_spec, model)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_give_the_rows_asked_for_across_files(tmp_path):
+    rows = np.random.default_rng(0).integers(0, 255, (103, 3, 2)).astype(np.uint8)
+    with ShardWriter(tmp_path, "x", shard_bytes=60) as writer:
+        for start in range(0, 103, 7):
+            writer.append(rows[start : start + 7])
+    shards = Shards(tmp_path, "x")
+    assert len(list(tmp_path.glob("x-*.npy"))) == 11 and len(shards) == 103
+    wanted = np.random.default_rng(1).integers(0, 103, 50)
+    assert np.array_equal(shards.gather(wanted), rows[wanted]) and np.array_equal(shards.all(), rows)
+
+
+def test_uint8_survives_the_way_through_float_exactly():
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(images.to_uint8(images.to_float(every)), every)
+    assert images.to_float(every).min() == -1 and images.to_float(every).max() == 1
+    assert images.to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+
+
+def test_quotas_follow_the_shares_and_sum_exactly():
+    assert quotas(10, (1, 1, 1)).tolist() == [4, 3, 3]
+    for total, counts in ((1000, (178, 182, 177, 183)), (7, (1, 1000)), (2, (5, 5, 5))):
+        found = quotas(total, counts)
+        assert found.sum() == total
+        assert np.abs(found - total * np.array(counts) / sum(counts)).max() < 1
+    assert samples.quotas(4, (0, 2, 2)).tolist() == [0, 2, 2]

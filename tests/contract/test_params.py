@@ -1,0 +1,148 @@
+"""Mistakes in params.yaml: each is one sentence that says where, what was expected and what to do, before any work."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tessera.components import InvalidParams
+from tessera.params import read
+
+ROOT = Path(__file__).parents[2]
+GOOD = yaml.safe_load((ROOT / "params.yaml").read_text())
+PRESETS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
+AUTOREGRESSIVE = "systems.vqgan-autoregressive.prior"
+
+
+def changed(path: str, value) -> dict:
+    """The default params with one value replaced; keys are separated by dots."""
+    params = copy.deepcopy(GOOD)
+    *above, last = path.split(".")
+    target = params
+    for key in above:
+        target = target[key]
+    if value is Ellipsis:
+        del target[last]
+    else:
+        target[last] = value
+    return params
+
+
+def written(folder: Path, params) -> Path:
+    path = folder / "params.yaml"
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    return path
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
+def test_every_committed_params_file_is_valid(path):
+    assert read(path).systems
+
+
+WRONG = [
+    (f"{AUTOREGRESSIVE}.depht", 3, r"prior\.depht: unknown key; did you mean 'depth'\?"),
+    (
+        "tokenizers.vqgan.quantizer.codebok_size",
+        3,
+        r"quantizer\.codebok_size: unknown key; did you mean 'codebook_size'\?",
+    ),
+    ("sede", 0, r"sede: unknown key; did you mean 'seed'\?"),
+    ("systems.vqgan-flow.sampling.num_step", 3, r"sampling\.num_step: unknown key; did you mean 'num_steps'\?"),
+    ("tokenizers.vqgan.kind", "vqgann", r"there is no tessera/tokenizers/vqgann\.py.*did you mean 'vqgan'\?"),
+    ("tokenizers.vqgan.quantizer.kind", "fqs", r"there is no tessera/quantizers/fqs\.py: choose one of"),
+    (f"{AUTOREGRESSIVE}.kind", ..., r"expected a mapping with the key 'kind'"),
+    (f"{AUTOREGRESSIVE}.depth", "6", r"prior\.depth: .*integer, got '6'"),
+    (f"{AUTOREGRESSIVE}.depth", 0, r"prior\.depth: .*greater than or equal to 1, got 0"),
+    (f"{AUTOREGRESSIVE}.depth", True, r"prior\.depth: .*integer, got True"),
+    (f"{AUTOREGRESSIVE}.dropout", 1.5, r"prior\.dropout: .*less than or equal to 1, got 1\.5"),
+    (f"{AUTOREGRESSIVE}.dropout", float("nan"), r"prior\.dropout: "),
+    (f"{AUTOREGRESSIVE}.heads", 5, r"width 96 over heads 5 must be a multiple of 4"),
+    (f"{AUTOREGRESSIVE}.training.num_steps", ..., r"training\.num_steps: this key is missing"),
+    (f"{AUTOREGRESSIVE}.training.precision", "fp8", r"training\.precision: .*'fp32' or 'bf16'"),
+    ("seed", -1, r"seed: .*greater than or equal to 0"),
+    ("systems", {}, r"systems: .*at least 1"),
+    ("tokenizers.vqgan.patch_size", 3, r"tokenizer vqgan: images of 8x8 are not divisible by its downsampling of 3"),
+    (
+        "dataset",
+        {"kind": "image_folder", "source": "x", "height": 8, "width": 9},
+        r"tokenizer vqvae: images of 8x9 are not divisible by its downsampling of 2",
+    ),
+    ("systems.vqgan-flow.tokenizer", "vqgna", r"system vqgan-flow: there is no tokenizer 'vqgna', only vqvae, vqgan"),
+    (
+        "tokenizers.vqgan.quantizer",
+        {"kind": "identity"},
+        r"system vqgan-autoregressive: prior autoregressive models indices",
+    ),
+    ("encode_tokens.store_latents", False, r"system vqgan-flow: .*set encode_tokens\.store_latents: true"),
+    ("tokenizers.vqgan.perceptual", "lpips", r"lpips needs lpips_weights"),
+    ("tokenizers.VQ_GAN", GOOD["tokenizers"]["vqgan"], r"'VQ_GAN' is no valid name"),
+    ("dataset.kind", "imagenet", r"there is no tessera/datasets/imagenet\.py: choose one of cifar10"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), WRONG, ids=[f"{path}={value!r:.20}" for path, value, _ in WRONG])
+def test_a_mistake_is_told_in_a_sentence(tmp_path, path, value, message):
+    with pytest.raises(InvalidParams, match=message) as error:
+        read(written(tmp_path, changed(path, value)))
+    assert len(str(error.value)) < 700
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    params = changed(f"{AUTOREGRESSIVE}.depht", 3)
+    params["seed"] = "zero"
+    with pytest.raises(InvalidParams) as error:
+        read(written(tmp_path, params))
+    assert "depht" in str(error.value) and "seed: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 0\nseed: 1\n", "line 2: the key 'seed' stands there twice"),
+        ("seed: !!python/object/apply:os.system ['true']\n", "no plain YAML"),
+        ("- a\n- b\n", "expected a mapping with the keys seed, dataset"),
+        ("seed: [0\n", "no plain YAML"),
+        ("", "expected a mapping"),
+    ],
+)
+def test_a_file_that_is_no_params_file_is_refused(tmp_path, text, message):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(InvalidParams, match=message):
+        read(path)
+
+
+def test_a_stage_refuses_bad_params_before_touching_anything(tmp_path):
+    """Even a stage that does not use the mistaken section: no training runs towards a mistake."""
+    written(tmp_path, changed(f"{AUTOREGRESSIVE}.depht", 3))
+    command = [sys.executable, "-m", "stages.prepare_images", "--out", "data/images"]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "TESSERA_TRACKING": "off"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "did you mean 'depth'?" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "data").exists()
+
+
+keys = st.sampled_from(["seed", "dataset", "features", "tokenizers", "systems", "sample_images", "evaluate", "extra"])
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 99) | st.floats(allow_nan=True) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.just("kind"), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(keys, plain, max_size=3))
+def test_no_input_ends_in_anything_but_a_sentence(tmp_path_factory, replaced):
+    path = written(tmp_path_factory.mktemp("params"), {**GOOD, **replaced})
+    try:
+        read(path)
+    except InvalidParams as error:
+        assert str(path) in str(error)

@@ -1,0 +1,101 @@
+"""A small clone of the project, in which whole pipelines run: the same code and dvc.yaml, with params of two steps."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+class Clone:
+    """A checkout with a DVC repository of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "TESSERA_TRACKING": "off",
+            "OMP_NUM_THREADS": "1",  # two trainings of tests must not wait for each other's threads
+        }
+        self.environment.pop("DVC_ROOT", None)
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [*command],
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+
+    def start(self, *command: str, **environment: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*command],
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def params(self) -> dict[str, Any]:
+        return yaml.safe_load((self.folder / "params.yaml").read_text())
+
+    def write_params(self, params: dict[str, Any]) -> None:
+        (self.folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+    def git(self, *arguments: str) -> None:
+        identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+        subprocess.run(["git", *identity, *arguments], cwd=self.folder, check=True, capture_output=True)
+
+
+def smoke_params() -> dict[str, Any]:
+    """The default params with as little work as shows everything."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["features"]["training"] |= {"num_steps": 60, "batch_size": 16}
+    params["features"]["channels"] = 8
+    for tokenizer in params["tokenizers"].values():
+        tokenizer |= {"channels": 8, "num_blocks": 1}
+        tokenizer["quantizer"] |= {"codebook_size": 16, "init_step": 1}
+        tokenizer["training"] |= {"num_steps": 60, "batch_size": 16}
+    params["tokenizers"]["vqgan"]["discriminator_start_step"] = 5
+    params["encode_tokens"]["warps"] = 1
+    for system in params["systems"].values():
+        system["prior"] |= {"width": 24, "depth": 1, "heads": 2}
+        system["prior"]["training"] |= {"num_steps": 60, "batch_size": 16}
+    params["systems"]["vqgan-flow"]["sampling"]["num_steps"] = 2
+    params["sample_images"] = {"num_images": 40, "batch_size": 32}
+    params["evaluate"] = {"kernel_subset": 20, "num_kernel_subsets": 2}
+    return params
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """The tracked and new files of this checkout, copied, with smoke params, as a git and DVC repository."""
+    folder = tmp_path_factory.mktemp("clone") / "project"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "data/metrics/", "dvc.lock")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    made = Clone(folder)
+    made.write_params(smoke_params())
+    made.git("init", "--quiet", "--initial-branch=main")
+    made.git("add", "--all")
+    made.git("commit", "--quiet", "--message=start")
+    return made

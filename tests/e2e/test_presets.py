@@ -1,0 +1,68 @@
+"""The presets for GPUs, as they are committed but for the number of steps and images: they run here too, slowly."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from stages import encode_tokens, sample_images, train_prior, train_tokenizer
+from tessera.artifacts import folder as artifact
+from tessera.artifacts.images import ImageWriter, write_meta
+from tessera.contracts import ImageSpec
+from tessera.params import read
+from tessera.stage_process import Job
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("preset", ["cifar10", "imagenet256"])
+def test_a_gpu_preset_takes_steps_on_generated_images_of_its_shape(preset, tmp_path):
+    raw = yaml.safe_load((ROOT / f"presets/{preset}.yaml").read_text())
+    for part in (*raw["tokenizers"].values(), *(system["prior"] for system in raw["systems"].values())):
+        part["training"] |= {"num_steps": 2, "batch_size": 2}
+        part["training"].pop("gradient_accumulation", None)
+    raw["tokenizers"]["vqgan"]["discriminator_start_step"] = 1
+    raw["tokenizers"]["vqgan"]["quantizer"]["init_step"] = 1
+    raw["encode_tokens"] |= {"warps": 1, "batch_size": 3}
+    raw["sample_images"] = {"num_images": 2, "batch_size": 2}
+    for system in raw["systems"].values():
+        if "num_steps" in system["sampling"]:
+            system["sampling"]["num_steps"] = 2
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    params = read(tmp_path / "params.yaml")
+    images = generated_images(tmp_path / "images", params.dataset)
+    tokenizer, tokens = tmp_path / "tokenizer", tmp_path / "tokens"
+    train_tokenizer.run(params, "vqgan", images, tokenizer, tmp_path / "t.csv", Job("tokenizer", tmp_path / "s1"))
+    assert "real_logits" in (tmp_path / "t.csv").read_text()  # the discriminator took part
+    encode_tokens.run(params, "vqgan", images, tokenizer, tokens, Job("tokens", tmp_path / "s2"))
+    for name in params.systems:
+        prior, out = tmp_path / f"prior-{name}", tmp_path / f"samples-{name}"
+        figures = train_prior.run(params, name, tokens, prior, tmp_path / "p.csv", Job(name, tmp_path / name))
+        assert np.isfinite(figures["test_loss"])
+        sample_images.run(params, name, tokenizer, prior, out, tmp_path / "grid.png", Job("samples", tmp_path / "s4"))
+        drawn = np.load(out / "images-00000.npy")
+        assert drawn.shape == (2, params.dataset.channels, params.dataset.height, params.dataset.width)
+
+
+def generated_images(out: Path, dataset) -> Path:
+    """Six images to train on and two to test, of ten classes, of smooth noise."""
+    spec = ImageSpec(
+        name="generated",
+        channels=dataset.channels,
+        height=dataset.height,
+        width=dataset.width,
+        num_classes=10,
+        class_names=tuple("0123456789"),
+        licence="none",
+    )
+    random = np.random.default_rng(0)
+    with artifact.create(out) as place:
+        for split, count in (("train", 6), ("test", 2)):
+            coarse = random.integers(0, 255, (count, spec.channels, spec.height // 8, spec.width // 8)).astype(np.uint8)
+            with ImageWriter(place, split, spec) as writer:
+                writer.append(coarse.repeat(8, axis=2).repeat(8, axis=3), np.arange(count) % 10)
+        write_meta(place, spec, "0" * 64, pd.DataFrame({"split": ["train"] * 6 + ["test"] * 2, "kept": True}))
+    return out

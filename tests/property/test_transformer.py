@@ -1,0 +1,63 @@
+"""The transformer body: causality, rotary positions, the cache."""
+
+import torch
+from torch import nn
+
+from tessera.nn.transformer import RMSNorm, Transformer, rotary_angles, rotate
+
+
+def body(is_causal: bool, is_conditioned: bool = False) -> Transformer:
+    torch.manual_seed(0)
+    net = Transformer(32, 2, 4, (3, 2), dropout=0.0, is_causal=is_causal, is_conditioned=is_conditioned).eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+def test_a_causal_place_sees_nothing_after_it():
+    net, x = body(is_causal=True), torch.randn(1, 6, 32)
+    for place in range(6):
+        changed = x.clone()
+        changed[:, place] += 1
+        difference = (net(x) - net(changed)).abs().amax(dim=(0, 2))
+        assert (difference[:place] == 0).all() and difference[place] > 0
+
+
+def test_without_causality_every_place_sees_every_other():
+    net, x = body(is_causal=False), torch.randn(1, 6, 32)
+    changed = x.clone()
+    changed[:, 5] += 1
+    assert ((net(x) - net(changed)).abs().amax(dim=(0, 2)) > 0).all()
+
+
+def test_place_by_place_with_the_cache_equals_all_at_once():
+    net, x = body(is_causal=True), torch.randn(3, 6, 32)
+    caches = net.new_caches(3, like=x)
+    pieces = [net(x[:, i : i + 1], caches=caches) for i in range(6)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), net(x), atol=1e-5, rtol=1e-5)
+
+
+def test_rotated_products_depend_on_the_offset_between_places_alone():
+    angles = rotary_angles(5, 4, 16)  # (20, 8)
+    query, key = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+    spun = [rotate(v.expand(1, 1, 20, 16), angles.cos(), angles.sin()).view(5, 4, 16) for v in (query, key)]
+    product = torch.einsum("abe,cde->abcd", *spun)
+    torch.testing.assert_close(product[1, 1, 3, 2], product[0, 0, 2, 1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(product[4, 3, 2, 2], product[3, 2, 1, 1], atol=1e-4, rtol=1e-4)
+    assert (product[0, 0, 2, 1] - product[0, 0, 1, 2]).abs() > 1e-3  # rows and columns are told apart
+
+
+def test_rotation_keeps_lengths():
+    angles, x = rotary_angles(3, 2, 8), torch.randn(2, 4, 6, 8)
+    torch.testing.assert_close(rotate(x, angles.cos(), angles.sin()).norm(dim=-1), x.norm(dim=-1))
+
+
+def test_rms_norm_is_its_formula():
+    x, norm = torch.randn(2, 3, 7), RMSNorm(7)
+    torch.testing.assert_close(norm(x), x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt())
+
+
+def test_a_conditioned_block_starts_as_the_identity():
+    net = Transformer(16, 3, 2, (2, 2), dropout=0.0, is_causal=False, is_conditioned=True)
+    x = torch.randn(2, 4, 16)
+    torch.testing.assert_close(net(x, torch.randn(2, 16)), net.norm(x))

@@ -1,0 +1,405 @@
+"""The metrics against closed forms, brute force, other libraries, and figures computed elsewhere."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tessera.metrics import codebook, frechet, kernel, precision_recall, reconstruction
+
+
+def normal(rows: int, width: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def reference(shared_data):
+    """Feature sets, and the distances of pairs of them by four implementations."""
+    figures = json.loads((shared_data / "fid_reference" / "reference.json").read_text())
+    return dict(np.load(shared_data / "fid_reference" / "features.npz")), figures
+
+
+# Fréchet distance
+
+
+def test_moments_are_the_mean_and_the_unbiased_covariance():
+    features = normal(23, 5, seed=0).float().numpy()
+    found = frechet.moments(features)
+    np.testing.assert_allclose(found.mean, features.astype(np.float64).mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(features.astype(np.float64).T), rtol=1e-12)
+    assert found.num_images == 23
+    assert found.mean.dtype == found.covariance.dtype == torch.float64
+
+
+def test_moments_of_batches_equal_those_of_the_whole_in_any_grouping():
+    features = normal(101, 6, seed=1)
+    whole = frechet.moments(features)
+    first, second = frechet.MomentsAccumulator(), frechet.MomentsAccumulator()
+    for batch in features[:60].split(7):
+        first.update(batch)
+    for batch in features[60:].split(1):
+        second.update(batch)
+    first.update(features[:0])
+    second.merge(first)
+    second.merge(frechet.MomentsAccumulator())
+    merged = second.moments()
+    assert merged.num_images == 101
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(merged.covariance, whole.covariance, rtol=1e-12, atol=1e-13)
+
+
+def test_an_accumulator_does_not_change_the_one_it_merges_nor_the_moments_it_gave():
+    first, second = frechet.MomentsAccumulator(), frechet.MomentsAccumulator()
+    first.update(normal(9, 3, seed=2))
+    before = first.moments()
+    kept = before.mean.clone(), before.covariance.clone()
+    second.merge(first)
+    second.update(normal(9, 3, seed=3) + 5)
+    torch.testing.assert_close(first.moments().mean, kept[0], rtol=0, atol=0)
+    first.update(normal(9, 3, seed=4) + 5)
+    torch.testing.assert_close(before.mean, kept[0], rtol=0, atol=0)
+    torch.testing.assert_close(before.covariance, kept[1], rtol=0, atol=0)
+
+
+def test_a_large_common_offset_costs_the_covariance_no_digits():
+    features = normal(400, 4, seed=5)
+    accumulator = frechet.MomentsAccumulator()
+    for batch in (features + 1e7).split(50):
+        accumulator.update(batch)
+    torch.testing.assert_close(accumulator.moments().covariance, torch.cov(features.T), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_fewer_than_two_images_have_no_moments(rows):
+    with pytest.raises(ValueError, match=f"covariance of {rows} image.*at least 2"):
+        frechet.moments(normal(rows, 3, seed=0))
+
+
+def test_features_that_are_not_finite_or_of_another_width_are_refused():
+    accumulator = frechet.MomentsAccumulator()
+    accumulator.update(normal(4, 3, seed=0))
+    with pytest.raises(ValueError, match="width 2 .* width 3"):
+        accumulator.update(normal(4, 2, seed=0))
+    with pytest.raises(ValueError, match="not finite"):
+        accumulator.update(torch.tensor([[0.0, math.nan, 0.0]]))
+    with pytest.raises(ValueError, match="width 3 and 2"):
+        frechet.distance(frechet.moments(normal(9, 3, seed=0)), frechet.moments(normal(9, 2, seed=0)))
+
+
+def test_distance_of_diagonal_gaussians_is_the_closed_form():
+    generator = np.random.default_rng(0)
+    mean_a, mean_b = generator.normal(size=(2, 300))
+    variance_a, variance_b = generator.uniform(0.1, 3, size=(2, 300))
+    a, b = (
+        frechet.Moments(torch.from_numpy(mean), torch.from_numpy(np.diag(variance)), 1000)
+        for mean, variance in ((mean_a, variance_a), (mean_b, variance_b))
+    )
+    expected = ((mean_a - mean_b) ** 2).sum() + ((variance_a**0.5 - variance_b**0.5) ** 2).sum()
+    assert frechet.distance(a, b) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(50, 3), (300, 280), (20, 40), (2, 5)])
+def test_distance_of_a_set_from_itself_is_0_and_from_a_shifted_copy_the_square_of_the_shift(rows, width):
+    features = normal(rows, width, seed=6)
+    own, shifted = frechet.moments(features), frechet.moments(features + 2)
+    assert 0 <= frechet.distance(own, own) < 1e-11 * width
+    assert frechet.distance(own, shifted) == pytest.approx(4 * width, rel=1e-11)
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 257, 600])
+def test_the_blockwise_product_equals_the_plain_one_at_every_width(width):
+    factor, matrix = (
+        normal(width, width, seed=14).tril(),
+        torch.cov(normal(width, 2 * width + 2, seed=15)).view(width, -1),
+    )
+    found = frechet._congruence(factor, matrix)
+    torch.testing.assert_close(found.tril(), (factor.T @ matrix @ factor).tril(), rtol=1e-10, atol=1e-10)
+
+
+def test_distance_is_symmetric():
+    a, b = frechet.moments(normal(90, 30, seed=7)), frechet.moments(normal(25, 30, seed=8) * 2)
+    assert frechet.distance(a, b) == pytest.approx(frechet.distance(b, a), rel=1e-12)
+
+
+def test_constant_features_have_only_a_distance_of_means():
+    zeros, ones = frechet.moments(torch.zeros(10, 4)), frechet.moments(torch.ones(3, 4))
+    assert frechet.distance(zeros, ones) == 4
+    spread = frechet.moments(normal(10, 4, seed=9))
+    expected = float(spread.mean.square().sum() + spread.covariance.trace())
+    assert frechet.distance(zeros, spread) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("rows", [400, 100])
+def test_distance_is_exact_for_features_that_span_fewer_dimensions_than_they_have(rows):
+    x = normal(rows, 20, seed=10) @ normal(20, 64, seed=11)  # rank 20 in 64 dimensions
+    y = normal(rows, 30, seed=12) @ normal(30, 64, seed=13)
+    x_centered, y_centered = ((z - z.mean(dim=0)) / math.sqrt(rows - 1) for z in (x, y))
+    cross = torch.linalg.svdvals(x_centered @ y_centered.T).sum()  # straight from the features, without covariances
+    means = (x.mean(dim=0) - y.mean(dim=0)).square().sum()
+    expected = means + x_centered.square().sum() + y_centered.square().sum() - 2 * cross
+    assert frechet.distance(frechet.moments(x), frechet.moments(y)) == pytest.approx(float(expected), rel=1e-10)
+
+
+@pytest.mark.parametrize("pair", ["loss|jpg_same", "loss|noisy25", "loss|jpg_test", "jpg_same|jpg_test"])
+def test_distance_equals_other_implementations_on_sets_of_full_rank(reference, pair):
+    features, figures = reference
+    found = frechet.distance(*(frechet.moments(features[name]) for name in pair.split("|")))
+    others = [value for name, value in figures[pair].items() if not name.startswith("kid")]
+    assert len(others) == 4
+    assert [found] * 4 == pytest.approx(others, rel=1e-9)
+
+
+def test_distance_of_sets_with_fewer_images_than_features_is_exact_and_near_other_implementations(reference):
+    features, figures = reference
+    x, y = (features[name].astype(np.float64) for name in ("euro_tr400", "euro_te334"))
+    found = frechet.distance(frechet.moments(x), frechet.moments(y))
+    others = [value for name, value in figures["euro_tr400|euro_te334"].items() if not name.startswith("kid")]
+    assert [found] * 4 == pytest.approx(others, rel=1e-6)  # they agree among themselves to 2e-7
+    x_centered, y_centered = ((z - z.mean(axis=0)) / math.sqrt(len(z) - 1) for z in (x, y))
+    cross = np.linalg.svd(x_centered @ y_centered.T, compute_uv=False).sum()
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + (x_centered**2).sum() + (y_centered**2).sum() - 2 * cross
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+# Kernel distance
+
+
+@pytest.mark.parametrize("pair", ["loss|jpg_same", "loss|noisy25", "jpg_same|jpg_test", "euro_tr400|euro_te334"])
+def test_kernel_distance_equals_other_implementations(reference, pair):
+    features, figures = reference
+    x, y = (features[name] for name in pair.split("|"))
+    found = kernel.distance(x, y, np.random.default_rng(1), subset_size=300, num_subsets=1)
+    assert found.mean == pytest.approx(figures[pair]["kid300_rng1_torch_fidelity_mmd2"], rel=1e-9)
+    assert math.isnan(found.standard_error)
+
+
+def test_kernel_discrepancy_equals_sums_over_pairs():
+    x, y = normal(5, 3, seed=0).numpy(), normal(7, 3, seed=1).numpy() + 1
+
+    def k(a, b):
+        return (float(a @ b) / 3 + 1) ** 3
+
+    within_x = sum(k(x[i], x[j]) for i in range(5) for j in range(5) if i != j) / 20
+    within_y = sum(k(y[i], y[j]) for i in range(7) for j in range(7) if i != j) / 42
+    between = sum(k(a, b) for a in x for b in y) / 35
+    assert kernel.squared_discrepancy(x, y) == pytest.approx(within_x + within_y - 2 * between, rel=1e-12)
+
+
+def test_kernel_distance_repeats_under_a_seed_and_its_error_shrinks_with_the_number_of_subsets():
+    x, y = normal(200, 4, seed=0), normal(150, 4, seed=1)
+    few, again, other = (kernel.distance(x, y, np.random.default_rng(s), 50, 20) for s in (3, 3, 4))
+    assert few == again != other
+    many = kernel.distance(x, y, np.random.default_rng(3), 50, 500)
+    assert many.standard_error == pytest.approx(few.standard_error * math.sqrt(20 / 500), rel=0.5)
+    assert abs(many.mean - few.mean) < 4 * few.standard_error
+
+
+def test_kernel_distance_is_unbiased_around_0_for_sets_of_one_distribution():
+    values = [kernel.squared_discrepancy(normal(40, 3, seed=s), normal(40, 3, seed=1000 + s)) for s in range(200)]
+    assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(200)
+    assert min(values) < 0 < max(values)
+
+
+def test_a_subset_larger_than_a_set_is_refused():
+    with pytest.raises(ValueError, match="subsets of 11 images.*2 to 10 images"):
+        kernel.distance(normal(20, 3, seed=0), normal(10, 3, seed=1), np.random.default_rng(0), 11, 2)
+    with pytest.raises(ValueError, match="same feature network"):
+        kernel.squared_discrepancy(normal(20, 3, seed=0), normal(10, 2, seed=1))
+
+
+# Precision and recall, density and coverage
+
+
+def brute_force(reference: np.ndarray, samples: np.ndarray, k: int) -> tuple[float, float, float, float]:
+    """The four definitions, one pair of images at a time."""
+
+    def radius(points, i):
+        return sorted(math.dist(points[i], points[j]) for j in range(len(points)) if j != i)[k - 1]
+
+    real_radii = [radius(reference, i) for i in range(len(reference))]
+    fake_radii = [radius(samples, j) for j in range(len(samples))]
+    gap = [[math.dist(r, s) for s in samples] for r in reference]
+    n, m = range(len(reference)), range(len(samples))
+    precision = np.mean([any(gap[i][j] <= real_radii[i] for i in n) for j in m])
+    recall = np.mean([any(gap[i][j] <= fake_radii[j] for j in m) for i in n])
+    density = sum(gap[i][j] <= real_radii[i] for i in n for j in m) / (k * len(samples))
+    coverage = np.mean([any(gap[i][j] <= real_radii[i] for j in m) for i in n])
+    return precision, recall, density, coverage
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1024])
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_neighbour_metrics_equal_brute_force_for_any_chunk(monkeypatch, chunk, k):
+    monkeypatch.setattr(precision_recall, "CHUNK_ROWS", chunk)
+    reference, samples = normal(31, 4, seed=0).numpy(), 0.7 * normal(26, 4, seed=1).numpy() + 0.5
+    found = (
+        *precision_recall.precision_recall(reference, samples, k),
+        *precision_recall.density_coverage(reference, samples, k),
+    )
+    assert found == pytest.approx(brute_force(reference, samples, k), abs=1e-12)
+    assert min(found) > 0
+
+
+def test_equal_sets_are_wholly_precise_recalled_and_covered():
+    features = normal(60, 5, seed=2) + 100
+    assert precision_recall.precision_recall(features, features) == (1, 1)
+    assert precision_recall.density_coverage(features, features).coverage == 1
+
+
+def test_a_collapsed_generator_is_precise_without_recall_and_a_distant_one_has_neither():
+    reference = normal(200, 3, seed=3)
+    collapsed = 0.01 * normal(100, 3, seed=4) + reference[0]
+    precision, recall = precision_recall.precision_recall(reference, collapsed)
+    assert precision > 0.9
+    assert recall < 0.05
+    assert precision_recall.density_coverage(reference, collapsed).coverage < 0.2
+    assert precision_recall.precision_recall(reference, collapsed + 50) == (0, 0)
+    assert precision_recall.density_coverage(reference, collapsed + 50) == (0, 0)
+
+
+def test_one_outlier_of_the_reference_lifts_precision_but_hardly_density():
+    reference = torch.cat([normal(100, 2, seed=5), torch.tensor([[60.0, 60.0]], dtype=torch.float64)])
+    samples = normal(100, 2, seed=6) + 30  # in the huge ball of the outlier only
+    assert precision_recall.precision_recall(reference, samples).precision == 1
+    assert precision_recall.density_coverage(reference, samples).density == pytest.approx(1 / 5)
+
+
+def test_a_neighbour_that_does_not_exist_is_refused():
+    few, many = normal(4, 2, seed=0), normal(9, 2, seed=1)
+    with pytest.raises(ValueError, match="among 4 images there is no neighbour number 4"):
+        precision_recall.precision_recall(many, few, k=4)
+    with pytest.raises(ValueError, match="choose k from 1 to 3"):
+        precision_recall.density_coverage(few, many, k=5)
+    with pytest.raises(ValueError, match="same feature network"):
+        precision_recall.density_coverage(many, normal(9, 3, seed=0))
+    assert precision_recall.density_coverage(many, few[:1], k=4).density >= 0  # one sample is enough for these two
+
+
+# Reconstruction
+
+
+def pictures(*shape: int, seed: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_psnr_is_the_mean_of_the_images_not_that_of_the_pooled_error():
+    originals = torch.full((2, 1, 3, 5), 0.5)
+    images = originals.clone()
+    images[0] += 0.1  # 20 dB
+    images[1] += 0.01  # 40 dB
+    assert reconstruction.psnr_db(images, originals) == pytest.approx(30, abs=1e-4)
+    assert reconstruction.psnr_db(originals, originals) == 100
+    assert reconstruction.psnr_db(images, originals, ceiling=35) == pytest.approx(27.5, abs=1e-4)
+
+
+def test_psnr_and_ssim_equal_figures_computed_elsewhere(shared_data):
+    original, *images = (
+        torch.from_numpy(np.array(Image.open(shared_data / "psnr_ssim" / f"ex_{name}.png").convert("RGB")))
+        .permute(2, 0, 1)[None]
+        .float()
+        / 255
+        for name in ("ref", "p0", "p1")
+    )
+    assert [reconstruction.psnr_db(image, original) for image in images] == pytest.approx([18.0455, 13.8675], abs=5e-5)
+    assert [reconstruction.ssim(image, original) for image in images] == pytest.approx([0.45009, 0.28592], abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 11, 11), (3, 3, 20, 13), (2, 1, 28, 28)])
+def test_psnr_and_ssim_equal_torchmetrics(shape):
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    originals = pictures(*shape, seed=0)
+    images = (originals + 0.2 * pictures(*shape, seed=1)).clamp(0, 1)
+    expected = structural_similarity_index_measure(images.double(), originals.double(), data_range=1.0).item()
+    assert reconstruction.ssim(images, originals) == pytest.approx(expected, abs=1e-9)
+    ratio = peak_signal_noise_ratio(
+        images.double(), originals.double(), data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3)
+    )
+    assert reconstruction.psnr_db(images, originals) == pytest.approx(
+        ratio.item(), abs=1e-5
+    )  # its logarithm is float32
+
+
+def test_ssim_is_the_formula_in_a_window_around_each_pixel():
+    x, y = pictures(1, 1, 8, 9, seed=2).double(), pictures(1, 1, 8, 9, seed=3).double()
+    bell = np.exp(-((np.arange(7) - 3) ** 2) / (2 * 1.5**2))  # 7: the largest odd window in 8 pixels
+    window = np.outer(bell, bell) / bell.sum() ** 2
+    padded_x, padded_y = (np.pad(z[0, 0].numpy(), 3, mode="reflect") for z in (x, y))
+    c1, c2 = 0.01**2, 0.03**2
+    values = []
+    for row in range(8):
+        for col in range(9):
+            a, b = (z[row : row + 7, col : col + 7] for z in (padded_x, padded_y))
+            mean_a, mean_b = (window * a).sum(), (window * b).sum()
+            variances = (window * (a - mean_a) ** 2).sum() + (window * (b - mean_b) ** 2).sum()
+            covariance = (window * (a - mean_a) * (b - mean_b)).sum()
+            value = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+            values.append(value / ((mean_a**2 + mean_b**2 + c1) * (variances + c2)))
+    assert reconstruction.ssim(x, y) == pytest.approx(np.mean(values), rel=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (2, 3, 5, 30), (1, 1, 1, 1), (2, 1, 2, 9), (1, 2, 10, 12)])
+def test_the_window_shrinks_for_images_smaller_than_it(shape):
+    originals, images = pictures(*shape, seed=4), pictures(*shape, seed=5)
+    assert reconstruction.ssim(originals, originals) == pytest.approx(1)
+    assert -1 <= reconstruction.ssim(images, originals) < 1
+
+
+def test_figures_do_not_depend_on_how_many_images_are_held_at_a_time(monkeypatch):
+    originals, images = pictures(7, 1, 9, 12, seed=6), pictures(7, 1, 9, 12, seed=7)
+    whole = reconstruction.psnr_db(images, originals), reconstruction.ssim(images, originals)
+    monkeypatch.setattr(reconstruction, "CHUNK_IMAGES", 3)
+    chunked = reconstruction.psnr_db(images, originals), reconstruction.ssim(images, originals)
+    assert chunked == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.parametrize("measure", [reconstruction.psnr_db, reconstruction.ssim])
+def test_images_in_another_range_dtype_or_shape_are_refused(measure):
+    fine = pictures(2, 1, 12, 12, seed=8)
+    for wrong in (fine * 2 - 1, fine * 255, (fine * 255).to(torch.uint8), fine * math.nan):
+        with pytest.raises(ValueError, match=r"expected float in \[0, 1\]"):
+            measure(wrong, fine)
+    with pytest.raises(ValueError, match="each original beside its reconstruction"):
+        measure(fine[:1], fine)
+
+
+# Codebook
+
+
+def test_use_of_a_codebook_is_the_closed_form():
+    found = codebook.use(codebook.count(np.array([[0, 0, 1], [1, 3, 3]], dtype=np.uint16), 8))
+    assert found.codebook_usage == 3 / 8
+    assert found.codebook_perplexity == pytest.approx(3, rel=1e-12)
+    assert found.dead_codes == 5
+    assert found.bits_per_token == pytest.approx(math.log2(3), rel=1e-12)
+    uneven = codebook.use(torch.tensor([2, 1, 1]))  # entropy 1.5 bits
+    assert uneven.bits_per_token == pytest.approx(1.5, rel=1e-12)
+    assert uneven.codebook_perplexity == pytest.approx(2**1.5, rel=1e-12)
+
+
+def test_use_is_extreme_for_one_code_and_for_all_codes_alike():
+    assert codebook.use(codebook.count(torch.full((2, 3, 4), 5), 16)) == (1 / 16, 1, 15, 0)
+    even = codebook.use(codebook.count(torch.arange(1024).repeat(3).view(3, 32, 32), 1024))
+    assert even.codebook_usage == 1
+    assert even.dead_codes == 0
+    assert even.codebook_perplexity == pytest.approx(1024, rel=1e-12)
+    assert even.bits_per_token == pytest.approx(10, rel=1e-12)
+
+
+def test_counts_of_batches_add_up():
+    indices = torch.randint(9, (50, 2, 3), generator=torch.Generator().manual_seed(0))
+    total = sum(codebook.count(batch, 12) for batch in indices.split(16))
+    assert total.tolist() == np.bincount(indices.flatten().numpy(), minlength=12).tolist()
+
+
+def test_indices_outside_the_codebook_latents_and_nothing_are_refused():
+    for outside in ([0, 8], [-1, 3]):
+        with pytest.raises(ValueError, match="outside 0 to 7"):
+            codebook.count(np.array(outside), 8)
+    with pytest.raises(ValueError, match="not the latents"):
+        codebook.count(torch.rand(3), 8)
+    with pytest.raises(ValueError, match="no indices were counted"):
+        codebook.use(codebook.count(np.zeros(0, np.int64), 8))

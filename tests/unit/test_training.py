@@ -1,0 +1,247 @@
+"""The training loop: its order of rows, its averages, its schedule, its checkpoints, and what stops it."""
+
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from tessera import training
+from tessera.artifacts import folder as artifact
+from tessera.contracts import ImageBatch
+from tessera.optimization import Training, learning_rate_factor, optimizers_for, update_average
+from tessera.stage_process import Job, Stopped
+from tessera.training import Diverged, fit, rows_of_step
+
+
+class Toy(nn.Module):
+    """A model with dropout, so that a resumed training must restore the state of chance as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.register_buffer("seen", torch.zeros(()))
+
+
+class Objective(nn.Module):
+    """Two phases with an optimizer each, as a GAN has."""
+
+    phases = ("first", "second")
+
+    def __init__(self, settings: Training, breaks_at: int | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model, self.extra = Toy(), nn.Linear(6, 1)
+        self.settings, self.breaks_at = settings, breaks_at
+
+    def forward(self, batch, phase, step):
+        x = batch.images.flatten(1)
+        net = self.model.layers if phase == "first" else self.extra
+        if phase == "first" and self.training:
+            self.model.seen += 1
+        loss = (net(x).squeeze(1) - batch.labels).square().mean()
+        if step == self.breaks_at and phase == "second":
+            loss = loss * torch.nan
+        return {"loss": loss, "size": x.abs().mean()}
+
+    def optimizers(self):
+        return {"first": optimizers_for(self.model, self.settings), "second": optimizers_for(self.extra, self.settings)}
+
+
+class Data:
+    def __init__(self, on_step=None):
+        generator = torch.Generator().manual_seed(3)
+        self.x, self.y = torch.randn(20, 1, 2, 3, generator=generator), torch.randn(20, generator=generator)
+        self.on_step, self.calls = on_step, 0
+
+    def __len__(self):
+        return 20
+
+    def batch(self, rows, generator):
+        self.calls += 1
+        if self.on_step:
+            self.on_step(self.calls)
+        return ImageBatch(self.x[rows] + 0.01 * torch.randn(len(rows), 1, 2, 3, generator=generator), self.y[rows])
+
+
+def settings(**changes) -> Training:
+    return Training(**{"num_steps": 12, "batch_size": 8, "learning_rate": 0.01, "ema_decay": 0.9, **changes})
+
+
+def run(job, data=None, breaks_at=None, **changes):
+    job.resumable("inputs")
+    return fit(Objective(settings(**changes), breaks_at), data or Data(), settings(**changes), seed=5, job=job)
+
+
+def test_rows_of_an_epoch_are_each_row_once_whatever_the_batch_size():
+    for batch_size in (1, 3, 7, 20, 33):
+        rows = torch.cat([rows_of_step(step, batch_size, 20, seed=1) for step in range(40)])
+        for epoch in range(len(rows) // 20):
+            assert sorted(rows[20 * epoch : 20 * (epoch + 1)].tolist()) == list(range(20))
+    assert not torch.equal(rows_of_step(0, 20, 20, seed=1), rows_of_step(1, 20, 20, seed=1))
+    assert not torch.equal(rows_of_step(0, 20, 20, seed=1), rows_of_step(0, 20, 20, seed=2))
+
+
+def test_the_schedule_warms_up_linearly_and_ends_at_its_floor():
+    config = settings(num_steps=1000, warmup_fraction=0.1, final_learning_rate_fraction=0.05)
+    assert learning_rate_factor(0, config) == pytest.approx(1 / 101)
+    assert learning_rate_factor(50, config) == pytest.approx(51 / 101)
+    assert learning_rate_factor(100, config) == 1
+    assert learning_rate_factor(550, config) == pytest.approx((1 + 0.05) / 2)
+    assert learning_rate_factor(999, config) == pytest.approx(0.05, abs=1e-4)
+
+
+def test_the_weight_average_is_computed_by_hand():
+    average, model = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(average.weight)
+    expected = 0.0
+    for step in range(30):
+        nn.init.constant_(model.weight, float(step))
+        decay = min(0.7, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        update_average(average, model, 0.7, step)
+    assert average.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_weight_decay_spares_vectors_and_embeddings():
+    net = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3), nn.LayerNorm(3))
+    groups = optimizers_for(net, settings(weight_decay=0.3))[0].param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(net[1].weight)}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_training_stopped_at_any_step_and_resumed_is_bit_identical(tmp_path, optimizer):
+    class Both(Objective):
+        def optimizers(self):
+            hidden = [self.model.layers[0].weight]
+            return {
+                "first": optimizers_for(self.model, self.settings, hidden),
+                "second": optimizers_for(self.extra, self.settings),
+            }
+
+    def train(job, data):
+        job.resumable("inputs")
+        return fit(Both(settings(optimizer=optimizer)), data, settings(optimizer=optimizer), seed=5, job=job)
+
+    whole_job = Job("whole", tmp_path / "whole")
+    whole = train(whole_job, Data())
+    for stop_at in (1, 5, 11):
+        job = Job("parts", tmp_path / f"parts{stop_at}")
+        stopping = Data(
+            on_step=lambda call, job=job, at=stop_at: job.request_stop(signal.SIGTERM) if call == at else None
+        )
+        with pytest.raises(Stopped) as stopped:
+            train(job, stopping)
+        assert stopped.value.code == 143
+        said = []
+        again = Job("parts", tmp_path / f"parts{stop_at}")
+        again.say = said.append
+        resumed = train(again, Data())
+        assert f"resumed step {stop_at}" in said  # it did not simply start anew
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name]), name
+        assert (again.state / "history.csv").read_bytes() == (whole_job.state / "history.csv").read_bytes()
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path, capsys):
+    job = Job("x", tmp_path)
+    job.checkpoint_seconds = 0.0
+    stopping = Data(on_step=lambda call: job.request_stop(signal.SIGTERM) if call == 6 else None)
+    with pytest.raises(Stopped):
+        run(job, stopping)
+    newest = sorted(job.state.glob("step-*"))[-1]
+    assert newest.name == "step-000000006"
+    weights = newest / "objective.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    again = Job("x", tmp_path)
+    resumed, whole = run(again), run(Job("y", tmp_path / "y"))
+    assert "objective.safetensors is damaged" in capsys.readouterr().out
+    assert all(
+        torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
+
+
+def test_other_inputs_never_resume_from_a_checkpoint(tmp_path):
+    job = Job("x", tmp_path)
+    assert job.resumable("a", {"b": 1}) != job.resumable("a", {"b": 2})
+    assert job.resumable("a", {"b": 1}) == job.resumable("a", {"b": 1})
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_naming_step_and_term(job):
+    with pytest.raises(Diverged, match=r"second term 'loss' is nan at step 4"):
+        run(job, breaks_at=3)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(job):
+    class Broken(Objective):
+        def forward(self, batch, phase, step):
+            terms = super().forward(batch, phase, step)
+            if step == 2 and phase == "first":
+                zero = (self.model.layers[0].weight.sum() * 0).sqrt()  # value 0, gradient infinite
+                terms["loss"] = terms["loss"] + zero
+            return terms
+
+    objective = Broken(settings())
+    job.resumable()
+    before = []
+    data = Data(on_step=lambda call: before.append(objective.model.layers[0].weight.detach().clone()))
+    with pytest.raises(Diverged, match="gradient of phase 'first' is nan at step 3"):
+        fit(objective, data, settings(), seed=5, job=job)
+    assert torch.equal(objective.model.layers[0].weight, before[-1])  # that step was not taken
+
+
+def test_accumulating_gradients_equals_the_whole_batch(tmp_path):
+    class Still(Objective):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model.layers[2].p = 0.0
+
+    class Quiet(Data):
+        def batch(self, rows, generator):
+            return ImageBatch(self.x[rows], self.y[rows])
+
+    trained = []
+    for parts in (1, 4):
+        config = settings(gradient_accumulation=parts)
+        job = Job("x", tmp_path / str(parts))
+        job.resumable()
+        trained.append(fit(Still(config), Quiet(), config, seed=5, job=job))
+    for a, b in zip(trained[0].parameters(), trained[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_a_batch_that_cannot_be_split_is_refused_with_a_sentence(job):
+    with pytest.raises(ValueError, match="batch_size 8 is not divisible by gradient_accumulation 3"):
+        run(job, gradient_accumulation=3)
+
+
+def test_only_two_checkpoints_are_kept_and_both_are_whole(tmp_path):
+    job = Job("x", tmp_path)
+    job.checkpoint_seconds = 0.0
+    run(job)
+    folders = sorted(job.state.glob("step-*"))
+    assert [folder.name for folder in folders] == ["step-000000011", "step-000000012"]
+    for folder in folders:
+        artifact.check(folder)
+
+
+def test_history_has_a_row_per_interval_and_no_clock(job):
+    run(job)
+    lines = (job.state / "history.csv").read_text().splitlines()
+    assert lines[0] == "step,loss,size,second_loss,learning_rate"
+    assert [int(line.split(",")[0]) for line in lines[1:]] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("asked_elsewhere", [0.0, 1.0])
+def test_many_processes_stop_together_when_any_is_asked_to(asked_elsewhere):
+    class Two:
+        num_processes, device = 2, torch.device("cpu")
+
+        def reduce(self, tensor):
+            return tensor + asked_elsewhere
+
+    assert training._any(Two(), lambda: False) is bool(asked_elsewhere)
+    assert training._any(Two(), lambda: True)

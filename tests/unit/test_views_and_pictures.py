@@ -1,0 +1,85 @@
+"""Views of images, and the pictures people look at."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tessera import pictures, seeding, views
+from tessera.artifacts.shards import ShardWriter
+from tessera.artifacts.tokens import Tokens
+from tessera.params import EncodeTokens
+
+
+def settings(**changes) -> EncodeTokens:
+    base = {
+        "horizontal_flip": False,
+        "warps": 2,
+        "warp_rotation": 0.1,
+        "warp_scale": 0.05,
+        "warp_shift": 0.05,
+        "store_latents": True,
+        "batch_size": 10,
+    }
+    return EncodeTokens(**{**base, **changes})
+
+
+def test_the_number_of_views_is_that_of_warps_and_flips():
+    images = torch.rand(3, 1, 8, 6)
+    for changes in ({}, {"horizontal_flip": True}, {"warps": 0}, {"warps": 0, "horizontal_flip": True}):
+        config = settings(**changes)
+        assert 1 + len(views.others(images, config, 0, "train", 0)) == views.count(config)
+    flipped = views.others(images, settings(warps=0, horizontal_flip=True), 0, "train", 0)
+    assert torch.equal(flipped[0], images.flip(-1))
+
+
+def test_a_warp_of_nothing_is_the_image_and_the_seed_decides_the_rest():
+    images = torch.rand(3, 2, 8, 6)
+    still = settings(warp_rotation=0.0, warp_scale=0.0, warp_shift=0.0)
+    torch.testing.assert_close(views.warp(images, still, seeding.generator(0, "x")), images, atol=1e-5, rtol=0)
+    first, again, other = (views.warp(images, settings(), seeding.generator(seed, "x")) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, images)
+
+
+def test_a_quarter_turn_of_a_warp_is_a_rotation_of_pixels_also_when_the_image_is_not_square(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator=None: torch.tensor([[1.0], [0.5], [0.5], [0.5]]))
+    images = torch.zeros(1, 1, 9, 5)
+    images[0, 0, 4, 2:5] = 1  # a bar from the center to the right
+    turned = views.warp(images, settings(warp_rotation=torch.pi / 2, warp_scale=0.0, warp_shift=0.0), None)
+    column = turned[0, 0, :, 2]
+    assert column.sum() > 2.9 and (
+        column[:3].sum() < 0.1 or column[-3:].sum() < 0.1
+    )  # now up or down, as long as before
+    assert column[4] > 0.9 and turned[0, 0, 4, 3:].sum() < 0.1
+
+
+def test_prior_batches_draw_every_view_and_judge_by_the_first(tmp_path, token_spec):
+    rows = np.arange(4)[:, None, None, None] * 0 + np.arange(3)[None, :, None, None] + np.zeros((4, 3, 4, 2), np.int64)
+    with ShardWriter(tmp_path / "train", "indices") as writer, ShardWriter(tmp_path / "train", "labels") as labels:
+        writer.append(rows.astype(np.uint16))
+        labels.append(np.zeros(4, np.int64))
+    tokens = Tokens(tmp_path, "train", token_spec, "indices")
+    drawn = [tokens.batch(torch.arange(4), seeding.generator(0, step)).tokens for step in range(20)]
+    assert set(torch.stack(drawn).unique().tolist()) == {0, 1, 2}
+    assert tokens.batch(torch.arange(4)).tokens.unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_shows_each_image_once_in_reading_order_enlarged(tmp_path, channels):
+    images = (np.arange(5)[:, None, None, None] * 40 + np.zeros((5, channels, 8, 4))).astype(np.uint8)
+    pictures.save_grid(tmp_path / "sub/grid.png", images, num_columns=3)
+    pixels = np.asarray(Image.open(tmp_path / "sub/grid.png"))
+    scale = 12  # 48 / 4
+    assert pixels.shape == ((2 * 9 + 1) * scale, (3 * 5 + 1) * scale, 3)
+    for number in range(5):
+        row, column = divmod(number, 3)
+        middle = pixels[(1 + row * 9 + 4) * scale, (1 + column * 5 + 2) * scale]
+        assert (middle == 40 * number).all()
+
+
+def test_classes_stand_in_rows_and_missing_images_are_blank():
+    labels = np.array([1, 0, 1, 1, 0])
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] + np.ones((5, 1, 2, 2), np.uint8)
+    shown = pictures.by_class(images, labels, num_columns=3)
+    assert shown[:, 0, 0, 0].tolist() == [2, 5, 0, 1, 3, 4]
+    assert len(pictures.by_class(images, np.zeros(5, int), num_columns=2, max_rows=2)) == 4
