@@ -1,7 +1,7 @@
 """How weights move: the settings of one training, its learning-rate schedule, its optimizers, its weight average.
 
-Muon (Jordan et al. 2024, torch.optim.Muon) orthogonalises the update of each hidden matrix; everything that is not a
-hidden matrix (embeddings, norms, biases, output heads, convolutions) is AdamW's (Loshchilov & Hutter, arXiv:1711.05101).
+Muon orthogonalises the update of each hidden matrix; everything that is not a hidden matrix (embeddings, norms, biases,
+output heads, convolutions) is AdamW's (Loshchilov & Hutter, arXiv:1711.05101).
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tessera.components import Params
@@ -61,14 +61,58 @@ def optimizers_for(module: nn.Module, settings: Training, hidden: list[nn.Parame
     optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)]
     if muon:
         optimizers.append(
-            torch.optim.Muon(
+            Muon(
                 [p for p in hidden if p.requires_grad],
                 lr=settings.muon_learning_rate,
                 weight_decay=settings.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
             )
         )
     return optimizers
+
+
+class Muon(Optimizer):
+    """Momentum whose update of a matrix is replaced by its nearest semi-orthogonal one, nearly.
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024 (Nesterov momentum, five
+    Newton-Schulz iterations); Liu et al., 2025, arXiv:2502.16982, section 2.2 (the factor 0.2 sqrt(max(A, B)), under which
+    AdamW's learning rates and decay serve).
+    Differs from it: on a CPU the iterations are taken in float32. torch.optim.Muon, which this equals otherwise, takes them
+    in bfloat16 everywhere, and a CPU without instructions for that type needs 10 to 80 times as long (docs/log.md).
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                state = self.state[matrix]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                average = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+                update = matrix.grad.lerp(average, group["momentum"])
+                update = orthogonalized(update, torch.bfloat16 if matrix.is_cuda else torch.float32)
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(update, alpha=-0.2 * max(matrix.shape) ** 0.5 * group["lr"])
+
+
+def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """(A, B) -> (A, B) in dtype, with the same singular vectors and every singular value near 1 (about 0.7 to 1.2).
+
+    x <- a x + b (x x^T) x + c (x x^T)^2 x drives singular values in (0, 1] there; a, b, c are Jordan's.
+    """
+    x = matrix.to(dtype, copy=True)
+    is_tall = x.shape[0] > x.shape[1]
+    if is_tall:  # the products are then of the shorter side
+        x = x.T
+    x /= x.norm().clamp_min(1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.T if is_tall else x
 
 
 @torch.no_grad()

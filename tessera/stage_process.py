@@ -30,6 +30,7 @@ from tessera.tracking import journal
 ROOT = Path(os.environ.get("DVC_ROOT", "."))  # stages run there; DVC sets it
 STATE = Path(".state")
 TIMINGS = Path("data/timings")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(SystemExit):
@@ -72,6 +73,16 @@ class Job:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         self.attach(path, "history.csv")
+
+    @contextmanager
+    def stopping_between_steps(self) -> Iterator[None]:
+        """Inside, a signal waits for the loop to ask `stop_requested`; outside, it ends the stage at once."""
+        before = {number: signal.signal(number, self.request_stop) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def request_stop(self, number: int, frame: FrameType | None = None) -> None:
         if self._signal is not None:  # asked twice: whatever is going on, end
@@ -117,9 +128,8 @@ def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool)
         if is_main:
             journal.start_uploader(ROOT)
         job = Job(name, state, tracked)
-        # Only a training loop can stop between two steps; until one asks, a signal ends the stage at once.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, job.request_stop if _trains(name) else _end)
+        for number in STOP_SIGNALS:
+            signal.signal(number, _end)
         figures = run(params=params, job=job, **arguments) or {}
         if not is_main:
             return
@@ -156,10 +166,6 @@ def _arguments(run: Callable) -> tuple[str, dict[str, Any]]:
     arguments = vars(parser.parse_args())
     stage = Path(module.__file__).stem
     return f"{stage}@{arguments['name']}" if "name" in arguments else stage, arguments
-
-
-def _trains(name: str) -> bool:
-    return name.startswith("train_")
 
 
 def _end(number: int, frame: FrameType | None) -> None:

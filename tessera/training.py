@@ -93,24 +93,25 @@ def fit(objective: Objective, data: Data, settings: Training, *, seed: int, job:
 
     row_interval = max(1, math.ceil(settings.num_steps / HISTORY_ROWS))
     began = saved = time.monotonic()
-    for step in range(start, settings.num_steps):
-        rate = learning_rate_factor(step, settings)
-        for group, base_rate in zip(_groups(optimizers), base_rates, strict=True):
-            group["lr"] = base_rate * rate
-        terms = _step(network, objective, optimizers, data, settings, accelerator, seed, step)
-        update_average(average, objective.model, settings.ema_decay, step)
-        done = step + 1
-        if done % row_interval == 0 or done == settings.num_steps:
-            terms = _mean_over_processes(terms, accelerator)
-            terms["learning_rate"] = rate * settings.learning_rate
-            history.add(done, terms, settings.batch_size)
-        stopping = _any(accelerator, job.stop_requested)
-        due = accelerator.is_main_process and time.monotonic() - saved >= job.checkpoint_seconds
-        if (due or stopping) and accelerator.is_main_process:
-            state.save(done)
-            saved = time.monotonic()
-        if stopping:
-            job.stop(f"stopped after step {done}; the same command continues from there")
+    with job.stopping_between_steps():
+        for step in range(start, settings.num_steps):
+            rate = learning_rate_factor(step, settings)
+            for group, base_rate in zip(_groups(optimizers), base_rates, strict=True):
+                group["lr"] = base_rate * rate
+            terms = _step(network, objective, optimizers, data, settings, accelerator, seed, step)
+            update_average(average, objective.model, settings.ema_decay, step)
+            done = step + 1
+            if done % row_interval == 0 or done == settings.num_steps:
+                terms = _mean_over_processes(terms, accelerator)
+                terms["learning_rate"] = rate * settings.learning_rate
+                history.add(done, terms, settings.batch_size)
+            stopping = _any(accelerator, job.stop_requested)
+            due = accelerator.is_main_process and time.monotonic() - saved >= job.checkpoint_seconds
+            if (due or stopping) and accelerator.is_main_process:
+                state.save(done)
+                saved = time.monotonic()
+            if stopping:
+                job.stop(f"stopped after step {done}; the same command continues from there")
     seconds = time.monotonic() - began
     if not accelerator.is_main_process:
         return None

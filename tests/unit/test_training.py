@@ -9,7 +9,14 @@ from torch import nn
 from tessera import training
 from tessera.artifacts import folder as artifact
 from tessera.contracts import ImageBatch
-from tessera.optimization import Training, learning_rate_factor, optimizers_for, update_average
+from tessera.optimization import (
+    Muon,
+    Training,
+    learning_rate_factor,
+    optimizers_for,
+    orthogonalized,
+    update_average,
+)
 from tessera.stage_process import Job, Stopped
 from tessera.training import Diverged, fit, rows_of_step
 
@@ -108,6 +115,33 @@ def test_weight_decay_spares_vectors_and_embeddings():
     groups = optimizers_for(net, settings(weight_decay=0.3))[0].param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {id(net[1].weight)}
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5), (1, 6)])
+def test_orthogonalising_keeps_the_singular_vectors_and_drives_the_singular_values_to_one(shape):
+    matrix = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    expected = values / values.norm()
+    for _ in range(5):
+        expected = 3.4445 * expected - 4.775 * expected**3 + 2.0315 * expected**5
+    torch.testing.assert_close(orthogonalized(matrix, torch.float64), left @ torch.diag(expected) @ right)
+    assert expected[values > 0.2 * values.max()].sub(1).abs().max() < 0.35
+
+
+def test_muon_moves_as_torchs_muon_up_to_the_rounding_of_bfloat16():
+    start = torch.randn(12, 6, generator=torch.Generator().manual_seed(2))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers = (
+        Muon([ours], lr=0.1, weight_decay=0.3),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.3, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+    )
+    for step in range(4):
+        gradient = torch.randn(12, 6, generator=torch.Generator().manual_seed(step))
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = (theirs - start).norm()
+    assert moved > 0.5 and (ours - theirs).norm() < 0.02 * moved
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
