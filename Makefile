@@ -5,6 +5,8 @@ export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_HOME := $(CURDIR)/.prefect
+# Every stage is a process: where this is set, each would compile all that it imports anew, for seconds
+unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .PHONY: help setup repro test check ui flow bench lock data-mnist data-fashion-mnist data-cifar10 clean
 
@@ -24,8 +26,8 @@ repro: setup  ## run the whole pipeline, print the table of systems and where th
 	@python -m tessera.tracking replay || true  # the tracker may be down; nothing is lost, replay later
 	@echo; cat data/comparison/comparison.md; echo; python -m tessera.progress data/timings
 
-test: setup  ## every test, on tiny data
-	pytest
+test: setup  ## every test, on tiny data, in two processes of one thread each
+	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile
 
 check: setup  ## style, import rules and contracts, in seconds
 	ruff format --check . && ruff check . && lint-imports && pytest -q tests/contract
