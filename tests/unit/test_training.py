@@ -178,6 +178,17 @@ def test_a_training_stopped_at_any_step_and_resumed_is_bit_identical(tmp_path, o
         assert (again.state / "history.csv").read_bytes() == (whole_job.state / "history.csv").read_bytes()
 
 
+def test_a_signal_waits_for_the_end_of_a_step_only_inside_the_loop(tmp_path):
+    job = Job("x", tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    with job.stopping_between_steps():
+        signal.raise_signal(signal.SIGTERM)
+        assert job.stop_requested()
+        with pytest.raises(Stopped):  # asked twice
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path, capsys):
     job = Job("x", tmp_path)
     job.checkpoint_seconds = 0.0
