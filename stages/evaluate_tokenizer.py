@@ -43,17 +43,18 @@ def run(
     model.to(judge.device)
     size = params.encode_tokens.batch_size
     starts = range(0, len(test), size)
-    psnr, ssim, first = [], [], []
+    shown = np.linspace(0, len(test) - 1, min(SHOWN, len(test))).astype(int)  # evenly spread: files often lie by class
+    psnr, ssim, pairs = [], [], []
     moments = frechet.MomentsAccumulator()
     for start in progress.track(starts, job.name, len(starts)):
-        originals = test.uint8(np.arange(start, min(start + size, len(test))))
+        rows = np.arange(start, min(start + size, len(test)))
+        originals = test.uint8(rows)
         reconstructions = to_uint8(model.decode(model.encode(to_float(originals).to(judge.device)).latents)).cpu()
         share = len(originals) / len(test)
         psnr.append(share * reconstruction.psnr_db(reconstructions / 255, originals / 255))
         ssim.append(share * reconstruction.ssim(reconstructions / 255, originals / 255))
         moments.update(judge.features(reconstructions.numpy()))
-        if len(first) * size < SHOWN:
-            first.append(np.stack([originals.numpy(), reconstructions.numpy()], axis=1))
+        pairs.append(np.stack([originals.numpy(), reconstructions.numpy()], axis=1)[np.isin(rows, shown)])
     figures = {
         "reconstruction": {
             f"r{judge.frechet_name}": frechet.distance(moments.moments(), frechet.moments(reference)),
@@ -71,8 +72,8 @@ def run(
             rows = torch.arange(start, min(start + 10_000, len(train)))
             counts += codebook.count(train.batch(rows).tokens, model.codebook_size)
         figures["codebook"] = {**codebook.use(counts)._asdict(), "num_images": len(train), "reference": "train"}
-    pairs = np.concatenate(first)[:SHOWN]  # (SHOWN, 2, C, H, W)
-    pictures.save_grid(picture, pairs.reshape(-1, *pairs.shape[2:]), 10)
+    beside = np.concatenate(pairs)  # (SHOWN, 2, C, H, W)
+    pictures.save_grid(picture, beside.reshape(-1, *beside.shape[2:]), 10)
     job.attach(picture, "reconstructions.png")
     artifact.write_json(metrics, figures)
     job.say(f"{figures['reconstruction']}")
