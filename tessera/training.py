@@ -149,8 +149,7 @@ def _step(
                 skipped = True
                 break
             for name, value in losses.items():
-                key = "loss" if name == "loss" and phase == objective.phases[0] else name
-                key = f"{phase}_loss" if key == "loss" and phase != objective.phases[0] else key
+                key = f"{phase}_loss" if name == "loss" and phase != objective.phases[0] else name
                 number = float(value.detach())
                 if not math.isfinite(number):
                     raise Diverged(

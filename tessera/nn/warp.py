@@ -17,9 +17,7 @@ def warp(images: Tensor, draws: Tensor, rotation: float, scale: float, shift: fl
     draws = draws.to(images.device)
     angle, factor, shifts = draws[0] * rotation, 1 + draws[1] * scale, draws[2:] * 2 * shift  # a side is 2 units long
     cosine, sine = factor * angle.cos(), factor * angle.sin()
-    aspect = (
-        images.shape[-1] / images.shape[-2]
-    )  # a rotation in pixels is none in units of the sides unless they are equal
+    aspect = images.shape[-1] / images.shape[-2]  # affine_grid counts in half sides, a rotation is one of pixels
     rows = [cosine, -sine / aspect, shifts[0], sine * aspect, cosine, shifts[1]]
     grid = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)

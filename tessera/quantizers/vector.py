@@ -35,9 +35,7 @@ class Config(Params):
     codebook_weight: Annotated[float, Field(ge=0)] = 1.0  # of the codes' term, when update is gradient
     init: Literal["data", "uniform"] = "data"
     init_step: Annotated[int, Field(ge=0)] = 30  # batches that pass unquantized before init: data
-    revive_below: Annotated[float, Field(ge=0, lt=1)] = (
-        0.03  # share of the mean use under which a code is dead; 0: never
-    )
+    revive_below: Annotated[float, Field(ge=0, lt=1)] = 0.03  # of the mean use: a code below is dead; 0: never
     normalize_codes: bool = False  # latents and codes on the unit sphere
 
 
