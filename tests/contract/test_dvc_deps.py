@@ -63,6 +63,11 @@ def test_code_deps_are_the_import_closure(address):
     assert listed == run, f"add to dvc.yaml: {sorted(run - listed)}; take out: {sorted(listed - run)}"
 
 
+@pytest.mark.parametrize("address", sorted(stages()))
+def test_a_stage_is_the_child_of_dvc_and_not_of_a_shell(address):
+    assert stages()[address].cmd.startswith("exec python -m stages."), "begin its cmd in dvc.yaml with: exec"
+
+
 def test_no_init_file_imports_the_project_so_no_code_is_hidden_in_one():
     files = [path for folder in ("stages", "tessera", "flows") for path in (ROOT / folder).rglob("__init__.py")]
     assert len(files) > 8
