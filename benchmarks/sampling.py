@@ -32,6 +32,7 @@ def main() -> None:
     spec = TokenSpec(
         codebook_size=1024,
         latent_shape=(8, 8, 8),
+        index_grid=(8, 8),
         num_classes=10,
         class_counts=(1,) * 10,
         latent_mean=(0.0,) * 8,

@@ -48,7 +48,9 @@ def run(
                     encoded = [model.encode(view) for view in seen]
                     raw = torch.stack([one.latents for one in encoded], dim=1).cpu().numpy()  # (B, V, D, h, w)
                     if encoded[0].indices is not None:
-                        values = torch.stack([one.indices for one in encoded], dim=1).cpu().numpy()  # (B, V, h, w)
+                        values = (
+                            torch.stack([one.indices for one in encoded], dim=1).cpu().numpy()
+                        )  # (B, V, *index_grid)
                         indices.append(values.astype(token_artifact.index_dtype(model.codebook_size)))
                     if settings.store_latents:
                         latents.append(raw.astype(np.float32))
@@ -63,6 +65,7 @@ def run(
         token_spec = TokenSpec(
             codebook_size=model.codebook_size,
             latent_shape=model.latent_shape,
+            index_grid=model.index_grid,
             num_classes=spec.num_classes,
             class_counts=tuple(np.bincount(splits["train"].labels, minlength=spec.num_classes).tolist()),
             latent_mean=tuple(mean.tolist()),

@@ -69,7 +69,9 @@ class Autoencoder(nn.Module):
                 f"images of {spec.height}x{spec.width} are not divisible by the tokenizer's downsampling of {factor}; "
                 f"change patch_size or channel_multipliers"
             )
-        self.latent_shape = (config.quantizer.code_dim, spec.height // factor, spec.width // factor)
+        grid = (spec.height // factor, spec.width // factor)
+        self.latent_shape = (config.quantizer.code_dim, *grid)
+        self.index_grid = (grid[0], grid[1] * self.quantizer.indices_per_code)
 
     def encode(self, images: Tensor) -> Encoded:
         latents = self.encoder(images)

@@ -68,6 +68,7 @@ FeaturesConfig = part("features")
 TokenizerConfig = part("tokenizers")
 QuantizerConfig = part("quantizers")
 PriorConfig = part("priors")
+DenoiserConfig = part("denoisers")
 
 
 def _validate(config: type[P], value: Any) -> P:

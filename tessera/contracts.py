@@ -33,6 +33,7 @@ class TokenSpec(Params):
 
     codebook_size: Count | None  # None: latents only, there are no indices
     latent_shape: tuple[Count, Count, Count]  # (D, h, w)
+    index_grid: tuple[Count, Count]  # of the indices of one image: (h, w), or (h, w * q) with q indices to a code
     num_classes: Count
     class_counts: tuple[int, ...]  # of the training images: what samples are drawn in proportion to
     latent_mean: tuple[float, ...]  # per channel, of the latents as stored; priors learn (latents - mean) / std
@@ -44,14 +45,14 @@ class Encoded(NamedTuple):
     """An encoded batch of images."""
 
     latents: Tensor  # (B, D, h, w) float, before quantization: what a continuous prior models
-    indices: Tensor | None  # (B, h, w) int64 in [0, K): what a discrete prior models; None without a codebook
+    indices: Tensor | None  # (B, *index_grid) int64 in [0, K): what a discrete prior models; None without a codebook
 
 
 class Quantized(NamedTuple):
     """A quantized batch of latents."""
 
     codes: Tensor  # (B, D, h, w), gradients reach the latents through it
-    indices: Tensor | None  # (B, h, w) int64 in [0, K); None without a codebook
+    indices: Tensor | None  # (B, h, w * indices_per_code) int64 in [0, K); None without a codebook
     loss: Tensor  # scalar, what the quantizer adds to the training loss
 
 
@@ -61,7 +62,7 @@ class ImageBatch(NamedTuple):
 
 
 class TokenBatch(NamedTuple):
-    tokens: Tensor  # (B, h, w) int64 indices, or (B, D, h, w) float32 standardized latents
+    tokens: Tensor  # (B, *index_grid) int64 indices, or (B, D, h, w) float32 standardized latents
     labels: Tensor  # (B,) int64
 
 
@@ -69,15 +70,17 @@ class Quantizer(Protocol):
     """Maps each latent vector to one of finitely many codes."""
 
     codebook_size: int | None
+    indices_per_code: int  # a residual quantizer names a code by several indices, side by side in a row of the grid
 
     def __call__(self, z: Tensor) -> Quantized: ...
-    def indices_to_codes(self, indices: Tensor) -> Tensor: ...  # (B, h, w) -> (B, D, h, w)
+    def indices_to_codes(self, indices: Tensor) -> Tensor: ...  # (B, h, w * indices_per_code) -> (B, D, h, w)
 
 
 class Tokenizer(Protocol):
     """Stage one: images to tokens and back."""
 
     latent_shape: tuple[int, int, int]  # (D, h, w)
+    index_grid: tuple[int, int]
     codebook_size: int | None
 
     def encode(self, images: Tensor) -> Encoded: ...
@@ -97,7 +100,8 @@ Learns = Literal["indices", "latents"]
 class Objective(Protocol):
     """How a model is trained: a module that holds the `model` to keep and whatever only training needs (a discriminator).
 
-    Each step runs its phases in order; each phase is one forward, backward and optimizer step.
+    Each step runs its phases in order; each phase is one forward, backward and optimizer step. A prior whose only phase is
+    called "prior" has a loss that can be asked of images held out; the phases of a GAN have none.
     """
 
     model: torch.nn.Module

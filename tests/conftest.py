@@ -38,6 +38,7 @@ def token_spec() -> TokenSpec:
     return TokenSpec(
         codebook_size=11,
         latent_shape=(3, 4, 2),
+        index_grid=(4, 2),
         num_classes=3,
         class_counts=(4, 4, 4),
         latent_mean=(0.0, 1.0, 2.0),

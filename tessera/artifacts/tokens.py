@@ -30,9 +30,9 @@ class Tokens:
                 f"{folder} holds no indices: its tokenizer has no codebook. Use a prior that learns latents"
             )
         self.spec, self.learns = spec, learns
-        self.values = Shards(folder / split, learns)  # rows (V, h, w) or (V, D, h, w)
+        self.values = Shards(folder / split, learns)  # rows (V, *index_grid) or (V, D, h, w)
         self.labels = Shards(folder / split, "labels").all()  # (N,) int64
-        grid = spec.latent_shape[1:] if learns == "indices" else spec.latent_shape
+        grid = spec.index_grid if learns == "indices" else spec.latent_shape
         if self.values.row_shape[1:] != grid or len(self.labels) != len(self.values):
             raise ArtifactError(f"{folder}/{split} holds {learns} {self.values.row_shape}, expected (views, *{grid})")
         self.num_views = self.values.row_shape[0]

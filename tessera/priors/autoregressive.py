@@ -12,37 +12,25 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tessera.components import Params
+from tessera.conditioning import ConditionalConfig, guided, seen_labels
 from tessera.contracts import Learns, TokenBatch, TokenSpec
 from tessera.nn.transformer import Transformer
 from tessera.optimization import Fraction, Training, optimizers_for
+from tessera.transformer_settings import TransformerConfig
 
 LEARNS: Learns = "indices"
 
 
-class Config(Params):
+class Config(TransformerConfig, ConditionalConfig):
     kind: Literal["autoregressive"] = "autoregressive"
-    width: Annotated[int, Field(ge=8)] = 128
-    depth: Annotated[int, Field(ge=1)] = 4
-    heads: Annotated[int, Field(ge=1)] = 4
     dropout: Fraction = 0.1
     token_dropout: Fraction = 0.0  # share of the indices read that are replaced by random ones
-    label_dropout: Fraction = 0.1  # share of the labels replaced by the null label: what guidance needs
-    is_conditional: bool = True  # False: every label is the null label
     training: Training
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "Config":
-        if self.width % self.heads or self.width // self.heads % 4:
-            raise ValueError(
-                f"width {self.width} over heads {self.heads} must be a multiple of 4 (two rotary axes); "
-                f"choose a width of heads x 4n"
-            )
-        return self
 
 
 class Sampling(Params):
@@ -57,7 +45,7 @@ class Model(nn.Module):
         super().__init__()
         assert spec.codebook_size is not None
         self.config, self.spec = config, spec
-        self.grid = spec.latent_shape[1:]
+        self.grid = spec.index_grid
         self.null_label = spec.num_classes
         length = self.grid[0] * self.grid[1]
         self.index_embedding = nn.Embedding(spec.codebook_size, config.width)
@@ -78,7 +66,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-        """(B,) labels -> (B, h, w) indices. The generator is a CPU one: the same draws on every device."""
+        """(B,) labels -> (B, *index_grid) indices. The generator is a CPU one: the same draws on every device."""
         if not self.config.is_conditional:
             labels = torch.full_like(labels, self.null_label)
         batch, length = len(labels), self.position.shape[0]
@@ -93,7 +81,7 @@ class Model(nn.Module):
             logits = self.head(h[:, 0]).float()
             if is_guided:
                 conditional, unconditional = logits.chunk(2)
-                logits = unconditional + sampling.guidance_scale * (conditional - unconditional)
+                logits = guided(conditional, unconditional, sampling.guidance_scale)
             indices[:, place] = draw(logits, sampling, generator)
             x = self.index_embedding(indices[:, place])
             x = torch.cat([x, x]) if is_guided else x
@@ -124,12 +112,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: TokenBatch, phase: str, step: int) -> dict[str, Tensor]:
         indices = batch.tokens.flatten(1)  # (B, L)
-        labels = batch.labels
-        if not self.config.is_conditional:
-            labels = torch.full_like(labels, self.model.null_label)
-        elif self.training:
-            dropped = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
-            labels = torch.where(dropped, self.model.null_label, labels)
+        labels = seen_labels(batch.labels, self.config, self.model.null_label, self.training)
         read = indices
         if self.training and self.config.token_dropout:
             replaced = torch.rand(indices.shape, device=indices.device) < self.config.token_dropout

@@ -23,6 +23,7 @@ class Config(Params):
 
 
 class Quantizer(nn.Module):
+    indices_per_code = 1
     codebook_size = None
 
     def __init__(self, config: Config):

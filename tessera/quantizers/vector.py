@@ -40,6 +40,8 @@ class Config(Params):
 
 
 class Quantizer(nn.Module):
+    indices_per_code = 1
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config

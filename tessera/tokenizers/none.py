@@ -40,6 +40,7 @@ class Model(nn.Module):
     def __init__(self, config: Config, spec: ImageSpec):
         super().__init__()
         self.latent_shape = (spec.channels, spec.height, spec.width)
+        self.index_grid = (spec.height, spec.width)
 
     def encode(self, images: Tensor) -> Encoded:
         return Encoded(images, None)

@@ -33,7 +33,10 @@ SMALL = {
     },
     "priors": {
         "autoregressive": {"width": 16, "depth": 2, "heads": 2, "training": TRAINING},
-        "flow_matching": {"width": 16, "depth": 2, "heads": 2, "training": TRAINING},
+        "flow_matching": {
+            "denoiser": {"kind": "transformer", "width": 16, "depth": 2, "heads": 2},
+            "training": TRAINING,
+        },
     },
 }
 EVERY = [(folder, kind) for folder in ("tokenizers", "quantizers", "priors") for kind in kinds(folder)]
@@ -96,7 +99,7 @@ def test_tokenizer_shapes_types_and_determinism(kind, batch, image_spec):
     assert decoded.shape == images.shape and decoded.dtype == torch.float32
     assert torch.equal(decoded, model.decode(model.encode(images).latents))
     if model.codebook_size:
-        assert encoded.indices.shape == (batch, *model.latent_shape[1:])
+        assert encoded.indices.shape == (batch, *model.index_grid)
         torch.testing.assert_close(model.decode_indices(encoded.indices), decoded)
     else:
         assert encoded.indices is None

@@ -51,6 +51,10 @@ def code_run_by(address: str) -> set[str]:
         siblings = {f"tessera.{folder}.{kind}" for kind in kinds(folder)}
         shared = set().union(*(import_graph().find_upstream_modules(sibling) for sibling in siblings))
         modules |= {f"tessera.{folder}.{part['kind']}"} | shared - siblings
+    if stage in ("train_prior", "sample_images"):  # a prior may build any denoiser, by the kind in its params
+        modules |= {f"tessera.denoisers.{kind}" for kind in kinds("denoisers")}
+    for module in tuple(modules):
+        modules |= import_graph().find_upstream_modules(module) if "denoisers" in module else set()
     modules |= import_graph().find_upstream_modules(entry)
     files = (Path(*module.split(".")).with_suffix(".py") for module in modules)
     return {file.as_posix() for file in files if (ROOT / file).is_file()}

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 GLOSSARY = set(re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")))
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 FREE_NAMES = ("tokenizers", "systems")  # what stands directly below them is named by the user
-FOLDERS = ("datasets", "features", "tokenizers", "quantizers", "priors")
+FOLDERS = ("datasets", "features", "tokenizers", "quantizers", "priors", "denoisers")
 FIGURES = [
     "label_agreement",
     "fd_classifier",

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tessera.contracts import TokenBatch, TokenSpec
+from tessera.denoisers.transformer import Config as transformer
 from tessera.optimization import Training
 from tessera.priors import autoregressive, flow_matching
 from tessera.training import fit
@@ -17,6 +18,7 @@ def spec(codebook_size=4, shape=(2, 2, 2), num_classes=2) -> TokenSpec:
     return TokenSpec(
         codebook_size=codebook_size,
         latent_shape=shape,
+        index_grid=shape[1:],
         num_classes=num_classes,
         class_counts=(1,) * num_classes,
         latent_mean=(0.0,) * depth,
@@ -126,7 +128,7 @@ def test_the_autoregressive_prior_learns_a_known_distribution(job):
 def test_heun_is_of_second_order_and_euler_of_first():
     """On dx/dt = x the error shrinks by 4 (Heun) and 2 (Euler) when the steps double."""
     training = Training(num_steps=1)
-    config = flow_matching.Config(width=16, depth=1, heads=2, training=training)
+    config = flow_matching.Config(denoiser=transformer(width=16, depth=1, heads=2), training=training)
     model = flow_matching.Model(config, spec())
     model.forward = lambda x, t, labels: x
     noise = torch.randn(1, 2, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -151,7 +153,9 @@ def test_the_flow_learns_a_mixture_in_two_dimensions(predicts, job):
         return centres[labels, which] + 0.15 * torch.randn(len(labels), 2, generator=generator)
 
     training = Training(num_steps=800, batch_size=256, learning_rate=3e-3, weight_decay=0.0, ema_decay=0.99)
-    config = flow_matching.Config(width=64, depth=2, heads=2, predicts=predicts, training=training)
+    config = flow_matching.Config(
+        denoiser=transformer(width=64, depth=2, heads=2), predicts=predicts, training=training
+    )
     job.resumable()
     point = spec(codebook_size=None, shape=(2, 1, 1))
     objective = flow_matching.Objective(flow_matching.Model(config, point), config)
@@ -173,11 +177,9 @@ def sliced_wasserstein(a, b, num_directions=64):
 def test_velocity_and_data_predictions_mean_the_same():
     """x_1 - x_t = (1 - t) v: a network that outputs the data gives the velocity of the straight line."""
     training = Training(num_steps=1)
-    config = flow_matching.Config(width=16, depth=1, heads=2, predicts="data", training=training)
+    config = flow_matching.Config(denoiser=transformer(width=16, depth=1, heads=2), predicts="data", training=training)
     model = flow_matching.Model(config, spec())
     x_0, x_1, t = torch.randn(3, 2, 2, 2), torch.randn(3, 2, 2, 2), torch.tensor([0.1, 0.5, 0.9])
     x_t = (1 - t.view(-1, 1, 1, 1)) * x_0 + t.view(-1, 1, 1, 1) * x_1
-    sequence = x_1.flatten(2).transpose(1, 2)
-    model.leave = nn.Identity()
-    model.transformer.forward = lambda x, condition: sequence
+    model.denoiser.forward = lambda x, times, labels: x_1
     torch.testing.assert_close(model(x_t, t, torch.tensor([0, 1, 0])), x_1 - x_0, atol=1e-5, rtol=1e-5)
