@@ -34,6 +34,9 @@ class Training(Params):
     gradient_clip: Positive = 1.0  # largest gradient norm
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998  # of the weight average that is kept; 0: the raw weights
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of the networks; losses and optimizer stay fp32
+    compile: bool = False  # torch.compile of the networks: minutes at the start, faster steps on a GPU
+    gradient_checkpointing: bool = False  # blocks are run again in the backward pass: a third slower, far less memory
+    data_on_device: bool = False  # the training data lie on the GPU as stored (uint8 images), for sets that fit there
 
 
 def learning_rate_factor(step: int, settings: Training) -> float:

@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from tessera import seeding
 from tessera.artifacts import folder as artifact
@@ -39,7 +41,8 @@ class Diverged(ValueError):
 
 class Data(Protocol):
     def __len__(self) -> int: ...
-    def batch(self, rows: Tensor, generator: torch.Generator | None) -> Any: ...  # a NamedTuple of CPU tensors
+    def batch(self, rows: Tensor, generator: torch.Generator | None) -> Any: ...  # a NamedTuple of tensors
+    def on(self, device: torch.device) -> "Data": ...  # the same data, held there; asked for by data_on_device
 
 
 def rows_of_step(step: int, batch_size: int, num_rows: int, seed: int) -> Tensor:
@@ -89,6 +92,12 @@ def fit(objective: Objective, data: Data, settings: Training, *, seed: int, job:
     if start:
         history.resume(start)
         job.say(f"resumed step {start}")
+    if settings.data_on_device:
+        data = data.on(accelerator.device)
+    if settings.gradient_checkpointing:
+        recompute_activations(objective)
+    if settings.compile:
+        compile_networks(objective)
     network = accelerator.prepare(objective)
 
     row_interval = max(1, math.ceil(settings.num_steps / HISTORY_ROWS))
@@ -120,6 +129,23 @@ def fit(objective: Objective, data: Data, settings: Training, *, seed: int, job:
     if accelerator.device.type == "cuda":
         job.figures["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
     return average.cpu().eval()
+
+
+def recompute_activations(objective: nn.Module) -> None:
+    """Let every block that says `recomputes` keep its input alone, and run again in the backward pass.
+
+    Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, arXiv:1604.06174.
+    """
+    for module in objective.modules():
+        if getattr(module, "recomputes", False):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def compile_networks(objective: nn.Module) -> None:
+    """torch.compile every network that says `compiles`; what is around them (codebooks, losses) stays as it is."""
+    for module in objective.modules():
+        if getattr(module, "compiles", False):
+            module.compile()
 
 
 def _step(

@@ -40,12 +40,20 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.values)
 
+    def on(self, device: torch.device) -> "TokensOnDevice":
+        """The same tokens, all of them in that device's memory."""
+        return TokensOnDevice(self, device)
+
+    def _views(self, number: int, generator: torch.Generator | None) -> torch.Tensor:
+        """(number,) the view of each row: drawn, or the first one."""
+        if generator is None or self.num_views == 1:
+            return torch.zeros(number, dtype=torch.long)
+        return torch.randint(self.num_views, (number,), generator=generator)
+
     def batch(self, rows: torch.Tensor, generator: torch.Generator | None = None) -> TokenBatch:
         """The tokens at these rows, each in a view drawn from the generator, or in the first view without one."""
         rows_ = rows.numpy()
-        views = np.zeros(len(rows_), np.int64)
-        if generator is not None and self.num_views > 1:
-            views = torch.randint(self.num_views, (len(rows_),), generator=generator).numpy()
+        views = self._views(len(rows_), generator).numpy()
         values = self.values.gather(rows_)[np.arange(len(rows_)), views]
         labels = torch.from_numpy(self.labels[rows_])
         if self.learns == "latents":
@@ -53,6 +61,35 @@ class Tokens:
         if values.max(initial=0) >= self.spec.codebook_size:
             raise ArtifactError(f"index {values.max()} is outside the codebook of {self.spec.codebook_size} codes")
         return TokenBatch(torch.from_numpy(values.astype(np.int64)), labels)
+
+
+class TokensOnDevice:
+    """A split of tokens, all views of it, on one device: no copy from the host per step."""
+
+    def __init__(self, tokens: Tokens, device: torch.device):
+        values = tokens.values.all()
+        self.tokens = tokens
+        if tokens.learns == "indices":
+            if values.max(initial=0) >= tokens.spec.codebook_size:
+                raise ArtifactError(
+                    f"index {values.max()} is outside the codebook of {tokens.spec.codebook_size} codes"
+                )
+            values = values.astype(np.int32)  # torch gathers no uint16
+        self.values = torch.from_numpy(values).to(device)
+        self.labels = torch.from_numpy(tokens.labels).to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: torch.Tensor, generator: torch.Generator | None = None) -> TokenBatch:
+        """As Tokens.batch, on the device."""
+        device = self.values.device
+        views = self.tokens._views(len(rows), generator).to(device)
+        rows = rows.to(device)
+        values = self.values[rows, views]
+        if self.tokens.learns == "latents":
+            return TokenBatch(standardize(values, self.tokens.spec), self.labels[rows])
+        return TokenBatch(values.long(), self.labels[rows])
 
 
 def standardize(latents: torch.Tensor, spec: TokenSpec) -> torch.Tensor:

@@ -20,6 +20,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
 class ResBlock(nn.Module):
     """x + f(x) with f = norm, SiLU, 3x3, norm, SiLU, 3x3; the last convolution starts at zero, so f does too."""
 
+    recomputes = True  # training.py
+
     def __init__(self, channels: int):
         super().__init__()
         self.norm1, self.norm2 = group_norm(channels), group_norm(channels)
@@ -35,6 +37,8 @@ class ResBlock(nn.Module):
 
 class Encoder(nn.Module):
     """(B, C, H, W) -> (B, D, h, w) with h = H / (patch_size * 2 ** (levels - 1))."""
+
+    compiles = True  # training.py
 
     def __init__(
         self, image_channels: int, latent_channels: int, channels: tuple[int, ...], num_blocks: int, patch_size: int
@@ -58,6 +62,8 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """(B, D, h, w) -> (B, C, H, W): the mirror of Encoder."""
+
+    compiles = True  # training.py
 
     def __init__(
         self, image_channels: int, latent_channels: int, channels: tuple[int, ...], num_blocks: int, patch_size: int

@@ -91,6 +91,8 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Attention and SwiGLU, each on a norm of the residual stream; with a condition, each shifted, scaled and gated."""
 
+    recomputes = True  # training.py
+
     def __init__(self, width: int, heads: int, dropout: float, is_conditioned: bool):
         super().__init__()
         self.attention_norm = RMSNorm(width, has_weight=not is_conditioned)
@@ -117,6 +119,8 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """(B, L, N) -> (B, L, N), normalised at the end. The grid gives each of the L = h * w places its rotary angles."""
+
+    compiles = True  # training.py
 
     def __init__(
         self,

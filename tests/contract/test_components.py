@@ -1,6 +1,8 @@
 """What every part promises, asked of every file in its folder: a new part gets these tests by being there."""
 
 import importlib
+import signal
+from functools import partialmethod
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.components import Params, kinds, load, parse
 from tessera.contracts import Encoded, ImageBatch, TokenBatch
+from tessera.stage_process import Job, Stopped
 from tessera.training import fit
 
 TRAINING = {"num_steps": 2, "batch_size": 4, "learning_rate": 0.01}
@@ -159,6 +162,25 @@ class _Rows:
     def batch(self, rows, generator=None):
         return type(self.whole)(*(tensor[rows] for tensor in self.whole))
 
+    def on(self, device):
+        return type(self)(type(self.whole)(*(tensor.to(device) for tensor in self.whole)))
+
+
+class _StopsAt:
+    """Asks for a stop when the batch of step `number` is taken, counting from 1."""
+
+    def __init__(self, number, rows, job):
+        self.number, self.rows, self.job, self.taken = number, rows, job, 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, rows, generator=None):
+        self.taken += 1
+        if self.taken == self.number:
+            self.job.request_stop(signal.SIGTERM)
+        return self.rows.batch(rows, generator)
+
 
 def _training_data(folder, kind, image_spec, token_spec):
     generator = torch.Generator().manual_seed(0)
@@ -176,6 +198,55 @@ TRAINED = [
     for kind in kinds(folder)
     if hasattr(load(folder, kind), "Objective")
 ]
+
+
+def _trained(folder, kind, image_spec, token_spec, job, data=None, seed=0, **changes):
+    """A part trained for six steps on random data, by the settings of SMALL with these changes in `training`."""
+    module, config = load(folder, kind), small(folder, kind)
+    settings = config.training.model_copy(update={"num_steps": 6, "ema_decay": 0.5, **changes})
+    config = config.model_copy(update={"training": settings})
+    spec, rows = _training_data(folder, kind, image_spec, token_spec)
+    torch.manual_seed(seed)
+    model = module.Model(config, spec)
+    job.resumable()
+    return fit(module.Objective(model, config), data or rows, settings, seed=seed, job=job).state_dict()
+
+
+@pytest.mark.parametrize(("folder", "kind"), TRAINED)
+def test_a_stopped_and_resumed_training_is_bit_identical(folder, kind, image_spec, token_spec, tmp_path):
+    whole = _trained(folder, kind, image_spec, token_spec, Job("whole", tmp_path / "whole"))
+    stopped = Job("parts", tmp_path / "parts")
+    _, rows = _training_data(folder, kind, image_spec, token_spec)
+    with pytest.raises(Stopped):
+        _trained(folder, kind, image_spec, token_spec, stopped, data=_StopsAt(3, rows, stopped))
+    again, said = Job("parts", tmp_path / "parts"), []
+    again.say = said.append
+    resumed = _trained(folder, kind, image_spec, token_spec, again)
+    assert said == ["resumed step 3"]
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+@pytest.mark.parametrize(("folder", "kind"), TRAINED)
+def test_checkpointed_gradients_and_data_on_the_device_change_nothing(folder, kind, image_spec, token_spec, tmp_path):
+    plain = _trained(folder, kind, image_spec, token_spec, Job("plain", tmp_path / "plain"))
+    job = Job("saving", tmp_path / "saving")
+    saving = _trained(folder, kind, image_spec, token_spec, job, gradient_checkpointing=True, data_on_device=True)
+    for name, value in plain.items():
+        torch.testing.assert_close(saving[name], value, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("folder", "kind"), TRAINED)
+def test_compiled_training_works(folder, kind, precision, image_spec, token_spec, tmp_path, monkeypatch):
+    """By the tracer and its autograd without the code generator, which needs a compiler and minutes."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    plain = _trained(folder, kind, image_spec, token_spec, Job("a", tmp_path / "a"), precision=precision)
+    job = Job("b", tmp_path / "b")
+    compiled = _trained(folder, kind, image_spec, token_spec, job, precision=precision, compile=True)
+    tolerance = {} if precision == "fp32" else {"atol": 0.05, "rtol": 0.05}
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, msg=name, **tolerance)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
