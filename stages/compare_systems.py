@@ -20,6 +20,7 @@ SHOWN = {  # column: format
     "precision": "{:.3f}",
     "recall": "{:.3f}",
     "coverage": "{:.3f}",
+    "copy_rate": "{:.3f}",
     "psnr_db": "{:.2f}",
     "codebook_usage": "{:.3f}",
     "codebook_perplexity": "{:.1f}",

@@ -17,7 +17,7 @@ from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import Images
 from tessera.artifacts.samples import Samples, quotas
 from tessera.judge import Judge
-from tessera.metrics import frechet, kernel, precision_recall
+from tessera.metrics import copy_rate, frechet, kernel, precision_recall
 from tessera.params import Pipeline
 from tessera.tracking import journal
 
@@ -59,6 +59,8 @@ def run(
         "num_images": len(found),
         "num_reference_images": len(reference),
     }
+    if samples is not None:  # the floor is made of training images, each of them a copy of itself
+        figures["copy_rate"] = copy_rate.copy_rate(found, Judge.train_features(features), reference)
     if judge.has_logits:
         figures["label_agreement"] = judge.agreement(*labelled)
     protocol = {

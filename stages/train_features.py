@@ -18,6 +18,8 @@ from tessera.components import load
 from tessera.judge import Judge
 from tessera.params import Pipeline
 
+TRAIN_FEATURES = 100_000  # at most, of the training images: what samples are searched for copies of
+
 
 def run(params: Pipeline, images: Path, out: Path, history: Path, metrics: Path, job: stage_process.Job) -> None:
     spec, splits = image_artifact.read(images)
@@ -34,11 +36,14 @@ def run(params: Pipeline, images: Path, out: Path, history: Path, metrics: Path,
             return
     elif hasattr(module, "prepare"):
         module.prepare(model, config)
-    judge, test = Judge(model, config), splits["test"]
+    judge, train, test = Judge(model, config), splits["train"], splits["test"]
     with artifact.create(out) as place:
         checkpoints.save(place, "features", config, spec, model)
         with ShardWriter(place, "reference") as writer:
             writer.append(judge.features(test.pixels).astype(np.float32))
+        with ShardWriter(place, "train") as writer:  # evenly spread, if there are more
+            rows = np.linspace(0, len(train) - 1, min(len(train), TRAIN_FEATURES)).astype(int)
+            writer.append(judge.features(train.pixels, rows).astype(np.float32))
     job.keep_history(history)
     figures = {"num_images": len(test), "feature_dim": judge.model.feature_dim}
     if judge.has_logits:

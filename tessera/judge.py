@@ -47,6 +47,11 @@ class Judge:
         reference = Shards(folder, "reference").all().astype(np.float64)
         return Judge(model, config), reference, artifact.fingerprint(folder)
 
+    @staticmethod
+    def train_features(folder: Path) -> np.ndarray:
+        """The (N, D) features of the training images that a features artifact keeps."""
+        return Shards(folder, "train").all().astype(np.float64)
+
     def _batches(self, pixels: Shards | np.ndarray, rows: np.ndarray):
         for start in range(0, len(rows), BATCH):
             chosen = rows[start : start + BATCH]

@@ -26,6 +26,7 @@ FIGURES = [
     "recall",
     "density",
     "coverage",
+    "copy_rate",
     "rfd_classifier",
     "psnr_db",
     "ssim",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tessera.metrics import codebook, frechet, kernel, precision_recall, reconstruction
+from tessera.metrics import codebook, copy_rate, frechet, kernel, precision_recall, reconstruction
 
 
 def normal(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -403,3 +403,27 @@ def test_indices_outside_the_codebook_latents_and_nothing_are_refused():
         codebook.count(torch.rand(3), 8)
     with pytest.raises(ValueError, match="no indices were counted"):
         codebook.use(codebook.count(np.zeros(0, np.int64), 8))
+
+
+def test_copies_are_counted_and_new_samples_are_not():
+    """In two dimensions, where distances are known: copies with a trace of noise, draws of the same law, far points."""
+    random = np.random.default_rng(0)
+    train, held_out, new = (random.normal(size=(count, 2)) for count in (2000, 1000, 1000))
+    copies = train[:1000] + random.normal(scale=1e-4, size=(1000, 2))
+    assert copy_rate.copy_rate(copies, train, held_out) > 0.95
+    assert copy_rate.copy_rate(new, train, held_out) == pytest.approx(copy_rate.HELD_OUT_SHARE, abs=0.025)
+    assert copy_rate.copy_rate(new + 50, train, held_out) == 0
+    half = np.concatenate([copies[:500], new[:500] + 50])
+    assert copy_rate.copy_rate(half, train, held_out) == pytest.approx(0.5, abs=0.03)
+
+
+def test_the_copy_rate_is_that_of_brute_force():
+    random = np.random.default_rng(1)
+    samples, train, held_out = (random.normal(size=(count, 3)) for count in (30, 70, 41))
+
+    def nearest(point):
+        return min(float(np.linalg.norm(point - other)) for other in train)
+
+    threshold = np.quantile([nearest(point) for point in held_out], copy_rate.HELD_OUT_SHARE)
+    expected = np.mean([nearest(point) < threshold for point in samples])
+    assert copy_rate.copy_rate(samples, train, held_out) == pytest.approx(expected)

@@ -1,0 +1,31 @@
+"""How many samples are copies: nearer to a training image than images that were not trained on are.
+
+The measure is what is usual among real images: the distance to the nearest training image that only a small share of
+the test images, `HELD_OUT_SHARE`, falls below. Samples of the true distribution would fall below it as often, so a
+copy rate near HELD_OUT_SHARE is what to hope for, one far above it is memory, and one far below it often means samples
+that are near no real image at all: read it beside precision.
+
+Source: the nearest-neighbour test for memory of Meehan et al., "A Non-Parametric Test to Detect Data-Copying in
+Generative Models", 2020, arXiv:2004.05675, section 3.
+Differs from it: a rate at one threshold in the place of a rank statistic, over all cells at once.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HELD_OUT_SHARE = 0.05
+CHUNK_ROWS = 1024  # of a distance matrix that are in memory at a time
+
+
+def copy_rate(samples: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> float:
+    """Features of one network, (M, D), (N, D) and (H, D) -> the share of samples that are nearer to a training image
+    than all but HELD_OUT_SHARE of the held-out images. In [0, 1]."""
+    threshold = torch.quantile(_nearest(held_out, train), HELD_OUT_SHARE)
+    return (_nearest(samples, train) < threshold).double().mean().item()
+
+
+def _nearest(x: np.ndarray, train: np.ndarray) -> Tensor:
+    """(M,) distance of each row of x to the nearest row of train."""
+    points, others = torch.as_tensor(x).double(), torch.as_tensor(train).double()
+    return torch.cat([torch.cdist(piece, others).amin(dim=1) for piece in points.split(CHUNK_ROWS)])
