@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from vector_quantize_pytorch import VectorQuantize
 
-from tessera.quantizers.vector import Config, Quantizer, nearest
+from tessera.nn.nearest import nearest
+from tessera.quantizers.vector import Config, Quantizer
 
 CASES = [(1024, 64, 8192), (16_384, 8, 4096), (262_144, 8, 512)]  # codes, channels, tokens
 ROUNDS = 7

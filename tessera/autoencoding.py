@@ -1,6 +1,10 @@
 """What every tokenizer with an encoder shares: its settings, encode and decode, and the reconstruction terms.
 
 A tokenizer file adds its own losses and networks to this; see tokenizers/vqvae.py for the smallest.
+
+Latent perturbation, Source: Qiu et al. (RobustTok), "Robust Latent Matters: Boosting Image Generation with Sampling Error
+Synthesis", 2025, arXiv:2503.08354, section 3: the decoder learns to bear the mistakes of a prior.
+Differs from it: indices of all images are replaced alike, where the authors choose some images of a batch first.
 """
 
 import hashlib
@@ -19,6 +23,7 @@ from tessera.nn.image_losses import Lpips, laplacian_loss, pixel_loss
 from tessera.optimization import Training
 
 Weight = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class AutoencoderConfig(Params):
@@ -33,6 +38,9 @@ class AutoencoderConfig(Params):
     perceptual_weight: Weight = 1.0
     lpips_weights: str = ""  # path of a safetensors file; nothing is downloaded
     lpips_sha256: str = ""
+    perturbation_share: Fraction = 0.0  # of the indices, replaced by near ones for the decoder at the first step
+    perturbation_until: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the training after which none is left
+    perturbation_neighbors: Annotated[int, Field(ge=1)] = 8  # nearest other codes to choose from
     training: Training
 
     @property
@@ -52,15 +60,41 @@ class AutoencoderConfig(Params):
             )
         return self
 
+    @model_validator(mode="after")
+    def _perturbation_has_neighbors(self) -> "AutoencoderConfig":
+        if not self.perturbation_share:
+            return self
+        if self.codebook_size is None:
+            raise ValueError(
+                f"perturbation_share replaces codes by near ones, but quantizer {self.quantizer.kind} has no codebook; "
+                f"choose a quantizer with one (vector), or perturbation_share: 0"
+            )
+        levels = getattr(self.quantizer, "num_levels", 1)  # a residual quantizer looks for neighbors within a level
+        codes = self.codebook_size // levels
+        if self.perturbation_neighbors >= codes:
+            raise ValueError(
+                f"perturbation_neighbors {self.perturbation_neighbors} must be below the number of codes, {codes}"
+            )
+        return self
+
+    def perturbed_share(self, step: int) -> float:
+        """The share of indices to replace at a step: from perturbation_share down to 0 on a line."""
+        until = self.perturbation_until * self.training.num_steps
+        return self.perturbation_share * max(0.0, 1 - step / until)
+
 
 class Autoencoder(nn.Module):
     """Encoder, quantizer, decoder: a Tokenizer (contracts.py)."""
 
+    channels_per_latent = 1  # of the encoder's head
+
     def __init__(self, config: AutoencoderConfig, spec: ImageSpec):
         super().__init__()
+        self.config = config
         widths = tuple(config.channels * multiplier for multiplier in config.channel_multipliers)
-        shape = (spec.channels, config.quantizer.code_dim, widths, config.num_blocks, config.patch_size)
-        self.encoder, self.decoder = Encoder(*shape), Decoder(*shape)
+        depth, shape = config.quantizer.code_dim, (widths, config.num_blocks, config.patch_size)
+        self.encoder = Encoder(spec.channels, self.channels_per_latent * depth, *shape)
+        self.decoder = Decoder(spec.channels, depth, *shape)
         self.quantizer = load("quantizers", config.quantizer.kind).Quantizer(config.quantizer)
         self.codebook_size = config.codebook_size
         factor = config.downsample_factor
@@ -70,7 +104,7 @@ class Autoencoder(nn.Module):
                 f"change patch_size or channel_multipliers"
             )
         grid = (spec.height // factor, spec.width // factor)
-        self.latent_shape = (config.quantizer.code_dim, *grid)
+        self.latent_shape = (depth, *grid)
         self.index_grid = (grid[0], grid[1] * self.quantizer.indices_per_code)
 
     def encode(self, images: Tensor) -> Encoded:
@@ -84,10 +118,26 @@ class Autoencoder(nn.Module):
     def decode_indices(self, indices: Tensor) -> Tensor:
         return self.decoder(self.quantizer.indices_to_codes(indices)).float()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
-        """Reconstructions, and the quantizer's answer with its loss."""
+    def forward(self, images: Tensor, step: int) -> tuple[Tensor, Quantized]:
+        """Reconstructions at a step of the training, and the quantizer's answer with its loss."""
         quantized = self.quantizer(self.encoder(images))
-        return self.decoder(quantized.codes).float(), quantized
+        share = self.config.perturbed_share(step) if self.training else 0.0
+        codes = self._perturbed(quantized, share) if share else quantized.codes
+        return self.decoder(codes).float(), quantized
+
+    def _perturbed(self, quantized: Quantized, share: float) -> Tensor:
+        """The codes, some of them replaced by near ones. Gradients reach the latents as if they were not."""
+        codes, indices = quantized.codes, quantized.indices
+        with torch.no_grad():
+            is_replaced = torch.rand(indices.shape, device=indices.device) < share
+            asked = indices[is_replaced]
+            near = self.quantizer.neighbors(asked, self.config.perturbation_neighbors)
+            choice = torch.randint(self.config.perturbation_neighbors, (len(asked), 1), device=indices.device)
+            replaced = indices.clone()
+            replaced[is_replaced] = near.gather(1, choice).squeeze(1)
+            # a difference, because a codebook of moving averages may have moved since it gave the codes
+            shift = self.quantizer.indices_to_codes(replaced) - self.quantizer.indices_to_codes(indices)
+        return codes + shift
 
 
 class ReconstructionLoss(nn.Module):

@@ -125,11 +125,7 @@ def source_files(config: Params) -> list[Path]:
 
     Read from the import statements, so that it does not depend on what else the process has loaded.
     """
-    waiting = {type(config).__module__} | {
-        type(value).__module__
-        for value in vars(config).values()
-        if isinstance(value, Params) and hasattr(value, "kind")
-    }
+    waiting = {type(part).__module__ for part in _parts(config)}
     found: dict[str, Path] = {}
     while waiting:
         name = waiting.pop()
@@ -141,3 +137,9 @@ def source_files(config: Params) -> list[Path]:
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE.name:
                 waiting |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return [path for _, path in sorted(found.items())]
+
+
+def _parts(config: Params) -> list[Params]:
+    """A Config and those in it, at any depth: a part may be built of parts, which are built of parts."""
+    inner = [value for value in vars(config).values() if isinstance(value, Params) and hasattr(value, "kind")]
+    return [config, *(part for value in inner for part in _parts(value))]

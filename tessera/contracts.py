@@ -74,6 +74,7 @@ class Quantizer(Protocol):
 
     def __call__(self, z: Tensor) -> Quantized: ...
     def indices_to_codes(self, indices: Tensor) -> Tensor: ...  # (B, h, w * indices_per_code) -> (B, D, h, w)
+    def neighbors(self, indices: Tensor, count: int) -> Tensor: ...  # (N,) -> (N, count) the nearest other codes
 
 
 class Tokenizer(Protocol):

@@ -35,3 +35,6 @@ class Quantizer(nn.Module):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         raise ValueError("quantizer identity has no codebook, so there are no indices; use quantizer vector")
+
+    def neighbors(self, indices: Tensor, count: int) -> Tensor:
+        raise ValueError("quantizer identity has no codebook, so codes have no neighbors; use quantizer vector")

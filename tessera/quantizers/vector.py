@@ -6,7 +6,8 @@ codes that nobody uses onto latents of the batch. The plain gradient codebook (`
 
 Source: van den Oord et al., "Neural Discrete Representation Learning", 2017, arXiv:1711.00937, equations 1 to 3, and
 appendix A.1 (moving averages); normalised codes: Yu et al. (ViT-VQGAN), 2021, arXiv:2110.04627, section 3.2; revival:
-Williams et al., 2020, arXiv:2002.08111, section 3, after Dhariwal et al. (Jukebox), arXiv:2005.00341.
+Williams et al., 2020, arXiv:2002.08111, section 3, after Dhariwal et al. (Jukebox), arXiv:2005.00341; rotation: Fifty et
+al., 2024, arXiv:2410.06424, section 4.
 Differs from it: the averages have Laplace smoothing (as in Sonnet); the start waits `init_step` steps for useful latents.
 """
 
@@ -20,9 +21,8 @@ from torch import Tensor, nn
 
 from tessera.components import Params
 from tessera.contracts import Quantized
-
-CHUNK_BYTES = 4 * 2**20  # of scores held at once: fits the cache of a core
-CODES_PER_TILE = 32768  # a larger codebook is searched tile by tile
+from tessera.nn.nearest import nearest, nearest_others
+from tessera.nn.straight_through import rotated, straight_through
 
 
 class Config(Params):
@@ -37,6 +37,7 @@ class Config(Params):
     init_step: Annotated[int, Field(ge=0)] = 30  # batches that pass unquantized before init: data
     revive_below: Annotated[float, Field(ge=0, lt=1)] = 0.03  # of the mean use: a code below is dead; 0: never
     normalize_codes: bool = False  # latents and codes on the unit sphere
+    rotation_trick: bool = False  # the decoder's gradient is turned as its code lies to the latent
 
 
 class Quantizer(nn.Module):
@@ -82,7 +83,7 @@ class Quantizer(nn.Module):
         if self.training:
             self._learn(flat.detach(), indices)
             self.batches_seen += 1
-        codes = flat + (codes - flat).detach()  # straight through: the decoder's gradient reaches the latents unchanged
+        codes = rotated(flat, codes) if self.config.rotation_trick else straight_through(flat, codes)
         codes = codes.view(batch, height, columns, width).permute(0, 3, 1, 2)
         return Quantized(codes, indices.view(batch, height, columns), loss)
 
@@ -90,8 +91,18 @@ class Quantizer(nn.Module):
         """(B, h, w) int64 -> (B, D, h, w) float."""
         return self._codes()[indices].permute(0, 3, 1, 2)
 
+    def neighbors(self, indices: Tensor, count: int) -> Tensor:
+        """(N,) -> (N, count) the other codes nearest to each, nearest first."""
+        if self.training and self.config.init == "data" and int(self.batches_seen) <= self.config.init_step:
+            return indices.unsqueeze(1).expand(-1, count)  # the last batch passed unquantized: no code to replace
+        return nearest_others(self._codes().detach(), indices, count)
+
     def _codes(self) -> Tensor:
-        return F.normalize(self.codebook, dim=1) if self.config.normalize_codes else self.codebook
+        if not self.config.normalize_codes:
+            return self.codebook
+        # a copy, because the backward pass of normalize needs its input and revival overwrites codes before it
+        codebook = self.codebook.clone() if self.config.update == "gradient" else self.codebook
+        return F.normalize(codebook, dim=1)
 
     def _passes_through(self) -> bool:
         return self.config.init == "data" and int(self.batches_seen) < self.config.init_step
@@ -130,39 +141,6 @@ class Quantizer(nn.Module):
         if self.config.update == "ema":
             revived = self.codebook * self.code_counts.unsqueeze(1)
             self.code_sums.copy_(torch.where(dead.unsqueeze(1), revived, self.code_sums))
-
-
-@torch.no_grad()
-def nearest(z: Tensor, codebook: Tensor) -> Tensor:
-    """(M, D), (K, D) -> (M,) the row of the nearest code, without the (M, K) distances in memory.
-
-    argmin ||z - e||^2 = argmin ||e||^2 / 2 - z.e : one matrix product and one pass per chunk of rows, in one buffer.
-    """
-    rows, codes = len(z), len(codebook)
-    offsets = codebook.square().sum(dim=1) / 2  # (K,)
-    tile = min(codes, CODES_PER_TILE)
-    chunk = max(1, min(rows, CHUNK_BYTES // (4 * tile)))
-    buffer = z.new_empty(chunk, tile)
-    indices = torch.empty(rows, dtype=torch.long, device=z.device)
-    for start in range(0, rows, chunk):
-        piece = z[start : start + chunk]
-        for first in range(0, codes, tile):
-            part = codebook[first : first + tile]
-            scores = buffer[: len(piece), : len(part)]
-            torch.addmm(offsets[first : first + tile], piece, part.T, alpha=-1, out=scores)
-            if codes == tile:
-                indices[start : start + chunk] = scores.argmin(dim=1)
-                continue
-            best, place = scores.min(dim=1)
-            if first == 0:
-                lowest, winner = best, place
-            else:
-                closer = best < lowest
-                lowest = torch.where(closer, best, lowest)
-                winner = torch.where(closer, place + first, winner)
-        if codes != tile:
-            indices[start : start + chunk] = winner
-    return indices
 
 
 def _drawn(flat: Tensor, count: int) -> Tensor:

@@ -1,139 +1,29 @@
 """VQGAN: a VQ-VAE whose reconstructions must also look right to a patch discriminator.
 
-Source: Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021, arXiv:2012.09841, equations 4 to 7
-(perceptual and adversarial terms, the adaptive weight lambda); hinge loss: Lim and Ye 2017, arXiv:1705.02894; patches:
-Isola et al. 2017, arXiv:1611.07004, section 3.2.2; LeCam: Tseng et al. 2021, arXiv:2104.03310, equation 5.
-Differs from it: the weight is fixed by default, as in MaskBit and TiTok (arXiv:2409.16211, 2406.07550), and the adaptive
-one is clamped at `adaptive_weight_limit`, not 10,000, where it explodes; LeCam is taken on the mean logits of a batch;
-beta is on the commitment term, where the paper has it and the authors' code has not; GroupNorm in the discriminator, so
-that a batch of one works.
+Source: Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021, arXiv:2012.09841, equations 4 to 7.
+Differs from it: what the discriminator does differently stands in tessera/adversarial.py; beta is on the commitment term,
+where the paper has it and the authors' code has not.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from pydantic import Field
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from tessera.autoencoding import Autoencoder, AutoencoderConfig, ReconstructionLoss, Weight, codebook_terms
-from tessera.contracts import ImageBatch, ImageSpec
-from tessera.nn.autoencoder import group_norm
-from tessera.optimization import optimizers_for
+from tessera.adversarial import AdversarialAutoencoder, AdversarialConfig, AdversarialObjective
+from tessera.autoencoding import codebook_terms
 
 
-class Config(AutoencoderConfig):
+class Config(AdversarialConfig):
     kind: Literal["vqgan"] = "vqgan"
     perceptual: Literal["none", "laplacian", "lpips"] = "laplacian"
-    adversarial_weight: Weight = 0.1
-    adversarial_balance: Literal["fixed", "adaptive"] = "fixed"
-    adaptive_weight_limit: Weight = 100.0
-    discriminator_start_step: Annotated[int, Field(ge=0)] = 0
-    discriminator_channels: Annotated[int, Field(ge=8)] = 32
-    discriminator_layers: Annotated[int, Field(ge=1)] = 2  # with stride 2, each doubles the patch
-    discriminator_learning_rate_factor: Annotated[float, Field(gt=0)] = 1.0  # times training.learning_rate
-    lecam_weight: Weight = 0.001
 
 
-class Model(Autoencoder):
-    def __init__(self, config: Config, spec: ImageSpec):
-        super().__init__(config, spec)
-        self.image_channels = spec.channels
+class Model(AdversarialAutoencoder):
+    pass
 
 
-class Discriminator(nn.Module):
-    """(B, C, H, W) -> (B, 1, h, w) logits, one per overlapping patch: high for real."""
-
-    def __init__(self, image_channels: int, channels: int, num_layers: int):
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(image_channels, channels, 3, padding=1), nn.LeakyReLU(0.2)]
-        for _ in range(num_layers):
-            wider = min(2 * channels, 512)
-            layers += [nn.Conv2d(channels, wider, 4, stride=2, padding=1), group_norm(wider), nn.LeakyReLU(0.2)]
-            channels = wider
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 3, padding=1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
-
-
-def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """What the discriminator minimises; 1 when it cannot tell."""
-    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
-
-
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter, limit: float) -> Tensor:
-    """Equation 7: the ratio of the two terms' gradient norms at the decoder's last layer, in float32, at most `limit`."""
-    with torch.autocast(reconstruction.device.type, enabled=False):
-        of_reconstruction = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].float().norm()
-        of_adversarial = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].float().norm()
-        return (of_reconstruction / (of_adversarial + 1e-6)).clamp(0, limit).detach()
-
-
-class Objective(nn.Module):
-    phases = ("autoencoder", "discriminator")
-
-    def __init__(self, model: Model, config: Config):
-        super().__init__()
-        self.model, self.config = model, config
-        self.discriminator = Discriminator(
-            model.image_channels, config.discriminator_channels, config.discriminator_layers
-        )
-        self.reconstruction_loss = ReconstructionLoss(config)
-        self.register_buffer("average_logits", torch.zeros(2))  # of real and fake, for LeCam
-        self._judged: list[tuple[Tensor, Tensor]] = []  # images and their reconstructions, for the second phase
-
-    def forward(self, batch: ImageBatch, phase: str, step: int) -> dict[str, Tensor] | None:
-        if phase == "autoencoder":
-            return self._autoencoder(batch.images, step)
-        return self._discriminator() if step >= self.config.discriminator_start_step else None
-
-    def _autoencoder(self, images: Tensor, step: int) -> dict[str, Tensor]:
-        reconstructions, quantized = self.model(images)
-        terms = self.reconstruction_loss(reconstructions, images)
-        reconstruction = terms["loss"]
-        loss = reconstruction + quantized.loss
-        zero = loss.new_zeros(())
-        terms |= {"quantizer_loss": quantized.loss, "adversarial_loss": zero, "adversarial_weight": zero}
-        if step >= self.config.discriminator_start_step and self.config.adversarial_weight:
-            self.discriminator.requires_grad_(False)  # its gradients belong to its own phase
-            adversarial = -self.discriminator(reconstructions).float().mean()
-            self.discriminator.requires_grad_(True)
-            weight = torch.full_like(zero, self.config.adversarial_weight)
-            if self.config.adversarial_balance == "adaptive":
-                layer, limit = self.model.decoder.last_layer, self.config.adaptive_weight_limit
-                weight = weight * adaptive_weight(reconstruction, adversarial, layer, limit)
-            loss = loss + weight * adversarial
-            terms |= {"adversarial_loss": adversarial, "adversarial_weight": weight}
-            self._judged.append((images, reconstructions.detach()))
-        return {**terms, "loss": loss, **codebook_terms(quantized, self.model.codebook_size)}
-
-    def _discriminator(self) -> dict[str, Tensor] | None:
-        if not self._judged:
-            return None
-        images, reconstructions = self._judged.pop(0)
-        real_logits, fake_logits = self.discriminator(images).float(), self.discriminator(reconstructions).float()
-        loss = hinge_loss(real_logits, fake_logits)
-        real, fake = real_logits.mean(), fake_logits.mean()
-        if self.config.lecam_weight:
-            average_real, average_fake = self.average_logits.unbind()
-            lecam = F.relu(real - average_fake).square() + F.relu(average_real - fake).square()
-            loss = loss + self.config.lecam_weight * lecam
-            means = torch.stack([real, fake]).detach()
-            if dist.is_initialized():  # each process judges its share; all keep the average of the whole batch
-                dist.all_reduce(means)
-                means /= dist.get_world_size()
-            self.average_logits.lerp_(means, 0.01)
-        accuracy = 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())
-        return {"loss": loss, "real_logits": real, "fake_logits": fake, "discriminator_accuracy": accuracy}
-
-    def optimizers(self) -> dict[str, list[Optimizer]]:
-        training = self.config.training
-        rate = training.learning_rate * self.config.discriminator_learning_rate_factor
-        judge = training.model_copy(update={"learning_rate": rate, "betas": (0.5, 0.9), "weight_decay": 0.0})
-        return {
-            "autoencoder": optimizers_for(self.model, training),
-            "discriminator": optimizers_for(self.discriminator, judge),
-        }
+class Objective(AdversarialObjective):
+    def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        reconstructions, quantized = self.model(images, step)
+        terms = {"quantizer_loss": quantized.loss, **codebook_terms(quantized, self.model.codebook_size)}
+        return reconstructions, quantized.loss, terms

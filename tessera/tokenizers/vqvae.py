@@ -32,7 +32,7 @@ class Objective(nn.Module):
         self.reconstruction_loss = ReconstructionLoss(config)
 
     def forward(self, batch: ImageBatch, phase: str, step: int) -> dict[str, Tensor]:
-        reconstructions, quantized = self.model(batch.images)
+        reconstructions, quantized = self.model(batch.images, step)
         terms = self.reconstruction_loss(reconstructions, batch.images)
         terms["loss"] = terms["loss"] + quantized.loss
         return {**terms, "quantizer_loss": quantized.loss, **codebook_terms(quantized, self.model.codebook_size)}

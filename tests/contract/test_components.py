@@ -33,6 +33,17 @@ SMALL = {
             "discriminator_channels": 8,
             "training": TRAINING,
         },
+        "vae": {
+            "quantizer": {"kind": "identity", "code_dim": 4},
+            "channels": 8,
+            "num_blocks": 1,
+            "adversarial_weight": 0.1,
+            "discriminator_channels": 8,
+            "training": TRAINING,
+        },
+    },
+    "quantizers": {
+        "residual": {"quantizer": {"kind": "vector", "codebook_size": 16, "code_dim": 4, "init_step": 1}},
     },
     "priors": {
         "autoregressive": {"width": 16, "depth": 2, "heads": 2, "training": TRAINING},
@@ -76,18 +87,48 @@ def test_quantizer_codes_are_named_by_their_indices(kind):
             quantizer.indices_to_codes(torch.zeros(1, 3, 2, dtype=torch.long))
     else:
         assert quantized.indices.dtype == torch.long
+        assert quantized.indices.shape == (1, 3, 2 * quantizer.indices_per_code)
         assert quantized.indices.min() >= 0 and quantized.indices.max() < quantizer.codebook_size
         torch.testing.assert_close(quantizer.indices_to_codes(quantized.indices), quantized.codes, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", kinds("quantizers"))
+def test_neighbors_are_the_nearest_other_codes(kind):
+    config = small("quantizers", kind)
+    quantizer = load("quantizers", kind).Quantizer(config).eval()
+    if quantizer.codebook_size is None:
+        with pytest.raises(ValueError, match="codebook"):
+            quantizer.neighbors(torch.zeros(3, dtype=torch.long), 2)
+        return
+    levels = quantizer.indices_per_code
+    size = quantizer.codebook_size // levels
+    indices = torch.randint(quantizer.codebook_size, (30,), generator=torch.Generator().manual_seed(0))
+    found = quantizer.neighbors(indices, 5)
+    assert found.shape == (30, 5) and torch.equal(found // size, (indices // size).unsqueeze(1).expand(-1, 5))
+    for index, near in zip(indices.tolist(), found.tolist(), strict=True):
+        # brute force over every code of the same level, those of all other levels being equal
+        rows = torch.arange(levels).repeat(size, 1) * size
+        rows[:, index // size] = index // size * size + torch.arange(size)
+        codes = quantizer.indices_to_codes(rows.view(1, 1, -1))[0, :, 0].T  # (K, D)
+        distances = (codes - codes[index % size]).norm(dim=1)
+        assert index not in near and len(set(near)) == 5
+        others = distances[torch.arange(size) != index % size].sort().values
+        torch.testing.assert_close(distances[[one % size for one in near]], others[:5], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", kinds("quantizers"))
 def test_gradient_passes_straight_through_the_quantizer(kind):
+    """Unchanged, or as that of `bound` where the quantizer squashes latents before it rounds them."""
     config = small("quantizers", kind)
     quantizer = load("quantizers", kind).Quantizer(config).eval()
     z = torch.randn(2, config.code_dim, 3, 2, requires_grad=True)
     weights = torch.randn_like(z)
+    expected = weights
+    if hasattr(quantizer, "bound"):
+        expected = torch.autograd.grad((quantizer.bound(z) * weights).sum(), z)[0]
+        assert (expected * weights > 0).all()
     (quantizer(z).codes * weights).sum().backward()
-    torch.testing.assert_close(z.grad, weights)
+    torch.testing.assert_close(z.grad, expected)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -198,6 +239,7 @@ TRAINED = [
     for kind in kinds(folder)
     if hasattr(load(folder, kind), "Objective")
 ]
+TRAINED += [("quantizers", kind) for kind in kinds("quantizers")]
 
 
 def _trained(folder, kind, image_spec, token_spec, job, data=None, seed=0, **changes):
@@ -255,6 +297,9 @@ def test_training_moves_every_weight_and_saving_is_exact(
     folder, kind, precision, image_spec, token_spec, job, tmp_path
 ):
     module, config = load(folder, kind), small(folder, kind)
+    if folder == "quantizers":  # trained as part of the smallest tokenizer
+        folder, module = "tokenizers", load("tokenizers", "vqvae")
+        config = small("tokenizers", "vqvae").model_copy(update={"quantizer": config})
     config = config.model_copy(
         update={
             "training": config.training.model_copy(update={"precision": precision, "num_steps": 6, "ema_decay": 0.0})

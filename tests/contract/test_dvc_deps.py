@@ -53,6 +53,8 @@ def code_run_by(address: str) -> set[str]:
         modules |= {f"tessera.{folder}.{part['kind']}"} | shared - siblings
     if stage in ("train_prior", "sample_images"):  # a prior may build any denoiser, by the kind in its params
         modules |= {f"tessera.denoisers.{kind}" for kind in kinds("denoisers")}
+    if stage == "train_tokenizer":  # a quantizer may build another, by the kind in its params
+        modules |= {f"tessera.quantizers.{kind}" for kind in kinds("quantizers")}
     for module in tuple(modules):
         modules |= import_graph().find_upstream_modules(module) if "denoisers" in module else set()
     modules |= import_graph().find_upstream_modules(entry)

@@ -1,11 +1,14 @@
 """The mathematics of the vector quantizer, against brute force and closed forms."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-from tessera.quantizers import vector
-from tessera.quantizers.vector import Config, Quantizer, nearest
+from tessera.nn.nearest import CHUNK_BYTES, nearest, nearest_others
+from tessera.quantizers.vector import Config, Quantizer
 
 
 def make(**settings) -> Quantizer:
@@ -105,7 +108,105 @@ def test_memory_of_the_search_does_not_grow_with_the_product_of_rows_and_codes()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         nearest(z, codebook)
     largest = max(event.cpu_memory_usage for event in profile.events())
-    assert 0 < largest <= 2 * vector.CHUNK_BYTES < 4096 * 16_384 * 4
+    assert 0 < largest <= 2 * CHUNK_BYTES < 4096 * 16_384 * 4
+
+
+def test_a_million_codes_can_be_searched_and_learned():
+    quantizer = Quantizer(Config(codebook_size=2**20, code_dim=8, init_step=0, revive_below=0.0)).train()
+    z = torch.randn(1, 8, 3, 2)
+    quantizer.eval().codebook.normal_()
+    distances = torch.cdist(z.permute(0, 2, 3, 1).reshape(-1, 8).double(), quantizer.codebook.double())
+    best = distances.min(dim=1)
+    assert torch.equal(quantizer(z).indices.flatten(), best.indices)
+    near = quantizer.neighbors(best.indices[:2], 4)
+    own = torch.cdist(quantizer.codebook[best.indices[:2]].double(), quantizer.codebook.double())
+    assert torch.equal(near, own.topk(5, dim=1, largest=False).indices[:, 1:])
+    quantizer.train().batches_seen.fill_(1)
+    assert quantizer(z).codes.isfinite().all() and quantizer.codebook.isfinite().all()
+
+
+def test_neighbors_of_normalized_codes_are_those_on_the_sphere():
+    quantizer = make(normalize_codes=True)
+    quantizer.codebook.normal_()
+    codes = F.normalize(quantizer.codebook, dim=1)
+    expected = torch.cdist(codes, codes).topk(4, dim=1, largest=False).indices[:, 1:]
+    assert torch.equal(quantizer.neighbors(torch.arange(12), 3), expected)
+
+
+@pytest.mark.parametrize(("rows", "codes", "count"), [(1, 2, 1), (50, 9, 8), (40, 70_001, 3), (6000, 300, 2)])
+def test_the_near_codes_are_really_near(rows, codes, count):
+    codebook = torch.randn(codes, 3)
+    indices = torch.randint(codes, (rows,))
+    found = nearest_others(codebook, indices, count)
+    asked, places = indices.unique(return_inverse=True)
+    distances = torch.cdist(codebook[asked].double(), codebook.double())
+    distances[torch.arange(len(asked)), asked] = torch.inf
+    expected = distances.topk(count, dim=1, largest=False).values[places]
+    torch.testing.assert_close(distances[places].gather(1, found), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("count", [0, 12])
+def test_more_neighbors_than_other_codes_are_refused(count):
+    with pytest.raises(ValueError, match=f"{count} neighbors were asked for, but each of 12 codes has 1 to 11 others"):
+        make().neighbors(torch.tensor([1]), count)
+
+
+def test_the_rotation_trick_turns_the_gradient_as_the_latent_turns_into_its_code():
+    """Section 4 of arXiv:2410.06424: the codes are lambda R z, and lambda R is constant to the gradient."""
+    quantizer = make(rotation_trick=True).eval()
+    quantizer.codebook.normal_()
+    z = torch.randn(1, 5, 3, 2, requires_grad=True)
+    weights = torch.randn_like(z)
+    codes = quantizer(z).codes
+    torch.testing.assert_close(codes, quantizer.indices_to_codes(quantizer(z).indices), atol=1e-6, rtol=0)
+    gradient = torch.autograd.grad((codes * weights).sum(), z)[0]
+    for place in range(6):
+        latent, code = z.detach().flatten(2)[0, :, place], codes.detach().flatten(2)[0, :, place]
+        u, q = latent / latent.norm(), code / code.norm()
+        w = (u + q) / (u + q).norm()
+        rotation = torch.eye(5) - 2 * torch.outer(w, w) + 2 * torch.outer(q, u)
+        torch.testing.assert_close(rotation @ rotation.T, torch.eye(5), atol=1e-5, rtol=0)
+        torch.testing.assert_close(rotation @ u, q, atol=1e-5, rtol=0)
+        expected = code.norm() / latent.norm() * rotation.T @ weights.flatten(2)[0, :, place]
+        torch.testing.assert_close(gradient.flatten(2)[0, :, place], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_latent_of_zero_and_one_opposite_to_its_code_have_finite_gradients_under_rotation():
+    quantizer = Quantizer(Config(codebook_size=2, code_dim=2, update="gradient", rotation_trick=True)).eval()
+    quantizer.codebook.data.copy_(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+    z = torch.tensor([[0.0, -0.5], [0.0, 0.0]]).view(1, 2, 2, 1).requires_grad_()
+    quantizer(z).codes.sum().backward()
+    assert z.grad.isfinite().all()
+
+
+def test_dead_codes_of_a_normalized_gradient_codebook_may_be_revived_before_the_backward_pass():
+    quantizer = make(update="gradient", normalize_codes=True, revive_below=0.5).train()
+    quantizer(torch.randn(4, 5, 3, 2, requires_grad=True)).loss.backward()
+    assert quantizer.codebook.grad.isfinite().all()
+
+
+def _half_of_the_batch(rank: int, store: str, z: torch.Tensor, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    quantizer = make().train()
+    for batch in z:
+        quantizer(batch.chunk(2)[rank])
+    state = torch.cat([quantizer.codebook.flatten(), quantizer.code_sums.flatten(), quantizer.code_counts])
+    Path(f"{out}.{rank}").write_bytes(state.numpy().tobytes())
+    dist.destroy_process_group()
+
+
+def test_two_processes_keep_the_averages_of_the_whole_batch(tmp_path):
+    z = torch.randn(4, 6, 5, 3, 2)  # four batches of six
+    arguments = (str(tmp_path / "store"), z, str(tmp_path / "state"))
+    torch.multiprocessing.spawn(_half_of_the_batch, arguments, nprocs=2)
+    whole = make().train()
+    for batch in z:
+        whole(batch)
+    expected = torch.cat([whole.codebook.flatten(), whole.code_sums.flatten(), whole.code_counts])
+    for rank in range(2):
+        found = torch.frombuffer(bytearray((tmp_path / f"state.{rank}").read_bytes()), dtype=torch.float32)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_indices_and_codes_agree_with_the_peer_library():

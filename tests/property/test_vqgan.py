@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from tessera.adversarial import adaptive_weight, hinge_loss
 from tessera.components import load, parse
 from tessera.contracts import ImageBatch, ImageSpec
 from tessera.tokenizers import vqgan
-from tessera.tokenizers.vqgan import adaptive_weight, hinge_loss
 
 SPEC = ImageSpec(name="x", channels=1, height=16, width=8, num_classes=1, class_names=("all",), licence="none")
 
@@ -96,3 +96,13 @@ def test_lecam_keeps_logits_near_the_average_of_the_other_side():
 def test_the_discriminator_is_not_part_of_the_saved_model():
     parts = objective()
     assert not any("discriminator" in name for name in parts.model.state_dict())
+
+
+def test_without_a_weight_there_is_neither_a_discriminator_nor_its_phase():
+    parts = objective(adversarial_weight=0.0)
+    assert parts.phases == ("autoencoder",) == tuple(parts.optimizers())
+    assert not any("discriminator" in name for name, _ in parts.named_parameters())
+    terms = parts(batch(), "autoencoder", 0)
+    torch.testing.assert_close(
+        terms["loss"], 4 * terms["reconstruction_loss"] + terms["perceptual_loss"] + terms["quantizer_loss"]
+    )
