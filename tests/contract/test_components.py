@@ -226,7 +226,7 @@ class _StopsAt:
 def _training_data(folder, kind, image_spec, token_spec):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(12) % 3
-    if folder == "tokenizers":
+    if folder in ("tokenizers", "quantizers"):
         return image_spec, _Rows(ImageBatch(torch.rand(12, 1, 16, 8, generator=generator) * 2 - 1, labels))
     if load("priors", kind).LEARNS == "indices":
         return token_spec, _Rows(TokenBatch(torch.randint(11, (12, 4, 2), generator=generator), labels))
@@ -242,9 +242,17 @@ TRAINED = [
 TRAINED += [("quantizers", kind) for kind in kinds("quantizers")]
 
 
+def _trainable(folder, kind):
+    """The folder, module and settings to train a part by; a quantizer is trained as part of the smallest tokenizer."""
+    if folder == "quantizers":
+        config = small("tokenizers", "vqvae").model_copy(update={"quantizer": small("quantizers", kind)})
+        return "tokenizers", load("tokenizers", "vqvae"), config
+    return folder, load(folder, kind), small(folder, kind)
+
+
 def _trained(folder, kind, image_spec, token_spec, job, data=None, seed=0, **changes):
     """A part trained for six steps on random data, by the settings of SMALL with these changes in `training`."""
-    module, config = load(folder, kind), small(folder, kind)
+    folder, module, config = _trainable(folder, kind)
     settings = config.training.model_copy(update={"num_steps": 6, "ema_decay": 0.5, **changes})
     config = config.model_copy(update={"training": settings})
     spec, rows = _training_data(folder, kind, image_spec, token_spec)
@@ -296,10 +304,7 @@ def test_compiled_training_works(folder, kind, precision, image_spec, token_spec
 def test_training_moves_every_weight_and_saving_is_exact(
     folder, kind, precision, image_spec, token_spec, job, tmp_path
 ):
-    module, config = load(folder, kind), small(folder, kind)
-    if folder == "quantizers":  # trained as part of the smallest tokenizer
-        folder, module = "tokenizers", load("tokenizers", "vqvae")
-        config = small("tokenizers", "vqvae").model_copy(update={"quantizer": config})
+    folder, module, config = _trainable(folder, kind)
     config = config.model_copy(
         update={
             "training": config.training.model_copy(update={"precision": precision, "num_steps": 6, "ema_decay": 0.0})
