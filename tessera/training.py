@@ -187,7 +187,7 @@ def _step(
         if skipped:
             continue
         parameters = [p for optimizer in optimizers[phase] for g in optimizer.param_groups for p in g["params"]]
-        norm = float(nn.utils.clip_grad_norm_(parameters, settings.gradient_clip))
+        norm = float(nn.utils.clip_grad_norm_(parameters, settings.gradient_clip, foreach=True))
         if not math.isfinite(norm):
             raise Diverged(
                 f"the gradient of phase '{phase}' is {norm} at step {step + 1}: not applied, the last checkpoint stays. "

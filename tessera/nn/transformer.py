@@ -11,6 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tessera.nn import handwritten
+
+NORM_EPSILON = 1e-6
+
+
+def is_handwritten_faster(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, in float32."""
@@ -21,7 +29,9 @@ class RMSNorm(nn.Module):
         self.width = width
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (self.width,), self.weight, eps=1e-6).to(x.dtype)
+        if is_handwritten_faster(x):
+            return handwritten.RootMeanSquareNorm.apply(x, self.weight, NORM_EPSILON)
+        return F.rms_norm(x.float(), (self.width,), self.weight, eps=NORM_EPSILON).to(x.dtype)
 
 
 def rotary_angles(height: int, width: int, head_width: int, base: float = 100.0) -> Tensor:
@@ -64,15 +74,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, is_causal: bool, cache: Cache | None) -> Tensor:
         batch, length, width = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, L, E)
-        query, key, value = qkv.unbind(0)
-        query = rotate(self.query_norm(query), cos, sin)
-        key = rotate(self.key_norm(key), cos, sin)
+        qkv = self.qkv(x)
+        if is_handwritten_faster(qkv):
+            norms = self.query_norm.weight, self.key_norm.weight
+            query, key, value = handwritten.QueryKeyValue.apply(qkv, *norms, cos, sin, self.heads, NORM_EPSILON)
+        else:
+            query, key, value = qkv.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, E) each
+            query = rotate(self.query_norm(query), cos, sin)
+            key = rotate(self.key_norm(key), cos, sin)
         if cache is not None:
             key, value = cache.append(key, value)
-        x = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal and length > 1
-        )
+        dropout = self.dropout if self.training else 0.0
+        if cache is None and length <= handwritten.LONGEST_ATTENTION and is_handwritten_faster(query):
+            x = handwritten.attention(query, key, value, dropout, is_causal)
+        else:
+            x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=is_causal and length > 1)
         return self.out(x.transpose(1, 2).reshape(batch, length, width))
 
 

@@ -1,8 +1,11 @@
 """The transformer body: causality, rotary positions, the cache."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from tessera.nn import handwritten, transformer
 from tessera.nn.transformer import RMSNorm, Transformer, rotary_angles, rotate
 
 
@@ -61,3 +64,50 @@ def test_a_conditioned_block_starts_as_the_identity():
     net = Transformer(16, 3, 2, (2, 2), dropout=0.0, is_causal=False, is_conditioned=True)
     x = torch.randn(2, 4, 16)
     torch.testing.assert_close(net(x, torch.randn(2, 16)), net.norm(x))
+
+
+@pytest.mark.parametrize("has_weight", [False, True])
+def test_the_norms_handwritten_gradient_is_the_numerical_one(has_weight):
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, dtype=torch.float64, requires_grad=True) if has_weight else None
+    assert torch.autograd.gradcheck(lambda *a: handwritten.RootMeanSquareNorm.apply(*a, 1e-6), (x, weight))
+
+
+def test_the_handwritten_gradient_of_queries_keys_and_values_is_the_numerical_one():
+    qkv = torch.randn(2, 6, 3 * 16, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(8, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    angles = rotary_angles(3, 2, 8).double()
+    assert torch.autograd.gradcheck(
+        lambda *a: handwritten.QueryKeyValue.apply(*a, angles.cos(), angles.sin(), 2, 1e-6), (qkv, *weights)
+    )
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_handwritten_attention_is_torchs(is_causal):
+    query, key, value = torch.randn(3, 2, 3, 6, 8).unbind()
+    torch.testing.assert_close(
+        handwritten.attention(query, key, value, 0.0, is_causal),
+        F.scaled_dot_product_attention(query, key, value, is_causal=is_causal),
+    )
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_conditioned", [False, True])
+def test_the_handwritten_body_and_the_plain_one_agree_in_values_and_gradients(is_causal, is_conditioned, monkeypatch):
+    net, x = body(is_causal, is_conditioned), torch.randn(3, 6, 32)
+    condition = torch.randn(3, 32) if is_conditioned else None
+    found = []
+    for is_handwritten in (True, False):
+        monkeypatch.setattr(transformer, "is_handwritten_faster", lambda x, answer=is_handwritten: answer)
+        net.zero_grad()
+        out = net(x, condition)
+        out.square().sum().backward()
+        found.append([out.detach(), *(parameter.grad.clone() for parameter in net.parameters())])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_the_body_can_be_compiled_into_one_graph():
+    net, x = body(is_causal=True), torch.randn(3, 6, 32)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), net(x), atol=1e-5, rtol=1e-5)

@@ -128,6 +128,16 @@ def test_orthogonalising_keeps_the_singular_vectors_and_drives_the_singular_valu
     assert expected[values > 0.2 * values.max()].sub(1).abs().max() < 0.35
 
 
+@pytest.mark.parametrize("shape", [(8, 3), (3, 8), (6, 5)])
+def test_orthogonalising_a_stack_is_orthogonalising_each_in_both_precisions(shape):
+    stack = torch.randn(4, *shape, generator=torch.Generator().manual_seed(1))
+    stack[1, :, 0] = stack[1, :, 1]  # one of them of lower rank
+    for number, matrix in enumerate(stack):
+        exact = orthogonalized(matrix.double(), torch.float64).float()
+        torch.testing.assert_close(orthogonalized(stack, torch.float32)[number], exact, atol=1e-5, rtol=0)
+        torch.testing.assert_close(orthogonalized(stack, torch.bfloat16)[number].float(), exact, atol=0.2, rtol=0)
+
+
 def test_muon_moves_as_torchs_muon_up_to_the_rounding_of_bfloat16():
     start = torch.randn(12, 6, generator=torch.Generator().manual_seed(2))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
