@@ -126,7 +126,6 @@ def test_gradient_passes_straight_through_the_quantizer(kind):
     expected = weights
     if hasattr(quantizer, "bound"):
         expected = torch.autograd.grad((quantizer.bound(z) * weights).sum(), z)[0]
-        assert (expected * weights > 0).all()
     (quantizer(z).codes * weights).sum().backward()
     torch.testing.assert_close(z.grad, expected)
 

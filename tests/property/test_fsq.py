@@ -90,6 +90,15 @@ def test_indices_and_codes_agree_with_the_peer_library(levels):
     torch.testing.assert_close(peer.indices_to_codes(every), every_code(ours))
 
 
+def test_the_gradient_is_that_of_the_bound_and_never_turns():
+    quantizer = Quantizer(Config())
+    z = torch.randn(2, 4, 3, 5, requires_grad=True)
+    weights = torch.randn_like(z)
+    gradient = torch.autograd.grad((quantizer(z).codes * weights).sum(), z)[0]
+    torch.testing.assert_close(gradient, torch.autograd.grad((quantizer.bound(z) * weights).sum(), z)[0])
+    assert (gradient * weights > 0).all()
+
+
 def test_rounding_is_float32_under_bf16_autocast():
     quantizer = Quantizer(Config())
     z = torch.randn(1, 4, 20, 10)
