@@ -28,4 +28,5 @@ def others(images: Tensor, settings: EncodeTokens, seed: int, split: str, start:
 def warp(images: Tensor, settings: EncodeTokens, generator: torch.Generator) -> Tensor:
     """Rotate, scale and shift each image by its own uniform draws."""
     draws = torch.rand(4, len(images), generator=generator) * 2 - 1
-    return warped(images, draws, settings.warp_rotation, settings.warp_scale, settings.warp_shift)
+    amounts = settings.warp_rotation, settings.warp_scale, settings.warp_shift
+    return warped(images, draws, *amounts, interpolation="bicubic").clamp(-1, 1)  # what is blurred here, priors learn
