@@ -1,6 +1,6 @@
 """What each quantizer does to an autoencoder in a short training, beside the same quantizer of vector-quantize-pytorch.
 
-    python -m benchmarks.quantizer_quality --images FILE [FILE ...] [--seeds 0 1 2] [--steps 250] [--kinds vector fsq ...]
+    python -m benchmarks.quantizer_quality --images FILE [FILE ...] [--seeds 0 1 2] [--steps 200] [--kinds vector fsq ...]
 
 FILE is an npz with uint8 images (N, 32, 32, 3) under "x", of which one in eight is held out, or a tar of train/ and test/
 with PNG files of twice that side. Without --images: all that TESSERA_TEST_DATA holds of these. Encoder, decoder, their first
@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, nargs="+", default=data_files())
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--kinds", nargs="+", choices=list(OURS), default=list(OURS))
     options = parser.parse_args()
     if not options.images:

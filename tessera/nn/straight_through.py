@@ -1,7 +1,7 @@
 """What the decoder's gradient does on its way through a quantizer, whose own derivative is zero almost everywhere.
 
 Source: straight through: Bengio et al., 2013, arXiv:1308.3432; the rotation: Fifty et al., "Restructuring Vector
-Quantization with the Rotation Trick", 2024, arXiv:2410.06424, section 4 and its remark 2 (Householder reflections).
+Quantization with the Rotation Trick", 2024, arXiv:2410.06424, section 4.
 Differs from it: the value is the code itself, where rotating the latent would give it up to rounding.
 """
 

@@ -3,10 +3,10 @@
 There is no codebook to search, so 2**20 codes cost no more than 2**8. Two entropies keep all of them in use: that of each
 latent's soft assignment is made small, that of the batch's mean assignment large.
 
-Source: Yu et al. (MAGVIT-v2), "Language Model Beats Diffusion", 2023, arXiv:2310.05737, section 3.1, equations 4 to 6.
+Source: Yu et al. (MAGVIT-v2), "Language Model Beats Diffusion", 2023, arXiv:2310.05737, section 3.1.
 Differs from it: soft assignments are independent per bit, so the first entropy is an exact sum over bits; the second is
 taken over groups of `entropy_group_bits` bits, which is exact for one group and otherwise counts them as independent.
-The temperature is much higher than the 0.01 in use elsewhere, under which short trainings stall (docs/log.md).
+The temperature is much higher than the 0.01 in use elsewhere, at which assignments are hard and give hardly a gradient.
 """
 
 import itertools
@@ -27,11 +27,11 @@ from tessera.nn.straight_through import straight_through
 class Config(Params):
     kind: Literal["lfq"] = "lfq"
     code_dim: Annotated[int, Field(ge=1, le=30)] = 10  # bits per token
-    entropy_weight: Annotated[float, Field(ge=0)] = 0.1
+    entropy_weight: Annotated[float, Field(ge=0)] = 0.03
     diversity_gamma: Annotated[float, Field(ge=0)] = 1.0  # of the batch's entropy, relative to the tokens'
-    entropy_temperature: Annotated[float, Field(gt=0)] = 1.0  # of soft assignments: exp(-||z - code||^2 / temperature)
+    entropy_temperature: Annotated[float, Field(gt=0)] = 0.3  # of soft assignments: exp(-||z - code||^2 / temperature)
     entropy_group_bits: Annotated[int, Field(ge=1, le=20)] = 10
-    commitment_weight: Annotated[float, Field(ge=0)] = 0.25
+    commitment_weight: Annotated[float, Field(ge=0)] = 0.05
 
     @property
     def codebook_size(self) -> int:

@@ -3,8 +3,10 @@
 A step of the matrix moves every code, used or not, so none is left behind.
 
 Source: Zhu et al., "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer", 2024,
-arXiv:2411.02038, section 4 (algorithm 1); the two terms and beta are those of van den Oord et al., arXiv:1711.00937.
-Differs from it: TUNING.
+arXiv:2411.02038; the two terms and beta are those of van den Oord et al., arXiv:1711.00937.
+Differs from it: frozen channels have a standard deviation of `frozen_scale`, where the authors' have D ** -0.5, and the
+matrix starts as a rotation that brings them to `code_scale`, so that a step of the optimizer moves codes far enough for
+short trainings (docs/log.md).
 """
 
 from typing import Annotated, Literal
@@ -26,8 +28,8 @@ class Config(Params):
     code_dim: Annotated[int, Field(ge=1)] = 8
     commitment_weight: Annotated[float, Field(ge=0)] = 0.25  # beta, on the encoder's term
     codebook_weight: Annotated[float, Field(ge=0)] = 1.0  # of the codes' term
-    code_scale: Annotated[float, Field(gt=0)] = 1.0  # standard deviation of a code's channel at the start
-    frozen_scale: Annotated[float, Field(gt=0)] = 1.0  # that of the frozen codebook: how far a step moves the codes
+    code_scale: Annotated[float, Field(gt=0)] = 0.3  # standard deviation of a code's channel at the start
+    frozen_scale: Annotated[float, Field(gt=0)] = 3.0  # that of the frozen codebook: how far a step moves the codes
     rotation_trick: bool = False
 
 

@@ -40,7 +40,7 @@ def test_the_code_is_the_nearest_corner_of_the_cube(bits, seed):
 
 
 def test_index_bits_are_those_of_the_paper():
-    """Equation 3: Index(z) = sum over channels i = 1.. of 2^(i-1) where z_i > 0; zero counts as negative."""
+    """Section 3.1: Index(z) = sum over channels i = 1.. of 2^(i-1) where z_i > 0; zero counts as negative."""
     z = torch.tensor([0.5, -1.0, 0.0, 3.0]).view(1, 4, 1, 1)
     assert make(code_dim=4)(z).indices.item() == 1 + 8
 
