@@ -1,7 +1,7 @@
 """How weights move: the settings of one training, its learning-rate schedule, its optimizers, its weight average.
 
-Muon orthogonalises the update of each hidden matrix; everything that is not a hidden matrix (embeddings, norms, biases,
-output heads, convolutions) is AdamW's (Loshchilov & Hutter, arXiv:1711.05101).
+Muon orthogonalises the update of each hidden matrix, and of the kernels that a denoiser names; everything else (embeddings,
+norms, biases, output heads, other convolutions) is AdamW's (Loshchilov & Hutter, arXiv:1711.05101).
 """
 
 import math
@@ -71,7 +71,7 @@ def optimizers_for(module: nn.Module, settings: Training, hidden: list[nn.Parame
 
 
 class Muon(Optimizer):
-    """Momentum whose update of a matrix is replaced by its nearest semi-orthogonal one, nearly.
+    """Momentum whose update of a matrix, or of a convolution's kernel, is replaced by its nearest semi-orthogonal one, nearly.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024 (Nesterov momentum, five
     Newton-Schulz iterations); Liu et al., 2025, arXiv:2502.16982, section 2.2 (the factor 0.2 sqrt(max(A, B)), under which
@@ -94,9 +94,10 @@ class Muon(Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 average = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
                 update = matrix.grad.lerp(average, group["momentum"])
-                update = orthogonalized(update, torch.bfloat16 if matrix.is_cuda else torch.float32)
+                rows = update.flatten(1)  # a kernel (N, M, k, k) is a matrix (N, M k^2)
+                rows = orthogonalized(rows, torch.bfloat16 if matrix.is_cuda else torch.float32)
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(update, alpha=-0.2 * max(matrix.shape) ** 0.5 * group["lr"])
+                matrix.add_(rows.view_as(matrix), alpha=-0.2 * max(rows.shape) ** 0.5 * group["lr"])
 
 
 def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
