@@ -1,7 +1,7 @@
 """How weights move: the settings of one training, its learning-rate schedule, its optimizers, its weight average.
 
-Muon orthogonalises the update of each hidden matrix; everything that is not a hidden matrix (embeddings, norms, biases,
-output heads, convolutions) is AdamW's (Loshchilov & Hutter, arXiv:1711.05101).
+Muon orthogonalises the update of each hidden matrix, and of the kernels that a denoiser names; everything else (embeddings,
+norms, biases, output heads, other convolutions) is AdamW's (Loshchilov & Hutter, arXiv:1711.05101).
 """
 
 import math
@@ -76,7 +76,7 @@ def optimizers_for(module: nn.Module, settings: Training, hidden: list[nn.Parame
 
 
 class Muon(Optimizer):
-    """Momentum whose update of a matrix is replaced by its nearest semi-orthogonal one, nearly.
+    """Momentum whose update of a matrix, or of a convolution's kernel, is replaced by its nearest semi-orthogonal one, nearly.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024 (Nesterov momentum, five
     Newton-Schulz iterations); Liu et al., 2025, arXiv:2502.16982, section 2.2 (the factor 0.2 sqrt(max(A, B)), under which
@@ -106,10 +106,11 @@ class Muon(Optimizer):
         averages = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         updates = torch.stack(torch._foreach_lerp(gradients, averages, group["momentum"]))
-        updates = orthogonalized(updates, torch.bfloat16 if updates.is_cuda else torch.float32).to(updates.dtype)
+        rows = updates.flatten(2)  # a kernel (N, M, k, k) is a matrix (N, M k^2)
+        rate = 0.2 * max(rows.shape[1:]) ** 0.5 * group["lr"]
+        rows = orthogonalized(rows, torch.bfloat16 if rows.is_cuda else torch.float32).to(updates.dtype)
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        rate = 0.2 * max(matrices[0].shape) ** 0.5 * group["lr"]
-        torch._foreach_add_(matrices, list(updates.unbind()), alpha=-rate)
+        torch._foreach_add_(matrices, list(rows.view_as(updates).unbind()), alpha=-rate)
 
 
 def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -52,9 +52,18 @@ SMALL = {
             "training": TRAINING,
         },
         "gan": {"channels": 8, "noise_dim": 8, "training": TRAINING},
+        "diffusion": {
+            "denoiser": {"kind": "unet", "channels": 8, "channel_multipliers": [1, 2], "num_blocks": 1},
+            "training": TRAINING,
+        },
+    },
+    "denoisers": {
+        "transformer": {"width": 16, "depth": 2, "heads": 2},
+        "unet": {"channels": 8, "channel_multipliers": [1, 2], "num_blocks": 1},
     },
 }
-EVERY = [(folder, kind) for folder in ("tokenizers", "quantizers", "priors") for kind in kinds(folder)]
+FOLDERS = ("tokenizers", "quantizers", "priors", "denoisers")
+EVERY = [(folder, kind) for folder in FOLDERS for kind in kinds(folder)]
 
 
 def small(folder: str, kind: str) -> Params:
@@ -68,7 +77,7 @@ def test_the_module_says_where_its_method_comes_from(folder, kind):
     assert "Source" in text and "arXiv" in text
 
 
-@pytest.mark.parametrize(("folder", "kind"), [(f, k) for f in ("tokenizers", "quantizers", "priors") for k in kinds(f)])
+@pytest.mark.parametrize(("folder", "kind"), EVERY)
 def test_an_unknown_key_is_refused_by_name(folder, kind):
     settings = {**SMALL.get(folder, {}).get(kind, {}), "kind": kind, "no_such_key": 1}
     with pytest.raises(ValueError, match="no_such_key: unknown key"):
@@ -198,6 +207,33 @@ def test_an_unconditional_prior_ignores_labels(kind, token_spec):
     a = model.sample(torch.tensor([0, 1]), sampling, torch.Generator().manual_seed(0))
     b = model.sample(torch.tensor([2, 2]), sampling, torch.Generator().manual_seed(0))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", kinds("denoisers"))
+def test_a_denoiser_keeps_shapes_and_learns_to_heed_time_and_label(kind, token_spec):
+    """A few steps on a target that both decide: then every weight has had a gradient, and both change the output."""
+    torch.manual_seed(0)
+    denoiser = load("denoisers", kind).Model(small("denoisers", kind), token_spec.latent_shape, 4)
+    x, times, labels = torch.randn(6, *token_spec.latent_shape), torch.linspace(-1, 1, 6), torch.arange(6) % 4
+    assert denoiser(x[:1], times[:1], labels[:1]).shape == (1, *token_spec.latent_shape)
+    target = (times + labels).view(-1, 1, 1, 1) * x
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=0.01)
+    had_gradient = set()
+    for _ in range(8):
+        optimizer.zero_grad()
+        out = denoiser(x, times, labels)
+        assert out.shape == x.shape and out.dtype == torch.float32
+        (out - target).square().mean().backward()
+        had_gradient |= {name for name, p in denoiser.named_parameters() if p.grad is not None and p.grad.any()}
+        optimizer.step()
+    assert not {name for name, _ in denoiser.named_parameters()} - had_gradient
+    with torch.no_grad():
+        before = denoiser(x, times, labels)
+        assert (denoiser(x, times + 0.3, labels) - before).abs().max() > 1e-3
+        assert (denoiser(x, times, (labels + 1) % 4) - before).abs().max() > 1e-3
+    own = {id(parameter) for parameter in denoiser.parameters()}
+    hidden = denoiser.hidden_matrices()
+    assert all(id(parameter) in own and parameter.ndim >= 2 for parameter in hidden)
 
 
 class _Rows:

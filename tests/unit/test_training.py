@@ -154,6 +154,20 @@ def test_muon_moves_as_torchs_muon_up_to_the_rounding_of_bfloat16():
     assert moved > 0.5 and (ours - theirs).norm() < 0.02 * moved
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_moves_a_kernel_as_the_matrix_of_its_rows(layout):
+    start = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(2))
+    kernel, matrix = nn.Parameter(start.clone().to(memory_format=layout)), nn.Parameter(start.flatten(1).clone())
+    optimizers = [Muon([parameter], lr=0.1, weight_decay=0.3) for parameter in (kernel, matrix)]
+    for step in range(3):
+        gradient = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(step))
+        kernel.grad, matrix.grad = gradient.to(memory_format=layout), gradient.flatten(1)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (kernel - start).norm() > 0.1
+    torch.testing.assert_close(kernel.flatten(1), matrix)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_training_stopped_at_any_step_and_resumed_is_bit_identical(tmp_path, optimizer):
     class Both(Objective):

@@ -1,0 +1,143 @@
+"""Gaussian diffusion prior: a network that finds the data in noisy latents, and samplers that follow it from noise to data.
+
+Noise levels are sigma, noise over data. Two schedules say how they are drawn in training and spaced in sampling: `cosine`
+in a time of its own, and `edm`, log-normal in training and even in sigma^(1 / rho) in sampling. What the network predicts
+is chosen apart from that. `edm` with `velocity` is EDM's preconditioning and its loss, as nn/noise_levels.py explains.
+
+Sources: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, arXiv:2006.11239; Nichol and Dhariwal, 2021,
+arXiv:2102.09672 (cosine); Salimans and Ho, 2022, arXiv:2202.00512 (velocity); Karras et al., 2022, arXiv:2206.00364 (EDM);
+Hang et al., 2023, arXiv:2303.09556 (min-SNR); Kynkaanniemi et al., 2024, arXiv:2404.07724 (guidance in an interval).
+Differs from them: no variance is learnt; the loss is the velocity's whatever is predicted; noise levels are even in a batch.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tessera.components import DenoiserConfig, Params, load
+from tessera.conditioning import ConditionalConfig, guided, seen_labels
+from tessera.contracts import Learns, TokenBatch, TokenSpec
+from tessera.nn import noise_levels, samplers
+from tessera.optimization import Fraction, Positive, Training, optimizers_for
+
+LEARNS: Learns = "latents"
+
+
+class Config(ConditionalConfig):
+    kind: Literal["diffusion"] = "diffusion"
+    denoiser: DenoiserConfig  # the network
+    predicts: Literal["velocity", "noise", "data"] = "velocity"  # what the network's output means
+    schedule: Literal["cosine", "edm"] = "edm"
+    log_snr_shift: float = 0.0  # cosine: added to the log of the signal-to-noise ratio, below 0: noisier
+    sigma_log_mean: float = -0.5  # edm: of log sigma in training; EDM's -1.2, in units of the data's deviation
+    sigma_log_std: Positive = 1.2
+    min_snr: Positive | None = None  # largest weight of the data's squared error; null: the velocity's weight
+    training: Training
+
+
+class Sampling(Params):
+    sampler: Literal["ancestral", "ddim", "heun", "dpm_solver"] = "dpm_solver"
+    num_steps: Annotated[int, Field(ge=1)] = 20
+    eta: Fraction = 0.0  # ddim: share of the ancestral sampler's fresh noise
+    sigma_min: Positive = 0.01  # edm: the last level before 0
+    sigma_max: Positive = 80.0  # edm: the first level
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # uncond + scale * (cond - uncond); 1: off
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # times within which guidance acts: 1 / (1 + sigma)
+    clip_data: tuple[float, float] | None = None  # bounds of the predicted latents, as the tokenizer gives them
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "Sampling":
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta {self.eta} is for the sampler ddim, not {self.sampler}: leave it out")
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} must be less than sigma_max {self.sigma_max}")
+        return self
+
+
+class Model(nn.Module):
+    def __init__(self, config: Config, spec: TokenSpec):
+        super().__init__()
+        self.config, self.spec = config, spec
+        self.null_label = spec.num_classes
+        network = load("denoisers", config.denoiser.kind)
+        self.denoiser = network.Model(config.denoiser, spec.latent_shape, spec.num_classes + 1)
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        """(B, D, h, w) a * data + b * noise at levels sigma (B,), labels up to and including null_label -> the prediction."""
+        if self.config.schedule == "cosine":
+            times = noise_levels.cosine_time(sigma, self.config.log_snr_shift)
+        else:
+            times = sigma.log() / 4  # EDM's c_noise
+        return self.denoiser(x, times, labels)
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+        """(B,) labels -> (B, D, h, w) standardized latents. The generator is a CPU one: the same noise on every device."""
+        if not self.config.is_conditional:
+            labels = torch.full_like(labels, self.null_label)
+        if self.config.schedule == "cosine":
+            sigmas = noise_levels.cosine_grid(sampling.num_steps, self.config.log_snr_shift)
+        else:
+            sigmas = noise_levels.edm_grid(sampling.num_steps, sampling.sigma_min, sampling.sigma_max)
+
+        def draw(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=generator).to(like.device)
+
+        def denoise(x: Tensor, sigma: float) -> Tensor:
+            return self._data(x, sigma, labels, sampling)
+
+        x = draw(labels.new_empty(len(labels), *self.spec.latent_shape)) * (1 + sigmas[0] ** 2) ** 0.5
+        if sampling.sampler == "ancestral":
+            return samplers.ancestral(denoise, x, sigmas, draw)
+        if sampling.sampler == "ddim":
+            return samplers.ddim(denoise, x, sigmas, draw, sampling.eta)
+        return {"heun": samplers.heun, "dpm_solver": samplers.dpm_solver}[sampling.sampler](denoise, x, sigmas)
+
+    def _data(self, x: Tensor, sigma: float, labels: Tensor, sampling: Sampling) -> Tensor:
+        """The expected data of x = data + sigma * noise, guided and clipped."""
+        levels = torch.full((len(x),), sigma, device=x.device)
+        a, b = (share.view(-1, 1, 1, 1) for share in noise_levels.shares(levels))
+        x = a * x
+        low, high = sampling.guidance_interval
+        if sampling.guidance_scale == 1.0 or not self.config.is_conditional or not low <= 1 / (1 + sigma) <= high:
+            out = self(x, levels, labels)
+        else:  # the three predictions differ by terms without the network, so guiding any of them is guiding all
+            null = torch.full_like(labels, self.null_label)
+            both = self(torch.cat([x, x]), torch.cat([levels, levels]), torch.cat([labels, null]))
+            out = guided(*both.chunk(2), sampling.guidance_scale)
+        data = noise_levels.data_of(self.config.predicts, out, x, a, b)
+        if sampling.clip_data is None:
+            return data
+        mean, std = (x.new_tensor(values).view(-1, 1, 1) for values in (self.spec.latent_mean, self.spec.latent_std))
+        low, high = ((bound - mean) / std for bound in sampling.clip_data)
+        return torch.clamp(data, low, high)
+
+
+class Objective(nn.Module):
+    phases = ("prior",)
+
+    def __init__(self, model: Model, config: Config):
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, batch: TokenBatch, phase: str, step: int) -> dict[str, Tensor]:
+        config, data = self.config, batch.tokens
+        labels = seen_labels(batch.labels, config, self.model.null_label, self.training)
+        uniforms = noise_levels.even_uniforms(len(data), data.device)
+        if config.schedule == "cosine":
+            sigma = noise_levels.cosine_sigma(uniforms, config.log_snr_shift).clamp_min(1e-3)
+        else:
+            sigma = noise_levels.edm_sigma(uniforms, config.sigma_log_mean, config.sigma_log_std)
+        a, b = (share.view(-1, 1, 1, 1) for share in noise_levels.shares(sigma))
+        noise = torch.randn_like(data)
+        out = self.model(a * data + b * noise, sigma, labels)
+        target = noise_levels.target_of(config.predicts, data, noise, a, b)
+        weight = noise_levels.loss_weight(config.predicts, sigma, config.min_snr)
+        return {"loss": (weight * (out - target).square().mean(dim=(1, 2, 3))).mean()}
+
+    def optimizers(self) -> dict[str, list[Optimizer]]:
+        hidden = self.model.denoiser.hidden_matrices()
+        return {"prior": optimizers_for(self.model, self.config.training, hidden)}
