@@ -183,3 +183,36 @@ def test_velocity_and_data_predictions_mean_the_same():
     x_t = (1 - t.view(-1, 1, 1, 1)) * x_0 + t.view(-1, 1, 1, 1) * x_1
     model.denoiser.forward = lambda x, times, labels: x_1
     torch.testing.assert_close(model(x_t, t, torch.tensor([0, 1, 0])), x_1 - x_0, atol=1e-5, rtol=1e-5)
+
+
+def test_training_times_of_the_flow_are_logit_normal():
+    """Their logits have the mean and the deviation of the settings."""
+    training = Training(num_steps=1)
+    config = flow_matching.Config(
+        denoiser=transformer(width=16, depth=1, heads=2), time_mean=-0.7, time_std=1.4, training=training
+    )
+    model = flow_matching.Model(config, spec(shape=(1, 1, 1)))
+    times = []
+    model.forward = lambda x, t, labels: times.append(t) or torch.zeros_like(x)
+    torch.manual_seed(0)
+    batch = TokenBatch(torch.randn(4000, 1, 1, 1), torch.zeros(4000, dtype=torch.long))
+    flow_matching.Objective(model, config)(batch, "prior", 0)
+    logits = torch.logit(times[0])
+    assert float(logits.mean()) == pytest.approx(-0.7, abs=0.1)
+    assert float(logits.std()) == pytest.approx(1.4, rel=0.05)
+
+
+def test_guidance_of_the_flow_acts_in_its_interval_and_a_scale_of_1_needs_no_second_pass():
+    training = Training(num_steps=1)
+    config = flow_matching.Config(denoiser=transformer(width=16, depth=1, heads=2), training=training)
+    model = flow_matching.Model(config, spec())
+    rows = []
+    model.forward = lambda x, t, labels: rows.append((round(float(t[0]), 3), len(x))) or torch.zeros_like(x)
+    labels = torch.tensor([0, 1, 1])
+    sampling = {"num_steps": 5, "solver": "euler"}
+    model.sample(labels, flow_matching.Sampling(**sampling), torch.Generator().manual_seed(0))
+    assert [count for _, count in rows] == [3] * 5
+    rows.clear()
+    guided = flow_matching.Sampling(**sampling, guidance_scale=2.0, guidance_interval=(0.3, 0.7))
+    model.sample(labels, guided, torch.Generator().manual_seed(0))
+    assert rows == [(0.0, 3), (0.2, 3), (0.4, 6), (0.6, 6), (0.8, 3)]
