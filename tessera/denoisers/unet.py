@@ -35,6 +35,8 @@ class Config(Params):
 
 
 class Model(nn.Module):
+    compiles = True  # training.py
+
     def __init__(self, config: Config, latent_shape: tuple[int, int, int], num_labels: int):
         super().__init__()
         self.config = config
@@ -104,6 +106,8 @@ class Model(nn.Module):
 
 class Block(nn.Module):
     """shortcut(x) + f(x), f = norm, SiLU, 3x3, norm scaled and shifted by the condition, SiLU, 3x3; f starts at zero."""
+
+    recomputes = True  # training.py
 
     def __init__(self, in_channels: int, channels: int, condition: int, dropout: float):
         super().__init__()
