@@ -37,6 +37,7 @@ SMALL = {
             "denoiser": {"kind": "transformer", "width": 16, "depth": 2, "heads": 2},
             "training": TRAINING,
         },
+        "masked": {"width": 16, "depth": 2, "heads": 2, "training": TRAINING},
     },
 }
 EVERY = [(folder, kind) for folder in ("tokenizers", "quantizers", "priors") for kind in kinds(folder)]
