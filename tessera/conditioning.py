@@ -1,14 +1,21 @@
 """Labels as priors see them: hidden from a share of the training images, so that guidance has something to lead away from.
 
-Source: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, arXiv:2207.12598, algorithm 1 (label dropout) and
-equation 6, written here so that a scale of 1 is the conditional model and 0 the unconditional one.
+Sources: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, arXiv:2207.12598, algorithm 1 (label dropout) and
+equation 6, written here so that a scale of 1 is the conditional model and 0 the unconditional one; the ramp of the scale:
+Weber et al. (MaskBit), 2024, arXiv:2409.16211, and Yu et al. (RAR), 2024, arXiv:2411.00776.
 """
 
+import math
+from typing import Annotated, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
 from tessera.optimization import Fraction
+
+Ramp = Literal["constant"] | Annotated[float, Field(gt=0)]
 
 
 class ConditionalConfig(Params):
@@ -28,6 +35,13 @@ def seen_labels(labels: Tensor, config: ConditionalConfig, null_label: int, is_t
     return torch.where(is_hidden, null_label, labels)
 
 
-def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guided(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Away from what the network says without the label, towards what it says with it; 1 is `conditional`."""
     return unconditional + scale * (conditional - unconditional)
+
+
+def ramped(scale: float, ramp: Ramp, progress: float) -> float:
+    """The scale in force when the share `progress` of the sampling is done: from 1 to `scale`, later for a larger power."""
+    if ramp == "constant":
+        return scale
+    return 1 + (scale - 1) * (1 - math.cos(math.pi * progress**ramp)) / 2

@@ -43,7 +43,7 @@ def rotary_angles(height: int, width: int, head_width: int, base: float = 100.0)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + E/2]) of the last axis; x (B, H, L, E), cos and sin (L, E / 2)."""
+    """Turn the pairs (x[i], x[i + E/2]) of the last axis; x (B, H, L, E), cos and sin (L, E / 2) or (B, 1, L, E / 2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -161,11 +161,23 @@ class Transformer(nn.Module):
             for layer in (block.attention.out, block.mlp.down):  # GPT-2's scaling of what adds to the residual stream
                 nn.init.normal_(layer.weight, std=width**-0.5 / (2 * depth) ** 0.5)
 
-    def forward(self, x: Tensor, condition: Tensor | None = None, caches: list[Cache] | None = None) -> Tensor:
-        """With caches, x is the next piece of the sequence, and everything before it is in the caches."""
-        start = caches[0].length if caches else 0
-        places = slice(start, start + x.shape[1])
-        cos, sin = self.cos[places].to(x.dtype), self.sin[places].to(x.dtype)
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor | None = None,
+        caches: list[Cache] | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """With caches, x is the next piece of the sequence, and everything before it is in the caches.
+
+        Where on the grid each place of x stands is told by `places` (B, L), for each image anew; None is raster order.
+        """
+        if places is None:
+            start = caches[0].length if caches else 0
+            cos, sin = self.cos[start : start + x.shape[1]], self.sin[start : start + x.shape[1]]
+        else:
+            cos, sin = self.cos[places].unsqueeze(1), self.sin[places].unsqueeze(1)  # (B, 1, L, E / 2)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for number, block in enumerate(self.blocks):
             x = block(x, cos, sin, condition, self.is_causal, caches[number] if caches else None)
         return self.norm(x)

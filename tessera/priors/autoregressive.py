@@ -1,24 +1,29 @@
 """Autoregressive prior: a causal transformer that predicts the indices of an image one after another, in raster order.
 
+It may be trained on random orders first, a share of the images that falls to nothing (RAR): it then learns to use every
+place for every other, and can complete an image of which any places are known.
+
 Sources: Esser et al. (VQGAN), 2021, arXiv:2012.09841, section 3.2; Sun et al. (LlamaGen), 2024, arXiv:2406.06525, for the
 plain language-model body; classifier-free guidance: Ho and Salimans 2022, arXiv:2207.12598; nucleus sampling: Holtzman et
-al. 2019, arXiv:1904.09751.
-Differs from them: each place of the sequence carries the position of the index it predicts, not of the one it reads.
+al. 2019, arXiv:1904.09751; random orders annealed to raster order: Yu et al. (RAR), 2024, arXiv:2411.00776, section 3.2.
+Differs from them: each place of the sequence carries the position of the index it predicts, not of the one it reads; with
+random orders, which each image draws for itself, it carries both, where RAR adds the predicted one to the read one only then.
 
-The sequence is [label, index 0, ..., index L-2]; place i predicts index i.
+The sequence is [label, index 0, ..., index L-2]; place i predicts index i, the i-th of the order.
 """
 
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tessera.components import Params
-from tessera.conditioning import ConditionalConfig, guided, seen_labels
+from tessera.conditioning import ConditionalConfig, Ramp, guided, ramped, seen_labels
 from tessera.contracts import Learns, TokenBatch, TokenSpec
+from tessera.drawing import gumbel_noise
 from tessera.nn.transformer import Transformer
 from tessera.optimization import Fraction, Training, optimizers_for
 from tessera.transformer_settings import TransformerConfig
@@ -30,11 +35,25 @@ class Config(TransformerConfig, ConditionalConfig):
     kind: Literal["autoregressive"] = "autoregressive"
     dropout: Fraction = 0.1
     token_dropout: Fraction = 0.0  # share of the indices read that are replaced by random ones
+    # shares of num_steps between which the share of images read in a random order falls from 1 to 0; (0, 0): raster only
+    random_order_until: tuple[Fraction, Fraction] = (0.0, 0.0)
     training: Training
+
+    @model_validator(mode="after")
+    def _orders_are_annealed_forwards(self) -> "Config":
+        begin, end = self.random_order_until
+        if begin > end:
+            raise ValueError(f"random_order_until begins at {begin} and ends before, at {end}; swap them")
+        return self
+
+    @property
+    def has_random_orders(self) -> bool:
+        return self.random_order_until[1] > 0
 
 
 class Sampling(Params):
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # uncond + scale * (cond - uncond); 1: off
+    guidance_ramp: Ramp = "constant"  # or the power of the cosine by which the scale rises from 1
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0  # keep the k likeliest indices; 0: all
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # keep the fewest indices that hold this probability; 1: all
@@ -51,6 +70,9 @@ class Model(nn.Module):
         self.index_embedding = nn.Embedding(spec.codebook_size, config.width)
         self.label_embedding = nn.Embedding(spec.num_classes + 1, config.width)
         self.position = nn.Parameter(torch.randn(length, config.width) * 0.02)
+        self.read_position = (
+            nn.Parameter(torch.randn(length, config.width) * 0.02) if config.has_random_orders else None
+        )
         self.transformer = Transformer(
             config.width, config.depth, config.heads, self.grid, config.dropout, is_causal=True
         )
@@ -58,34 +80,65 @@ class Model(nn.Module):
         for layer in (self.index_embedding, self.label_embedding, self.head):
             nn.init.normal_(layer.weight, std=0.02)
 
-    def forward(self, indices: Tensor, labels: Tensor) -> Tensor:
-        """(B, L) indices, (B,) labels up to and including null_label -> (B, L, K) logits; place i sees indices < i."""
-        start = self.label_embedding(labels).unsqueeze(1)  # (B, 1, N)
-        x = torch.cat([start, self.index_embedding(indices[:, :-1])], dim=1) + self.position
-        return self.head(self.transformer(x))
+    def forward(self, indices: Tensor, labels: Tensor, order: Tensor | None = None) -> Tensor:
+        """(B, L) indices, (B,) labels up to and including null_label -> (B, L, K) logits; place i sees indices < i.
 
-    @torch.no_grad()
+        Indices and logits stand in the `order` (B, L) of the sequence: the grid place of each; None is raster order.
+        """
+        start = self.label_embedding(labels).unsqueeze(1)  # (B, 1, N)
+        x = torch.cat([start, self.index_embedding(indices[:, :-1])], dim=1)
+        x = x + (self.position if order is None else self.position[order])
+        if self.read_position is not None:
+            read = self.read_position[:-1] if order is None else self.read_position[order[:, :-1]]
+            x = x + F.pad(read, (0, 0, 1, 0))  # the label has no place
+        return self.head(self.transformer(x, places=order))
+
     def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
         """(B,) labels -> (B, *index_grid) indices. The generator is a CPU one: the same draws on every device."""
+        indices = torch.zeros(len(labels), *self.grid, dtype=torch.long, device=labels.device)
+        return self.complete(indices, torch.zeros_like(indices, dtype=torch.bool), labels, sampling, generator)
+
+    @torch.no_grad()
+    def complete(
+        self, indices: Tensor, is_known: Tensor, labels: Tensor, sampling: Sampling, generator: torch.Generator
+    ) -> Tensor:
+        """Keep the (B, *index_grid) indices where is_known and draw the others.
+
+        A model of random orders reads what is known first and draws the others in raster order, each given all that is
+        known: exact for what the model has learnt of such orders, which the annealing to raster order lets fade
+        (random_order_until of (1, 1) keeps it). Other models go through all places in raster order, and an index is drawn
+        given what comes before it alone: not the distribution given all that is known.
+        """
         if not self.config.is_conditional:
             labels = torch.full_like(labels, self.null_label)
-        batch, length = len(labels), self.position.shape[0]
+        indices, is_known = indices.flatten(1), is_known.flatten(1)
+        batch, length = indices.shape
+        order = torch.arange(length, device=indices.device).expand(batch, length)
+        if self.read_position is not None:
+            order = (~is_known).long().argsort(dim=1, stable=True)
+        indices, is_known = indices.gather(1, order), is_known.gather(1, order)
         is_guided = sampling.guidance_scale != 1.0 and self.config.is_conditional
         if is_guided:
             labels = torch.cat([labels, torch.full_like(labels, self.null_label)])
+            order = torch.cat([order, order])
         x = self.label_embedding(labels)
         caches = self.transformer.new_caches(len(labels), like=x)
-        indices = torch.empty(batch, length, dtype=torch.long, device=labels.device)
-        for place in range(length):
-            h = self.transformer((x + self.position[place]).unsqueeze(1), caches=caches)
+        for number in range(length):
+            place = order[:, number]
+            h = (x + self.position[place]).unsqueeze(1)
+            h = self.transformer(h, caches=caches, places=order[:, number : number + 1])
             logits = self.head(h[:, 0]).float()
             if is_guided:
                 conditional, unconditional = logits.chunk(2)
-                logits = guided(conditional, unconditional, sampling.guidance_scale)
-            indices[:, place] = draw(logits, sampling, generator)
-            x = self.index_embedding(indices[:, place])
+                scale = ramped(sampling.guidance_scale, sampling.guidance_ramp, number / length)
+                logits = guided(conditional, unconditional, scale)
+            drawn = draw(logits, sampling, generator)
+            indices[:, number] = torch.where(is_known[:, number], indices[:, number], drawn)
+            x = self.index_embedding(indices[:, number])
             x = torch.cat([x, x]) if is_guided else x
-        return indices.view(batch, *self.grid)
+            if self.read_position is not None:
+                x = x + self.read_position[place]
+        return torch.empty_like(indices).scatter_(1, order[:batch], indices).view(batch, *self.grid)
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -99,8 +152,15 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tens
         shares = ordered.softmax(dim=1)
         beyond = shares.cumsum(dim=1) - shares >= sampling.top_p  # the probability before this index is enough
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
-    uniform = torch.rand(logits.shape, generator=generator).clamp_min(1e-20)
-    return (logits - torch.log(-torch.log(uniform)).to(logits.device)).argmax(dim=1)
+    return (logits + gumbel_noise(logits.shape, generator).to(logits.device)).argmax(dim=1)
+
+
+def random_order_share(until: tuple[float, float], progress: float) -> float:
+    """The share of images read in a random order when the share `progress` of the training is done."""
+    begin, end = until
+    if progress < begin:
+        return 1.0
+    return (end - progress) / (end - begin) if progress < end else 0.0
 
 
 class Objective(nn.Module):
@@ -113,14 +173,25 @@ class Objective(nn.Module):
     def forward(self, batch: TokenBatch, phase: str, step: int) -> dict[str, Tensor]:
         indices = batch.tokens.flatten(1)  # (B, L)
         labels = seen_labels(batch.labels, self.config, self.model.null_label, self.training)
+        order = self._orders(indices, step)
+        indices = indices if order is None else indices.gather(1, order)
         read = indices
         if self.training and self.config.token_dropout:
             replaced = torch.rand(indices.shape, device=indices.device) < self.config.token_dropout
             read = torch.where(replaced, torch.randint_like(indices, self.model.spec.codebook_size), indices)
-        logits = self.model(read, labels).float()
+        logits = self.model(read, labels, order).float()
         loss = F.cross_entropy(logits.flatten(0, 1), indices.flatten())
         accuracy = (logits.argmax(dim=-1) == indices).float().mean()
         return {"loss": loss, "accuracy": accuracy}
+
+    def _orders(self, indices: Tensor, step: int) -> Tensor | None:
+        """(B, L) the order of each image, a random one for a share of them; None: raster order for all."""
+        if not self.config.has_random_orders or not self.training:
+            return None
+        share = random_order_share(self.config.random_order_until, step / self.config.training.num_steps)
+        is_random = torch.rand(len(indices), 1, device=indices.device) < share
+        order = torch.rand(indices.shape, device=indices.device).argsort(dim=1)
+        return torch.where(is_random, order, torch.arange(indices.shape[1], device=indices.device))
 
     def optimizers(self) -> dict[str, list[Optimizer]]:
         hidden = self.model.transformer.hidden_matrices()

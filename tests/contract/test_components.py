@@ -51,6 +51,7 @@ SMALL = {
             "denoiser": {"kind": "transformer", "width": 16, "depth": 2, "heads": 2},
             "training": TRAINING,
         },
+        "masked": {"width": 16, "depth": 2, "heads": 2, "training": TRAINING},
         "gan": {"channels": 8, "noise_dim": 8, "training": TRAINING},
         "diffusion": {
             "denoiser": {"kind": "unet", "channels": 8, "channel_multipliers": [1, 2], "num_blocks": 1},

@@ -5,37 +5,12 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from toy_distributions import GRIDS, Rows, draws, known_distribution, spec, total_variation
 
-from tessera.contracts import TokenBatch, TokenSpec
 from tessera.denoisers.transformer import Config as transformer
 from tessera.optimization import Training
 from tessera.priors import autoregressive, flow_matching
 from tessera.training import fit
-
-
-def spec(codebook_size=4, shape=(2, 2, 2), num_classes=2) -> TokenSpec:
-    depth = shape[0]
-    return TokenSpec(
-        codebook_size=codebook_size,
-        latent_shape=shape,
-        index_grid=shape[1:],
-        num_classes=num_classes,
-        class_counts=(1,) * num_classes,
-        latent_mean=(0.0,) * depth,
-        latent_std=(1.0,) * depth,
-        tokenizer_fingerprint="0" * 64,
-    )
-
-
-class Rows:
-    def __init__(self, tokens, labels):
-        self.tokens, self.labels = tokens, labels
-
-    def __len__(self):
-        return len(self.labels)
-
-    def batch(self, rows, generator=None):
-        return TokenBatch(self.tokens[rows], self.labels[rows])
 
 
 def random_model(**settings) -> autoregressive.Model:
@@ -108,21 +83,18 @@ def test_top_k_and_top_p_keep_exactly_the_likeliest():
 def test_the_autoregressive_prior_learns_a_known_distribution(job):
     """Grids of 2x2 with 4 codes whose joint distribution is known, another one for each label: total variation < 0.05."""
     torch.manual_seed(0)
-    grids = torch.tensor(list(itertools.product(range(4), repeat=4)))  # (256, 4)
-    truth = torch.stack([torch.randn(256).mul(1.5).softmax(dim=0) for _ in range(2)])  # (2, 256)
-    labels = torch.arange(40_000) % 2
-    rows = torch.multinomial(truth, 20_000, replacement=True, generator=torch.Generator().manual_seed(1)).T.flatten()
+    truth = known_distribution()
     training = Training(num_steps=700, batch_size=512, learning_rate=4e-3, weight_decay=0.0, ema_decay=0.99)
     config = autoregressive.Config(width=32, depth=2, heads=2, dropout=0.0, training=training)
     job.resumable()
     objective = autoregressive.Objective(autoregressive.Model(config, spec()), config)
-    model = fit(objective, Rows(grids[rows].view(-1, 2, 2), labels), training, seed=0, job=job)
+    model = fit(objective, draws(truth), training, seed=0, job=job)
     with torch.no_grad():
         for label in range(2):
-            log_probability = model(grids, torch.full((256,), label)).log_softmax(dim=2)
-            found = log_probability.gather(2, grids.unsqueeze(2)).sum(dim=(1, 2)).exp()
+            log_probability = model(GRIDS, torch.full((256,), label)).log_softmax(dim=2)
+            found = log_probability.gather(2, GRIDS.unsqueeze(2)).sum(dim=(1, 2)).exp()
             assert found.sum() == pytest.approx(1, abs=1e-3)  # the chain rule: a distribution over all grids
-            assert 0.5 * (found - truth[label]).abs().sum() < 0.05
+            assert total_variation(found, truth[label]) < 0.05
 
 
 def test_heun_is_of_second_order_and_euler_of_first():

@@ -1,0 +1,202 @@
+"""Masked prior: a transformer that sees some of the indices of an image and predicts the others, all at once.
+
+Sampling starts from nothing known and places a growing number of indices per step.
+
+Sources: Chang et al. (MaskGIT), 2022, arXiv:2202.04200, section 3; the arccos schedule and the ramp of the guidance: Weber et
+al. (MaskBit), 2024, arXiv:2409.16211; the Halton order: Besnier et al., 2025, arXiv:2503.17076; classifier-free
+guidance: Ho and Salimans 2022, arXiv:2207.12598.
+Differs from them: the body is nn/transformer.py; the label is added to every place, which needs neither a place of its own
+nor the weights of adaptive norms; each step places at least one index, so that more steps than places are as many as places.
+
+Shape letters: B batch, L = h * w places, K codebook size; index K is the mask.
+"""
+
+import math
+from functools import cache
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tessera.components import Params
+from tessera.conditioning import ConditionalConfig, Ramp, guided, ramped, seen_labels
+from tessera.contracts import Learns, TokenBatch, TokenSpec
+from tessera.drawing import gumbel_noise
+from tessera.nn.transformer import Transformer
+from tessera.optimization import Fraction, Training, optimizers_for
+from tessera.transformer_settings import TransformerConfig
+
+LEARNS: Learns = "indices"
+MaskSchedule = Literal["arccos", "cosine"]
+
+
+class Config(TransformerConfig, ConditionalConfig):
+    kind: Literal["masked"] = "masked"
+    dropout: Fraction = 0.1
+    mask_schedule: MaskSchedule = "arccos"  # how the share of masked places is drawn
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the indices, in training alone
+    training: Training
+
+
+class Sampling(Params):
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # uncond + scale * (cond - uncond); 1: off
+    guidance_ramp: Ramp = "constant"  # or the power of the cosine by which the scale rises from 1
+    decoding_steps: Annotated[int, Field(ge=1)] = 8
+    mask_schedule: MaskSchedule = "arccos"  # how many places stay masked after each step
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    order: Literal["confidence", "halton", "random"] = "confidence"  # which places are kept first
+    choice_temperature: Annotated[float, Field(ge=0)] = 2.0  # with confidence: of its noise, annealed to 0
+
+
+def mask_ratio(schedule: MaskSchedule, progress: Tensor) -> Tensor:
+    """The share of places that are masked at `progress` in [0, 1]: from 1 to 0."""
+    if schedule == "arccos":
+        return torch.arccos(progress) * (2 / math.pi)
+    return torch.cos(progress * (math.pi / 2))
+
+
+@cache
+def placed_per_step(num_places: int, steps: int, schedule: MaskSchedule) -> tuple[int, ...]:
+    """How many of the masked places each step fills: at least one, and all of them by the last. No more steps than places."""
+    steps = min(steps, num_places)
+    masked, placed = num_places, []
+    for step in range(1, steps + 1):
+        wanted = int(mask_ratio(schedule, torch.tensor(step / steps, dtype=torch.float64)) * num_places)
+        left = min(max(wanted, steps - step), masked - 1)  # each step to come fills a place, and so does this one
+        placed.append(masked - left)
+        masked = left
+    return tuple(placed)
+
+
+def halton_order(height: int, width: int) -> Tensor:
+    """(h * w,) every place once, in the order in which the points of Halton's sequence of bases 2 and 3 first fall on it."""
+    order: dict[int, None] = {}
+    number = 0
+    while len(order) < height * width:
+        number += 1
+        row, column = int(_radical_inverse(number, 2) * height), int(_radical_inverse(number, 3) * width)
+        order.setdefault(row * width + column)
+    return torch.tensor(list(order))
+
+
+def _radical_inverse(number: int, base: int) -> float:
+    """The digits of `number`, mirrored at the point: 6 = 110 in base 2 gives 0.011."""
+    value, unit = 0.0, 1 / base
+    while number:
+        number, digit = divmod(number, base)
+        value += digit * unit
+        unit /= base
+    return value
+
+
+class Model(nn.Module):
+    def __init__(self, config: Config, spec: TokenSpec):
+        super().__init__()
+        assert spec.codebook_size is not None
+        self.config, self.spec = config, spec
+        self.grid = spec.index_grid
+        self.null_label, self.mask_index = spec.num_classes, spec.codebook_size
+        length = self.grid[0] * self.grid[1]
+        self.index_embedding = nn.Embedding(spec.codebook_size + 1, config.width)
+        self.label_embedding = nn.Embedding(spec.num_classes + 1, config.width)
+        self.position = nn.Parameter(torch.randn(length, config.width) * 0.02)
+        self.transformer = Transformer(
+            config.width, config.depth, config.heads, self.grid, config.dropout, is_causal=False
+        )
+        self.head = nn.Linear(config.width, spec.codebook_size)
+        for layer in (self.index_embedding, self.label_embedding, self.head):
+            nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, indices: Tensor, labels: Tensor) -> Tensor:
+        """(B, L) indices up to and including mask_index, (B,) labels up to and including null_label -> (B, L, K) logits."""
+        x = self.index_embedding(indices) + self.position + self.label_embedding(labels).unsqueeze(1)
+        return self.head(self.transformer(x))
+
+    def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+        """(B,) labels -> (B, *index_grid) indices. The generator is a CPU one: the same draws on every device."""
+        indices = torch.full((len(labels), *self.grid), self.mask_index, device=labels.device)
+        return self.complete(indices, torch.zeros_like(indices, dtype=torch.bool), labels, sampling, generator)
+
+    @torch.no_grad()
+    def complete(
+        self, indices: Tensor, is_known: Tensor, labels: Tensor, sampling: Sampling, generator: torch.Generator
+    ) -> Tensor:
+        """Keep the (B, *index_grid) indices where is_known and draw the others, given those."""
+        if not self.config.is_conditional:
+            labels = torch.full_like(labels, self.null_label)
+        indices, is_known = indices.flatten(1), is_known.flatten(1)
+        indices = torch.where(is_known, indices, self.mask_index)
+        plans = [
+            placed_per_step(num_masked, sampling.decoding_steps, sampling.mask_schedule)
+            for num_masked in (~is_known).sum(dim=1).tolist()
+        ]
+        precedence = self._precedence(indices, sampling, generator)
+        for step in range(max(map(len, plans))):
+            placed = torch.tensor([plan[step] if step < len(plan) else 0 for plan in plans], device=indices.device)
+            progress = [min(1.0, step / max(1, len(plan))) for plan in plans]
+            logits = self._guided(indices, labels, sampling, progress) / sampling.temperature
+            drawn = (logits + gumbel_noise(logits.shape, generator).to(logits.device)).argmax(dim=2)  # (B, L)
+            if sampling.order == "confidence":
+                heat = [sampling.choice_temperature * (1 - (step + 1) / max(1, len(plan))) for plan in plans]
+                noise = gumbel_noise(indices.shape, generator) * torch.tensor(heat).clamp_min(0).unsqueeze(1)
+                confidence = logits.log_softmax(dim=2).gather(2, drawn.unsqueeze(2)).squeeze(2)
+                precedence = confidence + noise.to(confidence.device)
+            chosen = first(precedence, indices == self.mask_index, placed)
+            indices = torch.where(chosen, drawn, indices)
+        return indices.view(-1, *self.grid)
+
+    def _precedence(self, indices: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+        """(B, L): of two places that are masked the one with the larger number is filled first."""
+        if sampling.order == "random":
+            return torch.rand(indices.shape, generator=generator).to(indices.device)
+        rank = torch.empty(indices.shape[1])
+        rank[halton_order(*self.grid)] = -torch.arange(indices.shape[1], dtype=rank.dtype)
+        return rank.to(indices.device).expand(indices.shape)
+
+    def _guided(self, indices: Tensor, labels: Tensor, sampling: Sampling, progress: list[float]) -> Tensor:
+        """(B, L, K) logits; a second pass, without the labels, only where some scale is not 1."""
+        scales = [ramped(sampling.guidance_scale, sampling.guidance_ramp, share) for share in progress]
+        if not self.config.is_conditional or all(scale == 1 for scale in scales):
+            return self(indices, labels).float()
+        null = torch.full_like(labels, self.null_label)
+        both = self(torch.cat([indices, indices]), torch.cat([labels, null])).float()
+        conditional, unconditional = both.chunk(2)
+        return guided(conditional, unconditional, torch.tensor(scales, device=both.device).view(-1, 1, 1))
+
+
+def first(precedence: Tensor, is_open: Tensor, number: Tensor) -> Tensor:
+    """(B, L) whether a place is among the `number` (B,) open ones with the largest precedence."""
+    order = precedence.masked_fill(~is_open, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return (order.argsort(dim=1) < number.unsqueeze(1)) & is_open
+
+
+class Objective(nn.Module):
+    phases = ("prior",)
+
+    def __init__(self, model: Model, config: Config):
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, batch: TokenBatch, phase: str, step: int) -> dict[str, Tensor]:
+        indices = batch.tokens.flatten(1)  # (B, L)
+        labels = seen_labels(batch.labels, self.config, self.model.null_label, self.training)
+        is_masked = self._masks(indices)
+        logits = self.model(torch.where(is_masked, self.model.mask_index, indices), labels)
+        logits, truth = logits[is_masked].float(), indices[is_masked]
+        loss = F.cross_entropy(logits, truth, label_smoothing=self.config.label_smoothing if self.training else 0.0)
+        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == truth).float().mean()}
+
+    def _masks(self, indices: Tensor) -> Tensor:
+        """(B, L) booleans, a random number of each row, at least one."""
+        ratio = mask_ratio(self.config.mask_schedule, torch.rand(len(indices), device=indices.device))
+        number = (ratio * indices.shape[1]).ceil().clamp_min(1)
+        return first(
+            torch.rand(indices.shape, device=indices.device), torch.ones_like(indices, dtype=torch.bool), number
+        )
+
+    def optimizers(self) -> dict[str, list[Optimizer]]:
+        hidden = self.model.transformer.hidden_matrices()
+        return {"prior": optimizers_for(self.model, self.config.training, hidden)}
