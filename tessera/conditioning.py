@@ -4,7 +4,10 @@ Source: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, arXiv:2207.
 equation 6, written here so that a scale of 1 is the conditional model and 0 the unconditional one.
 """
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
@@ -16,6 +19,7 @@ class ConditionalConfig(Params):
 
     label_dropout: Fraction = 0.1  # share of the labels replaced by the null label: what guidance needs
     is_conditional: bool = True  # False: every label is the null label
+    num_views: Annotated[int, Field(ge=1)] | None = None  # of each image, to train on; 1: the image itself, None: all
 
 
 def seen_labels(labels: Tensor, config: ConditionalConfig, null_label: int, is_training: bool) -> Tensor:
