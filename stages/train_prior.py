@@ -22,7 +22,7 @@ def run(
 ) -> dict[str, float] | None:
     config = params.systems[name].prior
     module = load("priors", config.kind)
-    spec, splits = token_artifact.read(tokens, module.LEARNS)
+    spec, splits = token_artifact.read(tokens, module.LEARNS, config.num_views)
     torch.manual_seed(params.seed)
     model = module.Model(config, spec)
     millions = sum(p.numel() for p in model.parameters()) / 1e6

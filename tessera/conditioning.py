@@ -18,7 +18,13 @@ from tessera.optimization import Fraction
 Ramp = Literal["constant"] | Annotated[float, Field(gt=0)]
 
 
-class ConditionalConfig(Params):
+class PriorSettings(Params):
+    """What every prior has among its settings."""
+
+    num_views: Annotated[int, Field(ge=1)] | None = None  # of each image, to train on; 1: the image itself, None: all
+
+
+class ConditionalConfig(PriorSettings):
     """What every prior that is given labels has among its settings."""
 
     label_dropout: Fraction = 0.1  # share of the labels replaced by the null label: what guidance needs

@@ -23,7 +23,7 @@ def index_dtype(codebook_size: int) -> type[np.integer]:
 class Tokens:
     """One split of a tokens artifact, memory-mapped, as a prior learns it."""
 
-    def __init__(self, folder: Path, split: str, spec: TokenSpec, learns: Learns):
+    def __init__(self, folder: Path, split: str, spec: TokenSpec, learns: Learns, num_views: int | None = None):
         folder = Path(folder)
         if learns == "indices" and spec.codebook_size is None:
             raise ArtifactError(
@@ -35,7 +35,12 @@ class Tokens:
         grid = spec.index_grid if learns == "indices" else spec.latent_shape
         if self.values.row_shape[1:] != grid or len(self.labels) != len(self.values):
             raise ArtifactError(f"{folder}/{split} holds {learns} {self.values.row_shape}, expected (views, *{grid})")
-        self.num_views = self.values.row_shape[0]
+        self.num_views = num_views or self.values.row_shape[0]
+        if self.num_views > self.values.row_shape[0]:
+            raise ValueError(
+                f"the prior wants num_views {num_views}, but {folder}/{split} holds {self.values.row_shape[0]} to an image: "
+                f"lower it, or raise encode_tokens.warps"
+            )
 
     def __len__(self) -> int:
         return len(self.values)
@@ -111,8 +116,9 @@ def read_spec(folder: Path) -> TokenSpec:
     return parse(TokenSpec, artifact.read_json(Path(folder) / "meta.json")["spec"], f"{folder}/meta.json")
 
 
-def read(folder: Path, learns: Learns) -> tuple[TokenSpec, dict[str, Tokens]]:
-    """Verify the artifact and open both splits."""
+def read(folder: Path, learns: Learns, num_views: int | None = None) -> tuple[TokenSpec, dict[str, Tokens]]:
+    """Verify the artifact and open both splits, of the training images the first num_views views (None: all)."""
     artifact.check(folder)
     spec = read_spec(folder)
-    return spec, {split: Tokens(folder, split, spec, learns) for split in ("train", "test")}
+    train, test = Tokens(folder, "train", spec, learns, num_views), Tokens(folder, "test", spec, learns)
+    return spec, {"train": train, "test": test}

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from toy_distributions import GRIDS, Rows, draws, known_distribution, spec, total_variation
 
+from tessera.contracts import TokenBatch
 from tessera.denoisers.transformer import Config as transformer
 from tessera.optimization import Training
 from tessera.priors import autoregressive, flow_matching

@@ -62,6 +62,12 @@ def test_prior_batches_draw_every_view_and_judge_by_the_first(tmp_path, token_sp
     drawn = [tokens.batch(torch.arange(4), seeding.generator(0, step)).tokens for step in range(20)]
     assert set(torch.stack(drawn).unique().tolist()) == {0, 1, 2}
     assert tokens.batch(torch.arange(4)).tokens.unique().tolist() == [0]
+    for num_views, expected in ((1, {0}), (2, {0, 1}), (3, {0, 1, 2})):
+        some = Tokens(tmp_path, "train", token_spec, "indices", num_views)
+        drawn = [some.batch(torch.arange(4), seeding.generator(0, step)).tokens for step in range(20)]
+        assert set(torch.stack(drawn).unique().tolist()) == expected
+    with pytest.raises(ValueError, match="num_views 4, but .* holds 3 to an image"):
+        Tokens(tmp_path, "train", token_spec, "indices", 4)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
