@@ -121,14 +121,15 @@ def _initialize(network: nn.Module) -> None:
 
 
 class Generator(nn.Module):
-    """(B, N) noise and (B,) labels -> (B, D, H, W)."""
+    """(B, N) noise and (B,) labels -> (B, D, H, W); with `hidden_dim`, through a hidden layer before the first grid."""
 
-    def __init__(self, sizes: Sizes, noise_dim: int):
+    def __init__(self, sizes: Sizes, noise_dim: int, hidden_dim: int):
         super().__init__()
         top = sizes.levels[-1]
         self.top = (top.channels, top.height, top.width)
         self.label_embedding = nn.Embedding(sizes.num_labels, noise_dim)
-        self.from_noise = nn.Linear(2 * noise_dim, math.prod(self.top))
+        hidden = [nn.Linear(2 * noise_dim, hidden_dim), nn.LeakyReLU(SLOPE)] if hidden_dim else []
+        self.from_noise = nn.Sequential(*hidden, nn.Linear(hidden_dim or 2 * noise_dim, math.prod(self.top)))
         norm = [nn.BatchNorm2d(top.channels)] if sizes.normalization == "batch" else []
         layers: list[nn.Module] = [*norm, nn.LeakyReLU(SLOPE)]
         for coarse, level in zip([None, *sizes.levels[:0:-1]], sizes.levels[::-1], strict=True):

@@ -47,6 +47,7 @@ class Config(Params):
     smallest_side: Count = 4  # the grid is halved while it is even and stays at least this
     num_blocks: Annotated[int, Field(ge=0)] = 1  # residual blocks a level
     noise_dim: Count = 64
+    hidden_dim: Annotated[int, Field(ge=0)] = 0  # of a layer between noise and the coarsest grid; 0: none
     normalization: Normalization = "none"
     output_range: Literal["unbounded", "pixels"] = "unbounded"  # pixels: latents lie in [-1, 1] before standardizing
     is_conditional: bool = True  # False: every label is label 0
@@ -68,7 +69,7 @@ class Model(nn.Module):
     def __init__(self, config: Config, spec: TokenSpec):
         super().__init__()
         self.config, self.spec = config, spec
-        self.generator = Generator(network_sizes(config, spec), config.noise_dim)
+        self.generator = Generator(network_sizes(config, spec), config.noise_dim, config.hidden_dim)
         shape = (1, -1, 1, 1)
         self.register_buffer("mean", torch.tensor(spec.latent_mean).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(spec.latent_std).view(shape), persistent=False)
