@@ -92,9 +92,7 @@ def read_images(path: Path) -> tuple[Tensor, Tensor]:
 
 def settings_for(quantizer: dict[str, Any], steps: int) -> AutoencoderConfig:
     training = {"num_steps": steps, "batch_size": 32, "learning_rate": 0.002}
-    return parse(
-        AutoencoderConfig, {"quantizer": quantizer, "pixel_loss": "l1", "pixel_weight": 1.0, "training": training}
-    )
+    return parse(AutoencoderConfig, {"quantizer": quantizer, "channels": 32, "num_blocks": 1, "training": training})
 
 
 def built(config: AutoencoderConfig, peer: Callable[[], nn.Module] | None, seed: int) -> Autoencoder:

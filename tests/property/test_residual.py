@@ -60,6 +60,22 @@ def test_more_levels_leave_less_over(inner):
     assert errors[1] < 0.5 * errors[0] and errors[2] < 0.6 * errors[1]
 
 
+@pytest.mark.parametrize(
+    "inner",
+    [
+        {"kind": "fsq", "levels": [8, 5, 5]},
+        {"kind": "lfq", "code_dim": 3},
+        {"kind": "simvq", "codebook_size": 9, "code_dim": 3},
+    ],
+)
+def test_indices_name_the_codes_of_levels_that_are_scaled_down(inner):
+    quantizer = make(inner).eval()
+    z = torch.randn(2, 3, 4, 5)
+    quantized = quantizer(z)
+    torch.testing.assert_close(quantizer.indices_to_codes(quantized.indices), quantized.codes, atol=1e-5, rtol=0)
+    assert quantized.indices.max() < quantizer.codebook_size
+
+
 def test_the_decoders_gradient_counts_once_and_every_level_draws_the_encoder():
     quantizer = make().eval()
     z = torch.randn(2, 5, 3, 4, requires_grad=True)
