@@ -297,6 +297,14 @@ def test_translation_moves_and_cutout_clears():
     assert moves == {(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)}
 
 
+def test_the_discriminator_learns_at_its_own_rate_and_neither_has_momentum():
+    optimizers = objective(discriminator_learning_rate_factor=0.25, training={"learning_rate": 0.004}).optimizers()
+    rates = {phase: {group["lr"] for group in some[0].param_groups} for phase, some in optimizers.items()}
+    assert rates == {"generator": {0.004}, "discriminator": {0.001}}
+    assert all(some[0].defaults["betas"] == (0.0, 0.99) for some in optimizers.values())
+    assert all(group["weight_decay"] == 0 for some in optimizers.values() for group in some[0].param_groups)
+
+
 class Rows:
     def __init__(self, tokens, labels, on_step=None):
         self.tokens, self.labels, self.on_step, self.calls = tokens, labels, on_step, 0
