@@ -239,11 +239,23 @@ class _State:
                         _, _, number, name = path.split("/")
                         restored.setdefault(int(number), {})[name] = value
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
+                _lay_out_as_weights(optimizer)
             return int(meta["step"])
         return 0
 
     def _flat(self) -> list[tuple[str, Optimizer]]:
         return [(f"{phase}/{i}", one) for phase, some in self.optimizers.items() for i, one in enumerate(some)]
+
+
+def _lay_out_as_weights(optimizer: Optimizer) -> None:
+    """Give what an optimizer remembers of a weight the weight's order in memory, such as channels last.
+
+    A file keeps values alone, and fused optimizers pair values by their place in memory: unequal orders would mix them up.
+    """
+    for weight, memory in optimizer.state.items():
+        for name, value in memory.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
+                memory[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def _cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:

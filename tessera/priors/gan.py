@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tessera.components import Params
+from tessera.conditioning import PriorSettings
 from tessera.contracts import Count, Learns, TokenBatch, TokenSpec
 from tessera.nn.adversarial_networks import Discriminator, Generator, Normalization, Sizes, levels_of
 from tessera.nn.augmentation import Augmentation, augmented
@@ -39,7 +40,7 @@ class AdversarialTraining(Training):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
 
-class Config(Params):
+class Config(PriorSettings):
     kind: Literal["gan"] = "gan"
     patch_size: Count = 1  # the layer next to the latents has this stride
     channels: Count = 64  # at the finest level, of both networks

@@ -72,7 +72,7 @@ WRONG = [
         {"kind": "image_folder", "source": "x", "height": 8, "width": 9},
         r"tokenizer vqvae: images of 8x9 are not divisible by its downsampling of 2",
     ),
-    ("systems.vqgan-flow.tokenizer", "vqgna", r"system vqgan-flow: there is no tokenizer 'vqgna', only vqvae, vqgan"),
+    ("systems.vqgan-flow.tokenizer", "vqgna", r"system vqgan-flow: there is no tokenizer 'vqgna', only none, vqvae, vqgan"),
     (
         "tokenizers.vqgan.quantizer",
         {"kind": "identity"},
