@@ -31,7 +31,7 @@ from tessera.judge import Judge
 from tessera.metrics import copy_rate, frechet, precision_recall
 from tessera.stage_process import Job
 
-PACED_STEPS = 12  # the first of them warm up
+WARM_STEPS, PACED_STEPS = 3, 12
 
 
 class Views:
@@ -67,10 +67,11 @@ def fitted(module: Any, config: Any, spec: Any, data: Any, seconds: float, seed:
             model = training.fit(objective, data, settings, seed=seed, job=job)
             return model, time.process_time() - began
 
-    _, warm = run(PACED_STEPS // 4)
-    _, paced = run(PACED_STEPS)
-    pace = (paced - warm) / (PACED_STEPS - PACED_STEPS // 4)
-    return run(max(PACED_STEPS, int(seconds / pace)))
+    run(WARM_STEPS)  # what happens once, such as imports
+    _, warm = run(WARM_STEPS)
+    _, paced = run(WARM_STEPS + PACED_STEPS)
+    assert paced > warm, (paced, warm)
+    return run(int(seconds * PACED_STEPS / (paced - warm)))
 
 
 @torch.no_grad()
@@ -129,10 +130,8 @@ def main() -> None:
 
     for seed in given.seeds:
         floor = floor_rows(train, pipeline.model_copy(update={"seed": seed}))
-        keep(
-            {"system": "real", "seed": seed, "seconds": 0.0}
-            | figures(judge, reference, train.uint8(floor).numpy(), train.labels[floor], train_features)
-        )
+        real = figures(judge, reference, train.uint8(floor).numpy(), train.labels[floor], train_features)
+        keep({"system": "real", "seed": seed, "seconds": 0.0} | real | {"copy_rate": None})  # they are the originals
         for name in dict.fromkeys(pipeline.systems[system].tokenizer for system in chosen):
             config = pipeline.tokenizers[name]
             module, used = load("tokenizers", config.kind), 0.0

@@ -64,15 +64,20 @@ def smoke_params() -> dict[str, Any]:
     params["features"]["training"] |= {"num_steps": 60, "batch_size": 16}
     params["features"]["channels"] = 8
     for tokenizer in params["tokenizers"].values():
+        if tokenizer["kind"] == "none":
+            continue
         tokenizer |= {"channels": 8, "num_blocks": 1}
         tokenizer["quantizer"] |= {"codebook_size": 16, "init_step": 1}
         tokenizer["training"] |= {"num_steps": 60, "batch_size": 16}
     params["tokenizers"]["vqgan"]["discriminator_start_step"] = 5
     params["encode_tokens"]["warps"] = 1
     for system in params["systems"].values():
-        system["prior"] |= {"width": 24, "depth": 1, "heads": 2}
-        system["prior"]["training"] |= {"num_steps": 60, "batch_size": 16}
-    params["systems"]["vqgan-flow"]["sampling"]["num_steps"] = 2
+        prior = system["prior"]
+        smaller = {"width": 24, "depth": 1, "heads": 2, "channels": 8, "num_blocks": 1}
+        for sizes in (prior, prior.get("denoiser", {})):
+            sizes |= {key: value for key, value in smaller.items() if key in sizes}
+        prior["training"] |= {"num_steps": 60, "batch_size": 16}
+        system["sampling"] |= {key: 2 for key in ("num_steps", "decoding_steps") if key in system["sampling"]}
     params["sample_images"] = {"num_images": 40, "batch_size": 32}
     params["evaluate"] = {"kernel_subset": 20, "num_kernel_subsets": 2}
     return params

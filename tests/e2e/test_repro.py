@@ -23,6 +23,8 @@ TRAININGS = {
     "train_features": "data/features",
     "train_tokenizer@vqvae": "data/tokenizers/vqvae",
     "train_tokenizer@vqgan": "data/tokenizers/vqgan",
+    "train_prior@gan": "data/priors/gan",
+    "train_prior@pixel-diffusion": "data/priors/pixel-diffusion",
     "train_prior@vqgan-autoregressive": "data/priors/vqgan-autoregressive",
     "train_prior@vqgan-flow": "data/priors/vqgan-flow",
 }
@@ -41,7 +43,7 @@ def reproduced(clone):
 
 def test_the_whole_pipeline_runs_and_ends_with_a_table(reproduced):
     clone, output = reproduced
-    assert len(ran(output)) == 19
+    assert len(ran(output)) == 4 + 3 * len(clone.params()["tokenizers"]) + 3 * len(clone.params()["systems"]) == 31
     systems = list(clone.params()["systems"])
     table = pd.read_csv(clone.folder / "data/comparison/comparison.csv")
     assert table.system.tolist() == ["real", *systems]
