@@ -99,9 +99,8 @@ class Model(nn.Module):
         return F.pixel_shuffle(self.leave(F.silu(self.norm(x))), self.config.patch_size).float()
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """What Muon may move: the kernels and matrices inside, neither the entry and exit nor what carries the condition."""
-        kernels = [p for part in (self.down, self.middle, self.up) for p in part.parameters() if p.ndim == 4]
-        return kernels
+        """What Muon may move: the kernels inside, neither those of the entry and exit nor what carries the condition."""
+        return [p for part in (self.down, self.middle, self.up) for p in part.parameters() if p.ndim == 4]
 
 
 class Block(nn.Module):
