@@ -150,11 +150,13 @@ class Model(nn.Module):
 
     def _precedence(self, indices: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
         """(B, L): of two places that are masked the one with the larger number is filled first."""
+        if sampling.order == "halton":
+            rank = torch.empty(indices.shape[1])
+            rank[halton_order(*self.grid)] = -torch.arange(indices.shape[1], dtype=rank.dtype)
+            return rank.to(indices.device).expand(indices.shape)
         if sampling.order == "random":
             return torch.rand(indices.shape, generator=generator).to(indices.device)
-        rank = torch.empty(indices.shape[1])
-        rank[halton_order(*self.grid)] = -torch.arange(indices.shape[1], dtype=rank.dtype)
-        return rank.to(indices.device).expand(indices.shape)
+        return torch.zeros(indices.shape, device=indices.device)  # each step has its own confidence
 
     def _guided(self, indices: Tensor, labels: Tensor, sampling: Sampling, progress: list[float]) -> Tensor:
         """(B, L, K) logits; a second pass, without the labels, only where some scale is not 1."""
