@@ -88,7 +88,9 @@ class Attention(nn.Module):
         if cache is None and length <= handwritten.LONGEST_ATTENTION and is_handwritten_faster(query):
             x = handwritten.attention(query, key, value, dropout, is_causal)
         else:
-            x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=bool(is_causal and length > 1))
+            x = F.scaled_dot_product_attention(
+                query, key, value, dropout_p=dropout, is_causal=bool(is_causal and length > 1)
+            )
         return self.out(x.transpose(1, 2).reshape(batch, length, width))
 
 

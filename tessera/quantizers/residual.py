@@ -69,12 +69,23 @@ class Quantizer(nn.Module):
             return Quantized(total, torch.stack(indices, dim=-1).flatten(2), loss)  # (B, h, w * levels)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """(B, h, w * levels) int64 -> (B, D, h, w) float."""
-        by_level = indices.unflatten(2, (-1, self.indices_per_code)).unbind(dim=3)  # each (B, h, w)
-        total = 0.0
+        """(B, h, w * levels) int64 -> (B, D, h, w) float.
+
+        Each index says its level itself, so that an unlikely draw of a prior, of another level than its place, is a code too.
+        """
+        flat = indices.flatten()
+        codes = None
         for level, (quantizer, scale) in enumerate(zip(self.levels, self.scales, strict=True)):
-            total = total + scale * quantizer.indices_to_codes(by_level[level] - level * self.codes_per_level)
-        return total
+            rows = (flat // self.codes_per_level == level).nonzero().squeeze(1)
+            found = quantizer.indices_to_codes(
+                (flat[rows] - level * self.codes_per_level).view(1, 1, -1)
+            )  # (1, D, 1, n)
+            found = scale * found[0, :, 0].T
+            if codes is None:
+                codes = found.new_empty(len(flat), found.shape[1])
+            codes[rows] = found
+        batch, height, _ = indices.shape
+        return codes.view(batch, height, -1, self.indices_per_code, codes.shape[1]).sum(dim=3).permute(0, 3, 1, 2)
 
     def neighbors(self, indices: Tensor, count: int) -> Tensor:
         """(N,) -> (N, count) the other codes of the same level nearest to each, nearest first."""

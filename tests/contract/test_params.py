@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.components import InvalidParams
+from tessera.components import InvalidParams, kinds
 from tessera.params import read
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,11 @@ WRONG = [
         {"kind": "image_folder", "source": "x", "height": 8, "width": 9},
         r"tokenizer vqvae: images of 8x9 are not divisible by its downsampling of 2",
     ),
-    ("systems.vqgan-flow.tokenizer", "vqgna", r"system vqgan-flow: there is no tokenizer 'vqgna', only none, vqvae, vqgan"),
+    (
+        "systems.vqgan-flow.tokenizer",
+        "vqgna",
+        r"system vqgan-flow: there is no tokenizer 'vqgna', only none, vqvae, vqgan",
+    ),
     (
         "tokenizers.vqgan.quantizer",
         {"kind": "identity"},
@@ -146,3 +150,15 @@ def test_no_input_ends_in_anything_but_a_sentence(tmp_path_factory, replaced):
         read(path)
     except InvalidParams as error:
         assert str(path) in str(error)
+
+
+def test_the_zoo_has_every_part():
+    zoo = yaml.safe_load((ROOT / "presets/zoo.yaml").read_text())
+    used = {folder: set() for folder in ("tokenizers", "quantizers", "priors", "denoisers")}
+    for tokenizer in zoo["tokenizers"].values():
+        used["tokenizers"].add(tokenizer["kind"])
+        used["quantizers"].add(tokenizer["quantizer"]["kind"])
+    for system in zoo["systems"].values():
+        used["priors"].add(system["prior"]["kind"])
+        used["denoisers"] |= {system["prior"].get("denoiser", {}).get("kind")} - {None}
+    assert used == {folder: set(kinds(folder)) for folder in used}

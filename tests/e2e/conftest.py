@@ -33,7 +33,7 @@ class Clone:
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=900,  # the whole pipeline on a busy machine
         )
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen:

@@ -1,4 +1,4 @@
-"""The presets for GPUs, as they are committed but for what would take hours on a CPU: steps, images, depth, bf16, compile.
+"""The presets for GPUs and the zoo, but for what would take hours on a CPU: steps, images, depth, bf16, torch.compile.
 
 A CPU without instructions for bf16 emulates it, 10 to 80 times slower; test_components.py trains every part in it, and
 compiled.
@@ -22,10 +22,10 @@ pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("preset", ["cifar10", "imagenet256"])
-def test_a_gpu_preset_takes_steps_on_generated_images_of_its_shape(preset, tmp_path):
+@pytest.mark.parametrize("preset", ["cifar10", "imagenet256", "zoo"])
+def test_every_part_of_a_preset_takes_steps_on_generated_images_of_its_shape(preset, tmp_path):
     raw = yaml.safe_load((ROOT / f"presets/{preset}.yaml").read_text())
-    few = {"num_steps": 2, "batch_size": 1, "gradient_accumulation": 1, "precision": "fp32", "compile": False}
+    few = {"num_steps": 2, "batch_size": 2, "gradient_accumulation": 1, "precision": "fp32", "compile": False}
     for part in (*raw["tokenizers"].values(), *(system["prior"] for system in raw["systems"].values())):
         if "training" in part:
             part["training"] |= few

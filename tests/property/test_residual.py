@@ -128,3 +128,15 @@ def test_the_code_of_the_inner_quantizer_is_part_of_the_residual_ones():
     names = {path.name for path in source_files(tokenizer)}
     assert {"residual.py", "lfq.py", "vqvae.py", "straight_through.py"} <= names
     assert not {"vector.py", "fsq.py", "simvq.py"} & names
+
+
+def test_an_index_of_another_level_than_its_place_is_decoded_as_what_it_names():
+    """A prior may draw one: the sum is then over the codes that the indices name."""
+    config = parse(
+        Config, {"kind": "residual", "quantizer": {**VECTOR, "codebook_size": 5, "code_dim": 3}, "num_levels": 2}
+    )
+    quantizer = Quantizer(config).eval()
+    first, second = (level.indices_to_codes(torch.arange(5).view(1, 1, 5))[0, :, 0].T for level in quantizer.levels)
+    codes = quantizer.indices_to_codes(torch.tensor([[[7, 4, 1, 1]]]))[0, :, 0].T  # (2 places, D)
+    torch.testing.assert_close(codes[0], second[2] + first[4])
+    torch.testing.assert_close(codes[1], first[1] + first[1])
