@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tessera.components import parse, source_files
+from tessera.components import load, parse, source_files
 from tessera.quantizers.residual import Config, Quantizer
 
 VECTOR = {"kind": "vector", "codebook_size": 12, "code_dim": 5, "init": "uniform", "revive_below": 0.0}
@@ -115,8 +115,6 @@ def test_an_unknown_key_of_the_inner_quantizer_is_named_with_its_path():
 
 
 def test_the_code_of_the_inner_quantizer_is_part_of_the_residual_ones():
-    from tessera.components import load
-
     tokenizer = parse(
         load("tokenizers", "vqvae").Config,
         {
