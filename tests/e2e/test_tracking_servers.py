@@ -80,11 +80,11 @@ def finish(process: subprocess.Popen[str]) -> float:
 
 def replay(root: Path, uri: str | None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tessera.tracking", "replay", "--root", str(root), "--timeout", "180"],
+        [sys.executable, "-m", "tessera.tracking", "replay", "--root", str(root), "--timeout", "60"],
         env=environment(uri),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=120,
     )
 
 
