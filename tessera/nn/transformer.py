@@ -88,9 +88,9 @@ class Attention(nn.Module):
         if cache is None and length <= handwritten.LONGEST_ATTENTION and is_handwritten_faster(query):
             x = handwritten.attention(query, key, value, dropout, is_causal)
         else:
-            x = F.scaled_dot_product_attention(
-                query, key, value, dropout_p=dropout, is_causal=bool(is_causal and length > 1)
-            )
+            if length == 1:  # its place is the last of what the cache holds, so nothing is hidden from it
+                is_causal = False
+            x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=is_causal)
         return self.out(x.transpose(1, 2).reshape(batch, length, width))
 
 
