@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.state import AcceleratorState
 
 from stages.evaluate import floor_rows
 from tessera import params as all_params
@@ -60,6 +61,7 @@ def fitted(module: Any, config: Any, spec: Any, data: Any, seconds: float, seed:
         torch.manual_seed(seed)
         objective = module.Objective(module.Model(sized, spec), sized)
         with tempfile.TemporaryDirectory() as folder:
+            AcceleratorState._reset_state(reset_partial_state=True)  # parts of both precisions train in this process
             job = Job(f"{config.kind} {num_steps}", Path(folder))
             job.checkpoint_seconds = float("inf")
             job.resumable()

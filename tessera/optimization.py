@@ -49,13 +49,18 @@ def learning_rate_factor(step: int, settings: Training) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def optimizers_for(module: nn.Module, settings: Training, hidden: list[nn.Parameter] | None = None) -> list[Optimizer]:
-    """AdamW on the trainable parameters of `module`; with optimizer: muon, Muon on the `hidden` matrices among them.
+def optimizers_for(module: nn.Module, settings: Training) -> list[Optimizer]:
+    """AdamW on the trainable parameters of `module`; with optimizer: muon, Muon on the hidden matrices among them.
 
-    Weight decay acts on parameters of two and more dimensions, except embeddings.
+    Which these are, a network says itself, by a method `hidden_matrices`. Weight decay acts on parameters of two and more
+    dimensions, except embeddings.
     """
     embeddings = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
-    muon = {id(p) for p in hidden or []} if settings.optimizer == "muon" else set()
+    hidden: list[nn.Parameter] = []
+    if settings.optimizer == "muon":
+        networks = [part for part in module.modules() if hasattr(part, "hidden_matrices")]
+        hidden = [p for network in networks for p in network.hidden_matrices() if p.requires_grad]
+    muon = {id(p) for p in hidden}
     rest = [p for p in module.parameters() if p.requires_grad and id(p) not in muon]
     decayed = [p for p in rest if p.ndim >= 2 and id(p) not in embeddings]
     kept = [p for p in rest if p.ndim < 2 or id(p) in embeddings]
@@ -65,13 +70,7 @@ def optimizers_for(module: nn.Module, settings: Training, hidden: list[nn.Parame
         torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
     ]
     if muon:
-        optimizers.append(
-            Muon(
-                [p for p in hidden if p.requires_grad],
-                lr=settings.muon_learning_rate,
-                weight_decay=settings.weight_decay,
-            )
-        )
+        optimizers.append(Muon(hidden, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay))
     return optimizers
 
 

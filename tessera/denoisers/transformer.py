@@ -57,7 +57,3 @@ class Model(nn.Module):
         h = self.transformer(self.enter(sequence) + self.position, condition)
         out = self.leave(h).transpose(1, 2).unflatten(2, self.grid)
         return F.pixel_shuffle(out, patch).float()
-
-    def hidden_matrices(self) -> list[nn.Parameter]:
-        """What Muon may move."""
-        return self.transformer.hidden_matrices()

@@ -59,6 +59,10 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(F.silu(self.norm(self.blocks(self.stem(images)))))
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """What Muon may move: the kernels between stem and head."""
+        return [p for p in self.blocks.parameters() if p.ndim == 4]
+
 
 class Decoder(nn.Module):
     """(B, D, h, w) -> (B, C, H, W): the mirror of Encoder."""
@@ -91,3 +95,7 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         x = self.head(F.silu(self.norm(self.blocks(self.stem(latents)))))
         return F.pixel_shuffle(x, self.patch_size)
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """What Muon may move: the kernels between stem and head."""
+        return [p for p in self.blocks.parameters() if p.ndim == 4]

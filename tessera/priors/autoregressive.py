@@ -194,5 +194,4 @@ class Objective(nn.Module):
         return torch.where(is_random, order, torch.arange(indices.shape[1], device=indices.device))
 
     def optimizers(self) -> dict[str, list[Optimizer]]:
-        hidden = self.model.transformer.hidden_matrices()
-        return {"prior": optimizers_for(self.model, self.config.training, hidden)}
+        return {"prior": optimizers_for(self.model, self.config.training)}

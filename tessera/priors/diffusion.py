@@ -139,5 +139,4 @@ class Objective(nn.Module):
         return {"loss": (weight * (out - target).square().mean(dim=(1, 2, 3))).mean()}
 
     def optimizers(self) -> dict[str, list[Optimizer]]:
-        hidden = self.model.denoiser.hidden_matrices()
-        return {"prior": optimizers_for(self.model, self.config.training, hidden)}
+        return {"prior": optimizers_for(self.model, self.config.training)}

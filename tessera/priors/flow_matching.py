@@ -100,5 +100,4 @@ class Objective(nn.Module):
         return {"loss": F.mse_loss(velocity, x_1 - x_0)}
 
     def optimizers(self) -> dict[str, list[Optimizer]]:
-        hidden = self.model.denoiser.hidden_matrices()
-        return {"prior": optimizers_for(self.model, self.config.training, hidden)}
+        return {"prior": optimizers_for(self.model, self.config.training)}

@@ -200,5 +200,4 @@ class Objective(nn.Module):
         )
 
     def optimizers(self) -> dict[str, list[Optimizer]]:
-        hidden = self.model.transformer.hidden_matrices()
-        return {"prior": optimizers_for(self.model, self.config.training, hidden)}
+        return {"prior": optimizers_for(self.model, self.config.training)}

@@ -12,6 +12,7 @@ from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.components import Params, kinds, load, parse
 from tessera.contracts import Encoded, ImageBatch, TokenBatch
+from tessera.optimization import Training, optimizers_for
 from tessera.stage_process import Job, Stopped
 from tessera.training import fit
 
@@ -232,9 +233,23 @@ def test_a_denoiser_keeps_shapes_and_learns_to_heed_time_and_label(kind, token_s
         before = denoiser(x, times, labels)
         assert (denoiser(x, times + 0.3, labels) - before).abs().max() > 1e-3
         assert (denoiser(x, times, (labels + 1) % 4) - before).abs().max() > 1e-3
-    own = {id(parameter) for parameter in denoiser.parameters()}
-    hidden = denoiser.hidden_matrices()
-    assert all(id(parameter) in own and parameter.ndim >= 2 for parameter in hidden)
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"), [("denoisers", kind) for kind in kinds("denoisers")] + [("tokenizers", "vqgan")]
+)
+def test_muon_moves_the_matrices_inside_and_adamw_the_rest(folder, kind, image_spec, token_spec):
+    if folder == "denoisers":
+        part = load(folder, kind).Model(small(folder, kind), token_spec.latent_shape, 4)
+    else:
+        part = load(folder, kind).Model(small(folder, kind), image_spec)
+    adamw, muon = optimizers_for(part, Training(num_steps=1, optimizer="muon"))
+    names = {id(parameter): name for name, parameter in part.named_parameters() if parameter.requires_grad}
+    inside, rest = ([p for g in one.param_groups for p in g["params"]] for one in (muon, adamw))
+    assert sorted(names[id(p)] for p in (*inside, *rest)) == sorted(names.values())  # each once
+    assert inside and all(p.ndim in (2, 4) for p in inside)
+    ends = [getattr(m, name) for m in part.modules() for name in ("stem", "head", "enter", "leave") if hasattr(m, name)]
+    assert ends and not {id(p) for end in ends for p in end.parameters()} & {id(p) for p in inside}
 
 
 class _Rows:

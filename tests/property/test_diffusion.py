@@ -227,9 +227,6 @@ class Points(nn.Module):
         features = torch.cat([x.flatten(1), x.flatten(1) ** 2, angles.cos(), angles.sin(), self.labels(labels)], dim=1)
         return self.layers(features).view_as(x)
 
-    def hidden_matrices(self):
-        return []
-
 
 @pytest.mark.parametrize(
     ("predicts", "schedule", "sampler"),
