@@ -309,3 +309,19 @@ def test_many_processes_stop_together_when_any_is_asked_to(asked_elsewhere):
 
     assert training._any(Two(), lambda: False) is bool(asked_elsewhere)
     assert training._any(Two(), lambda: True)
+
+
+@pytest.mark.parametrize("capabilities", [{"avx2": True, "avx512_bf16": False}, {"avx2": True, "avx512_bf16": True}])
+def test_bf16_on_a_processor_without_it_is_called_slow(tmp_path, monkeypatch, capabilities):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
+    job, said = Job("x", tmp_path), []
+    job.say = said.append
+    job.resumable("inputs")
+    fit(
+        Objective(settings(precision="bf16", num_steps=1)),
+        Data(),
+        settings(precision="bf16", num_steps=1),
+        seed=0,
+        job=job,
+    )
+    assert any("no bf16 instructions" in line for line in said) == (not capabilities["avx512_bf16"])
