@@ -32,7 +32,7 @@ from tessera.judge import Judge
 from tessera.metrics import copy_rate, frechet, precision_recall
 from tessera.stage_process import Job
 
-WARM_STEPS, PACED_STEPS = 3, 12
+WARM_STEPS, PACED_STEPS = 5, 60
 
 
 class Views:
