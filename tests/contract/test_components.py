@@ -1,6 +1,7 @@
 """What every part promises, asked of every file in its folder: a new part gets these tests by being there."""
 
 import importlib
+import os
 import signal
 from functools import partialmethod
 
@@ -348,8 +349,10 @@ def test_checkpointed_gradients_and_data_on_the_device_change_nothing(folder, ki
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("folder", "kind"), TRAINED)
 def test_compiled_training_works(folder, kind, precision, image_spec, token_spec, tmp_path, monkeypatch):
-    """By the tracer and its autograd without the code generator, which needs a compiler and minutes."""
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    """By the tracer and its autograd; with TESSERA_TEST_COMPILE_BACKEND=inductor by the code generator too: it needs a
+    C++ compiler and minutes."""
+    backend = os.environ.get("TESSERA_TEST_COMPILE_BACKEND", "aot_eager")
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
     plain = _trained(folder, kind, image_spec, token_spec, Job("a", tmp_path / "a"), precision=precision)
     job = Job("b", tmp_path / "b")
     compiled = _trained(folder, kind, image_spec, token_spec, job, precision=precision, compile=True)
