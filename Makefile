@@ -8,7 +8,7 @@ export PREFECT_HOME := $(CURDIR)/.prefect
 # Every stage is a process: where this is set, each would compile all that it imports anew, for seconds
 unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test check ui flow bench lock data-mnist data-fashion-mnist data-cifar10 clean
+.PHONY: help setup repro test check ui flow bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -46,6 +46,9 @@ lock: setup  ## resolve the dependencies of pyproject.toml anew
 
 data-mnist data-fashion-mnist data-cifar10: data-%: setup  ## download a data set into data/raw
 	python data/download.py $*
+
+weights: setup  ## download the Inception-v3 weights of the FID into data/weights, print the line for params.yaml
+	python data/download.py inception
 
 clean:  ## remove what the pipeline made, keep the environment
 	rm -rf .state data/comparison data/features data/images data/curves data/pictures data/priors data/samples data/timings data/tokenizers data/tokens

@@ -1,6 +1,10 @@
-"""Gets a public data set from its own host, checks it against the published checksum, and puts it in a folder.
+"""Gets a public data set, or the weights of a feature network, from its own host, checks it, and puts it in a folder.
 
 python data/download.py mnist|fashion-mnist|cifar10 [folder]
+python data/download.py inception|dinov2-small|dinov2-base|dinov2-large [folder]
+
+Weights are published as pickles. They are read once, by PyTorch's unpickler that knows tensors only, and kept as
+safetensors, which is all that features read; the line for params.yaml is printed.
 
 Nothing else in this project downloads anything. A file is there whole and checked, or not at all; running the command
 again gets only what is missing.
@@ -18,7 +22,18 @@ from typing import NamedTuple
 
 class File(NamedTuple):
     address: str
-    md5: str  # as its authors publish it: it finds accidents, and a forger would need a second preimage of it
+    md5: str = ""  # as its authors publish it: it finds accidents, and a forger would need a second preimage of it
+    sha256: str = ""  # where there is no md5
+
+    @property
+    def checksum(self) -> tuple[str, str]:
+        return ("md5", self.md5) if self.md5 else ("sha256", self.sha256)
+
+
+class Weights(NamedTuple):
+    file: File
+    name: str  # of what it becomes, without .safetensors
+    features: str  # what stands before `weights` in params.yaml
 
 
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -38,35 +53,73 @@ SETS = {
     ),
     "cifar10": (File("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),),
 }
+DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/"
+# torch-fidelity's name of the first file has the beginning of its sha256. The authors of DINOv2 publish none: these are
+# what other projects name that use the same files.
+WEIGHTS = {
+    "inception": Weights(
+        File(
+            "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+            sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        ),
+        "inception-v3-fid",
+        "kind: inception",
+    ),
+    "dinov2-small": Weights(
+        File(
+            DINOV2 + "dinov2_vits14/dinov2_vits14_pretrain.pth",
+            sha256="b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+        ),
+        "dinov2-small",
+        "kind: dinov2, variant: small",
+    ),
+    "dinov2-base": Weights(
+        File(
+            DINOV2 + "dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+            sha256="0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+        ),
+        "dinov2-base",
+        "kind: dinov2, variant: base",
+    ),
+    "dinov2-large": Weights(
+        File(
+            DINOV2 + "dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+            sha256="d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+        ),
+        "dinov2-large",
+        "kind: dinov2, variant: large",
+    ),
+}
 TIMEOUT_SECONDS = 60
-MAX_BYTES = 2**30  # the largest has 170 MB
+MAX_BYTES = 2**31  # the largest has 1.2 GB
 
 
-def md5(path: Path) -> str:
+def checksum(path: Path, kind: str) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
 
 
 def fetch(file: File, folder: Path) -> Path:
     """The checked file in the folder, which is made. Raises ValueError, leaving nothing behind."""
     target = folder / file.address.rpartition("/")[2]
-    if target.is_file() and md5(target) == file.md5:
+    kind, digest = file.checksum
+    if target.is_file() and checksum(target, kind) == digest:
         print(f"{target} is there already", flush=True)
         return target
     folder.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     try:
         _download(file.address, partial)
-        found = md5(partial)
-        if found != file.md5:
+        found = checksum(partial, kind)
+        if found != digest:
             raise ValueError(
-                f"{file.address} gave {partial.stat().st_size:,} bytes with md5 {found}, expected {file.md5}: "
+                f"{file.address} gave {partial.stat().st_size:,} bytes with {kind} {found}, expected {digest}: "
                 f"run the same command again; if that does not help, the host serves another file"
             )
         partial.replace(target)
     except (OSError, HTTPException) as error:
         raise ValueError(
-            f"{file.address} could not be had ({error}), expected a file with md5 {file.md5}: "
+            f"{file.address} could not be had ({error}), expected a file with {kind} {digest}: "
             f"run the same command again, or get the file elsewhere and put it at {target}"
         ) from None
     finally:
@@ -83,19 +136,57 @@ def _download(address: str, path: Path) -> None:
             if num_bytes > MAX_BYTES:
                 raise OSError(f"it is longer than {MAX_BYTES:,} bytes")
             out.write(block)
+        expected = response.headers.get("Content-Length")
+        if expected and num_bytes != int(expected):
+            raise OSError(f"it ended after {num_bytes:,} of {int(expected):,} bytes")
         out.flush()
         os.fsync(out.fileno())
 
 
+def convert(original: Path, target: Path) -> None:
+    """Write the tensors of a checked pickle as safetensors, whole or not at all. Raises ValueError for anything else."""
+    import torch  # here because it takes seconds, and data sets do without
+    from safetensors.torch import save_file
+
+    try:
+        weights = torch.load(original, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ValueError(f"{original} is no file of tensors that torch.save wrote ({error})") from None
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError(
+            f"{original} holds something else than tensors by name, which are what weights are expected to be"
+        )
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def get_weights(weights: Weights, folder: Path) -> None:
+    """The safetensors file in the folder, and the line that names it. The published file may lie there already."""
+    target = folder / f"{weights.name}.safetensors"
+    if target.is_file():
+        print(f"{target} is there already", flush=True)
+    else:
+        convert(fetch(weights.file, folder), target)
+        print(f"{target}  {target.stat().st_size:,} bytes; the file it was made from is no longer needed", flush=True)
+    digest = checksum(target, "sha256")
+    print(f"for params.yaml:\nfeatures: {{{weights.features}, weights: {target}, sha256: {digest}}}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted(SETS))
-    parser.add_argument("folder", nargs="?", type=Path, help="default: data/raw/NAME")
+    parser.add_argument("name", choices=sorted(SETS | WEIGHTS))
+    parser.add_argument("folder", nargs="?", type=Path, help="default: data/raw/NAME, and data/weights for weights")
     arguments = parser.parse_args()
-    folder = arguments.folder or Path(__file__).parent / "raw" / arguments.name
+    place = Path(os.path.relpath(Path(__file__).parent))  # as params.yaml names files, from the project's folder
     try:
-        for file in SETS[arguments.name]:
-            fetch(file, folder)
+        if arguments.name in WEIGHTS:
+            get_weights(WEIGHTS[arguments.name], arguments.folder or place / "weights")
+        for file in SETS.get(arguments.name, ()):
+            fetch(file, arguments.folder or place / "raw" / arguments.name)
     except (ValueError, OSError) as error:
         print(f"download failed: {error}", file=sys.stderr)
         sys.exit(2)

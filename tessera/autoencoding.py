@@ -7,7 +7,6 @@ Synthesis", 2025, arXiv:2503.08354, section 3: the decoder learns to bear the mi
 Differs from it: indices of all images are replaced alike, where the authors choose some images of a batch first.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tessera.artifacts.checkpoints import read_weights
+from tessera.artifacts import weights_file
 from tessera.components import Params, QuantizerConfig, load
 from tessera.contracts import Encoded, ImageSpec, Quantized
 from tessera.nn.autoencoder import Decoder, Encoder
@@ -165,13 +164,11 @@ class ReconstructionLoss(nn.Module):
 
 
 def _local_lpips(config: AutoencoderConfig) -> Lpips:
-    path = Path(config.lpips_weights)
-    if not path.is_file():
-        raise ValueError(f"lpips_weights {path} does not exist; give the path of LPIPS' VGG weights as safetensors")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != config.lpips_sha256:
-        raise ValueError(f"lpips_weights {path} has sha256 {digest}, expected lpips_sha256 {config.lpips_sha256}")
-    return Lpips(read_weights(path)).eval()
+    keys, remedy = ("lpips_weights", "lpips_sha256"), "perceptual: laplacian needs no weights"
+    weights = weights_file.read(
+        Path(config.lpips_weights), config.lpips_sha256, keys, "the VGG weights of LPIPS", remedy
+    )
+    return Lpips(weights).eval()
 
 
 def codebook_terms(quantized: Quantized, codebook_size: int | None) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ class Config(Params):
 
 class Model(nn.Module):
     has_logits = True
+    resize = "none"
 
     def __init__(self, config: Config, spec: ImageSpec):
         super().__init__()

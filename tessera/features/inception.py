@@ -1,14 +1,17 @@
 """The 2048 features of Inception-v3 as the FID is defined by them: its weights, its resizing, its 8-bit images.
 
 A Fréchet distance may be called FID with these features only, and only if the weights are those that TensorFlow
-published in 2015. They are read from a local file, never downloaded; see `prepare` for how to get that file.
+published in 2015. They are read from a local file, never downloaded; `make weights` gets that file. The Inception
+Score is taken on this network's 1008 classes (`class_logits`).
 
 Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2015, arXiv:1512.00567; Heusel et
 al., 2017, arXiv:1706.08500 (FID). Layers and resizing are those of torch-fidelity (Apache-2.0), which reproduces the
-TensorFlow graph; its extractor itself is not built, since it downloads or unpickles its weights.
+TensorFlow graph; its extractor itself is not built, since it downloads or unpickles its weights. Class logits are those
+that it calls "logits_unbiased", as Salimans et al., 2016, arXiv:1606.03498, had them: without the bias.
 """
 
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,14 +19,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tessera.artifacts import folder as artifact
-from tessera.artifacts.checkpoints import read_weights
-from tessera.artifacts.folder import ArtifactError
+from tessera.artifacts import weights_file
 from tessera.artifacts.images import to_uint8
 from tessera.components import Params
 from tessera.contracts import ImageSpec
 
 SIDE = 299  # pixels that the network sees
+NUM_CLASSES = 1008  # TensorFlow's: the 1,000 of ImageNet and 8 without a meaning
+AT_ONCE = 50  # images in the network: each takes 11 MB in its widest layer
+
+REMEDY = "`make weights` downloads and converts the published file, and prints the line for params.yaml"
 
 
 class Config(Params):
@@ -37,6 +42,7 @@ class Model(nn.Module):
 
     has_logits = False  # its 1008 classes are not those of the data set
     feature_dim = 2048
+    resize = f"bilinear to {SIDE}x{SIDE} as TensorFlow 1"
 
     def __init__(self, config: Config, spec: ImageSpec):
         super().__init__()
@@ -49,7 +55,7 @@ class Model(nn.Module):
         from torch_fidelity import feature_extractor_inceptionv3 as layers
         from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-        self.resize = interpolate_bilinear_2d_like_tensorflow1x
+        self._resized = partial(interpolate_bilinear_2d_like_tensorflow1x, size=(SIDE, SIDE), align_corners=False)
         conv = layers.BasicConv2d
         # The names are those of the published weights.
         named: list[tuple[str, nn.Module]] = [
@@ -74,6 +80,7 @@ class Model(nn.Module):
             ("AvgPool", nn.AdaptiveAvgPool2d(1)),
         ]
         self.blocks = nn.Sequential(OrderedDict(named))
+        self.fc = nn.Linear(2048, NUM_CLASSES, bias=False)
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Model":
@@ -83,46 +90,23 @@ class Model(nn.Module):
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """images: (B, C, H, W) float in [-1, 1], C 1 or 3, any size -> (B, 2048) float32, at least 0."""
-        pixels = to_uint8(images).float()
-        pixels = self.resize(pixels.expand(-1, 3, -1, -1), size=(SIDE, SIDE), align_corners=False)
+        return torch.cat([self._features(some) for some in images.split(AT_ONCE)])
+
+    @torch.no_grad()
+    def class_logits(self, images: Tensor) -> Tensor:
+        """images as above -> (B, 1008) float32, which are `fc(features)`: whoever has features needs no second pass."""
+        return self.fc(self.features(images)).float()
+
+    def _features(self, images: Tensor) -> Tensor:
+        pixels = self._resized(to_uint8(images).float().expand(-1, 3, -1, -1))
         return self.blocks((pixels - 128) / 128).flatten(1).float()
 
 
 def prepare(model: Model, config: Config) -> None:
-    """Read the weights from config.weights, once, when the features artifact is made; the artifact then holds them.
-
-    The published file (weights-inception-2015-12-05-6726825d.pth in the releases of torch-fidelity) is a pickle, which
-    is never opened here; the error sentence has the command that converts it.
-    """
+    """Read the weights from config.weights, once, when the features artifact is made; the artifact then holds them."""
     path = Path(config.weights)
-    if not path.is_file():
-        raise ValueError(
-            f"features.weights: {path} does not exist, expected the Inception-v3 weights of the FID as safetensors. "
-            f"{_how_to_convert('weights-inception-2015-12-05-6726825d.pth')}"
-        )
-    digest = artifact.sha256(path)
-    if digest != config.sha256:
-        raise ValueError(
-            f"features.sha256: {path} has sha256 {digest}, expected {config.sha256}: get the file again, "
-            f"or set features.sha256 if you trust this one"
-        )
-    try:
-        weights = read_weights(path)
-    except ArtifactError as error:
-        raise ValueError(f"features.weights: {error}. {_how_to_convert(str(path))}") from None
-    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}  # no logits are needed
-    try:
-        model.blocks.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"features.weights: {path} holds the weights of another network ({error}), expected those of "
-            f"torch-fidelity's FID Inception-v3: {_how_to_convert('weights-inception-2015-12-05-6726825d.pth')}"
-        ) from None
-
-
-def _how_to_convert(path: str) -> str:
-    return (
-        "Convert the published file where you trust it: python -c "
-        f"\"import torch; from safetensors.torch import save_file; save_file(torch.load('{path}', weights_only=True), "
-        f"'inception-v3-fid.safetensors')\", then name it in features.weights and its sha256sum in features.sha256"
-    )
+    expected = "the weights of torch-fidelity's FID Inception-v3"
+    weights = weights_file.read(path, config.sha256, ("features.weights", "features.sha256"), expected, REMEDY)
+    # All but the bias of the classes, which nothing needs; the names are those of the file's own network.
+    named = {name if name == "fc.weight" else f"blocks.{name}": w for name, w in weights.items() if name != "fc.bias"}
+    weights_file.fill(model, named, path, "features.weights", expected, REMEDY)

@@ -31,6 +31,7 @@ class Config(Params):
 
 class Model(nn.Module):
     has_logits = False
+    resize = "none"
 
     def __init__(self, config: Config, spec: ImageSpec):
         super().__init__()
