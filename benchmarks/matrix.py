@@ -1,6 +1,7 @@
 """Every system of a params file at one equal budget of CPU seconds, by one judge, over several seeds.
 
-    python -m benchmarks.matrix --params presets/mnist.yaml --images data/images --features data/features --seconds 150
+    python -m benchmarks.matrix --params presets/mnist.yaml --images data/images --features data/features/classifier \
+        --reference data/reference/classifier --seconds 150
 
 The budget holds what an image costs to learn: training of both stages and encoding, in process time of one thread, the
 images encoded once for all systems of a tokenizer. Sampling and judging are not counted. Learning rates end with the
@@ -19,13 +20,13 @@ import pandas as pd
 import torch
 from accelerate.state import AcceleratorState
 
-from stages.evaluate import floor_rows
 from tessera import params as all_params
 from tessera import seeding, training, views
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.images import Images, to_float, to_uint8
-from tessera.artifacts.samples import quotas
+from tessera.artifacts.reference import Reference
+from tessera.artifacts.samples import floor_rows, quotas
 from tessera.components import load
 from tessera.contracts import TokenBatch, TokenSpec
 from tessera.judge import Judge
@@ -96,7 +97,7 @@ def encoded(model: Any, train: Images, settings: Any, seed: int) -> tuple[Any, t
 def figures(judge: Judge, reference: np.ndarray, pixels: np.ndarray, labels: np.ndarray, train: np.ndarray) -> dict:
     found = judge.features(pixels)
     return {
-        "label_agreement": judge.agreement(pixels, labels),
+        "label_agreement": float(judge.agrees(pixels, labels).mean()),
         judge.frechet_name: frechet.distance(frechet.moments(found), frechet.moments(reference)),
         **precision_recall.precision_recall(reference, found)._asdict(),
         "coverage": precision_recall.density_coverage(reference, found).coverage,
@@ -106,7 +107,7 @@ def figures(judge: Judge, reference: np.ndarray, pixels: np.ndarray, labels: np.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("params", "images", "features"):
+    for name in ("params", "images", "features", "reference"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--tokenizer-share", type=float, default=0.25, help="of the seconds, where one is trained")
@@ -118,8 +119,8 @@ def main() -> None:
     pipeline = all_params.read(given.params)
     spec, splits = image_artifact.read(given.images)
     train = splits["train"]
-    judge, reference, _ = Judge.read(given.features)
-    train_features = Judge.train_features(given.features)
+    judge, statistics = Judge.read(given.features), Reference(given.reference)
+    reference, train_features = statistics.features("test"), statistics.features("train")
     chosen = given.systems or list(pipeline.systems)
     count = pipeline.sample_images.num_images
     shares = tuple(np.bincount(train.labels, minlength=spec.num_classes).tolist())
@@ -131,7 +132,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
 
     for seed in given.seeds:
-        floor = floor_rows(train, pipeline.model_copy(update={"seed": seed}))
+        floor = floor_rows(train.labels, spec.num_classes, count, seed)
         real = figures(judge, reference, train.uint8(floor).numpy(), train.labels[floor], train_features)
         keep({"system": "real", "seed": seed, "seconds": 0.0} | real | {"copy_rate": None})  # they are the originals
         for name in dict.fromkeys(pipeline.systems[system].tokenizer for system in chosen):

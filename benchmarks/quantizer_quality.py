@@ -135,7 +135,7 @@ def figures(model: Autoencoder, images: Tensor) -> dict[str, float]:
     found, counts = [], torch.zeros(model.codebook_size)
     for batch in images.split(250):
         reconstructions, quantized = model(to_floats(batch), 0)
-        found.append(psnr_db((reconstructions / 2 + 0.5).clamp(0, 1), batch / 255))
+        found.append(psnr_db((reconstructions / 2 + 0.5).clamp(0, 1), batch / 255).mean().item())
         counts += torch.bincount(quantized.indices.flatten(), minlength=model.codebook_size)
     shares = counts / counts.sum()
     return {

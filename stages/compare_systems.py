@@ -1,86 +1,116 @@
-"""Put the figures of every system side by side: a table for people (.md) and one for programs (.csv).
+"""Put the figures of every system side by side: tables for people (.md) and for programs (.csv).
 
-python -m stages.compare_systems --metrics data/metrics/systems --pictures data/pictures --out data/comparison
+python -m stages.compare_systems --metrics data/metrics --pictures data/pictures --out data/comparison
 """
 
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from tessera import progress, stage_process
+from tessera import comparison, figures, progress, stage_process
 from tessera.artifacts import folder as artifact
+from tessera.comparison import REAL, Systems
 from tessera.params import Pipeline
 
-SHOWN = {  # column: format
+GENERATION = {
     "label_agreement": "{:.3f}",
-    "fd_classifier": "{:.3f}",
-    "fd_random": "{:.3f}",
-    "fid": "{:.2f}",
+    "inception_score": "{:.2f}",
     "precision": "{:.3f}",
     "recall": "{:.3f}",
     "coverage": "{:.3f}",
     "copy_rate": "{:.3f}",
+    "bits_per_token": "{:.2f}",
+}
+RECONSTRUCTION = {
     "psnr_db": "{:.2f}",
+    "ssim": "{:.3f}",
+    "lpips": "{:.3f}",
     "codebook_usage": "{:.3f}",
     "codebook_perplexity": "{:.1f}",
-    "num_images_generation": "{:,.0f}",
-    "num_images_reconstruction": "{:,.0f}",
 }
 
 
-def run(
-    params: Pipeline,
-    metrics: Path,
-    pictures: Path,
-    out: Path,
-    job: stage_process.Job,
-) -> None:
-    shown = [
-        (name, pictures / f"samples/{name}.png", pictures / f"reconstructions/{system.tokenizer}.png")
-        for name, system in params.systems.items()
-    ]
-    table = pd.DataFrame([_row(name, metrics / f"{name}.json") for name in ("real", *params.systems)])
-    readable = _readable(table)
+def run(params: Pipeline, metrics: Path, pictures: Path, out: Path, job: stage_process.Job) -> None:
+    systems = {name: [figures.read(metrics / f"systems/{name}.json")] for name in (REAL, *params.systems)}
+    tokenizers = {name: [figures.read(metrics / f"tokenizers/{name}.json")] for name in params.tokenizers}
+    comparison.require_one_protocol(systems | tokenizers)
+    distances = comparison.distance_names(systems)
     lines = [
         f"# {params.dataset.name}: every system by one judge",
         "",
-        _markdown(readable),
+        comparison.markdown(_generation(systems, distances)),
         "",
-        "| system | samples | reconstructions |",
-        "| --- | --- | --- |",
-        *(f"| {name} | {grid} | {pairs} |" for name, grid, pairs in shown),
+        *(f"- {sentence}" for sentence in _sentences(systems, distances, params)),
+        "",
+        comparison.markdown(_reconstruction(tokenizers, distances)),
+        "",
+        "| system | samples | nearest training images | reconstructions |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {name} | {pictures}/samples/{name}.png | {pictures}/neighbors/{name}.png | "
+            f"{pictures}/reconstructions/{system.tokenizer}.png |"
+            for name, system in params.systems.items()
+        ),
     ]
+    pairs = [comparison.differences(systems, key) for key in (*distances, "label_agreement")]
     with artifact.create(out) as place:
-        table.to_csv(place / "comparison.csv", index=False)
+        _long(systems).to_csv(place / "comparison.csv", index=False)
+        pd.concat(pairs).to_csv(place / "differences.csv", index=False)
         (place / "comparison.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     progress.say("\n".join(lines[2:]))
 
 
-def _row(name: str, path: Path) -> dict[str, Any]:
-    """The figures of all groups, and how many images each group's were taken on."""
-    row: dict[str, Any] = {"system": name}
-    for group, figures in artifact.read_json(path).items():
-        if group != "protocol":
-            row |= {key: value for key, value in figures.items() if not key.startswith(("num_", "reference"))}
-            row |= {f"{key}_{group}": value for key, value in figures.items() if key.startswith("num_")}
-    return row
+def _generation(systems: Systems, distances: list[str]) -> pd.DataFrame:
+    """One row per system: its figures, and the parts of its first Fréchet distance that each stage is guilty of."""
+    main = distances[0]
+    forms = {"label_agreement": GENERATION["label_agreement"], **dict.fromkeys(distances, "{:.3f}"), **GENERATION}
+    frame = comparison.table(systems, forms, with_errors=distances)
+    parts = [
+        None if name == REAL else comparison.bottleneck(systems[name], systems[REAL], main) for name in frame["system"]
+    ]
+    at = frame.columns.get_loc(distances[-1]) + 1
+    frame.insert(at, "tokenizer_part", [f"{part.tokenizer:+.3f}" if part else "" for part in parts])
+    frame.insert(at + 1, "prior_part", [f"{part.prior:+.3f}" if part else "" for part in parts])
+    frame.insert(at + 2, "bottleneck", [part.stage if part else "" for part in parts])
+    return frame
 
 
-def _readable(table: pd.DataFrame) -> pd.DataFrame:
-    shown = table[["system"]].copy()
-    for column, form in SHOWN.items():
-        if column in table:
-            shown[column] = table[column].map(lambda value, form=form: "" if pd.isna(value) else form.format(value))
-    return shown
+def _reconstruction(tokenizers: Systems, distances: list[str]) -> pd.DataFrame:
+    by_judge = {f"{prefix}{key}": "{:.3f}" for key in distances for prefix in ("r", "p", "floor_")}
+    frame = comparison.table(tokenizers, {**RECONSTRUCTION, **by_judge}, with_errors=by_judge)
+    return frame.rename(columns={"system": "tokenizer"})
 
 
-def _markdown(table: pd.DataFrame) -> str:
-    widths = [max(len(name), *map(len, table[name])) for name in table]
-    lines = [list(table), ["-" * width for width in widths], *table.to_numpy().tolist()]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
+def _sentences(systems: Systems, distances: list[str], params: Pipeline) -> list[str]:
+    """What one may conclude, and what not."""
+    found = []
+    for key in distances:
+        found.append(f"{key}, from the best: {comparison.ranking(systems, key)} (~: within the noise)")
+        halves = comparison.estimate(systems[REAL], f"halves_{key}")
+        if halves:
+            number = systems[REAL][0].figure(f"halves_{key}").num_images
+            found.append(
+                f"{key} of one half of the training images against the other, {number:,} each: {halves.value:.3f}"
+            )
+    accuracy = comparison.estimate(systems[REAL], "test_accuracy")
+    if accuracy:
+        found.append(f"the judging classifier names {accuracy.value:.1%} of the test images rightly")
+    found.append(
+        f"± and ~ are about other draws of {params.sample_images.num_images:,} samples (standard error, two of a difference); "
+        f"another training seed moves figures too: python -m tessera.comparison over several runs"
     )
+    return found
+
+
+def _long(systems: Systems) -> pd.DataFrame:
+    """One row per system and figure, with its error and number of images."""
+    rows = [
+        (name, group, key, figure.value, figure.standard_error, figure.num_images)
+        for name, runs in systems.items()
+        for group, some in runs[0].groups.items()
+        for key, figure in some.items()
+    ]
+    return pd.DataFrame(rows, columns=["system", "group", "figure", "value", "standard_error", "num_images"])
 
 
 if __name__ == "__main__":

@@ -1,87 +1,252 @@
 """Judge the samples of one system against the test images; `real` judges training images instead, the floor.
 
-    python -m stages.evaluate vqgan-flow --samples data/samples/vqgan-flow --features data/features \
-        --tokenizer-metrics data/metrics/tokenizers/vqgan.json \
-        --picture data/pictures/samples/vqgan-flow.png --metrics data/metrics/systems/vqgan-flow.json
-    python -m stages.evaluate real --images data/images --features data/features --metrics data/metrics/systems/real.json
+    python -m stages.evaluate vqgan-flow --images data/images --features data/features --reference data/reference \
+        --samples data/samples/vqgan-flow --tokenizer-metrics data/metrics/tokenizers/vqgan.json \
+        --prior-metrics data/metrics/priors/vqgan-flow.json --picture data/pictures/samples/vqgan-flow.png \
+        --neighbors data/pictures/neighbors/vqgan-flow.png --metrics data/metrics/systems/vqgan-flow.json
+    python -m stages.evaluate real --images data/images --features data/features --reference data/reference \
+        --metrics data/metrics/systems/real.json
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 
-from tessera import seeding, stage_process
-from tessera.artifacts import folder as artifact
+from tessera import figures, pictures, seeding, stage_process
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import Images
-from tessera.artifacts.samples import Samples, quotas
-from tessera.judge import Judge
-from tessera.metrics import copy_rate, frechet, kernel, precision_recall
-from tessera.params import Pipeline
+from tessera.artifacts.reference import Reference, spread
+from tessera.artifacts.samples import Samples, floor_rows
+from tessera.artifacts.shards import Shards
+from tessera.figures import Figure, Measured, Recorder
+from tessera.judge import Judge, in_batches
+from tessera.metrics import brightness, copy_rate, frechet, inception_score, kernel, precision_recall
+from tessera.params import Evaluate, Pipeline
 from tessera.tracking import journal
+
+PRECISION_NEIGHBORS, DENSITY_NEIGHBORS = 3, 5  # those of the papers
+SUSPICIOUS_COPIES = 3 * copy_rate.HELD_OUT_SHARE
+SHOWN_SAMPLES, SHOWN_NEIGHBORS = 10, 5
 
 
 def run(
     params: Pipeline,
     name: str,
+    images: Path,
     features: Path,
+    reference: Path,
     metrics: Path,
     job: stage_process.Job,
     samples: Path | None = None,
     tokenizer_metrics: Path | None = None,
+    prior_metrics: Path | None = None,
     picture: Path | None = None,
-    images: Path | None = None,
+    neighbors: Path | None = None,
 ) -> None:
-    judge, reference, features_fingerprint = Judge.read(features)
-    settings = params.evaluate
-    if samples is not None:
-        drawn_samples = Samples(samples)
-        pixels, rows, drawn = drawn_samples.pixels, np.arange(len(drawn_samples)), drawn_samples.meta
-        labelled = (pixels, drawn_samples.labels)
-    elif images is not None:
-        _, splits = image_artifact.read(images)
-        train, test = splits["train"], splits["test"]
-        pixels, rows, drawn = train.pixels, floor_rows(train, params), {"source": "train"}
-        labelled = (test.pixels, test.labels)  # agreement is the classifier's accuracy on images it was not trained on
+    judges = {network: Judge.read(features / network, network) for network in params.features}
+    references = {network: Reference(reference / network) for network in params.features}
+    _, splits = image_artifact.read(images)
+    found = Recorder()
+    if samples is None:
+        _floor(found, params, judges, references, splits)
+        found.measured().write(metrics)
     else:
-        raise ValueError("nothing to judge: give --samples of a system, or --images for the floor")
-    found = judge.features(pixels, rows)
-    subset = min(settings.kernel_subset, len(found), len(reference))
+        drawn = Samples(samples, params.sample_images.num_images)
+        kept = _judge(found, params, judges, references, drawn, splits["test"].spec.channels, job)
+        main = next(iter(judges))
+        _brightness(found, references[main], drawn.pixels, None, splits["test"].pixels)
+        _copies(found, params.evaluate, references[main], drawn, kept, splits["train"], neighbors, job)
+        beside = tuple(figures.read(path) for path in (tokenizer_metrics, prior_metrics) if path is not None)
+        measured = found.measured(drawn.meta, beside)
+        _gaps(found, judges, measured)
+        measured = found.measured(drawn.meta, beside)
+        measured.write(metrics)
+        publish(params, name, measured, {"metrics.json": metrics, "samples.png": picture, "neighbors.png": neighbors})
+    job.say("  ".join(f"{key} {_shown(one)}" for key, one in found.groups["generation"].items()))
+
+
+def _judge(
+    found: Recorder,
+    params: Pipeline,
+    judges: dict[str, Judge],
+    references: dict[str, Reference],
+    drawn: Samples,
+    channels: int,
+    job: stage_process.Job,
+) -> np.ndarray:
+    """Every figure of samples against test images. Returns the features of some samples by the first judge."""
+    first = None
+    for network, judge in judges.items():
+        kept = _distances(found, params, judge, references[network], drawn.pixels, drawn.labels, None, "samples")
+        if first is None:
+            first = kept
+            _neighborhoods(found, params.evaluate, references[network], kept, "samples")
+        if channels == 3 and hasattr(judge.model, "class_logits"):  # of photographs; of gray digits it means nothing
+            score = inception_score.score(judge.class_logits(drawn.pixels))
+            protocol = references[network].protocol_of("test", "samples", len(drawn), 0, num_splits=10)
+            found.add("generation", "inception_score", score.inception_score, protocol, score.standard_error)
+    judge_of_labels = next(((network, one) for network, one in judges.items() if one.has_logits), None)
+    if judge_of_labels is not None:
+        network, judge = judge_of_labels
+        agrees = judge.agrees(drawn.pixels, drawn.labels)
+        protocol = references[network].protocol_of("test", "samples", len(drawn), 0)
+        found.add_share("generation", "label_agreement", float(agrees.mean()), protocol)
+    return first
+
+
+def _distances(
+    found: Recorder,
+    params: Pipeline,
+    judge: Judge,
+    reference: Reference,
+    pixels: Shards,
+    labels: np.ndarray,
+    rows: np.ndarray | None,
+    what: str,
+) -> np.ndarray:
+    """Fréchet and kernel distance of images to the test images. Returns at most max_neighbor_images rows of features."""
+    settings = params.evaluate
+    number = len(pixels) if rows is None else len(rows)
+    blocks, start, kept = frechet.Blocks(frechet.deal(labels)), 0, []
+    is_kept = np.isin(np.arange(number), spread(number, settings.max_neighbor_images))
+    for batch in judge.batches(pixels, rows):
+        blocks.update(batch)
+        kept.append(batch.double().numpy()[is_kept[start : start + len(batch)]])
+        start += len(batch)
+    features = np.concatenate(kept)
+    distance = frechet.distance_with_error(blocks, reference.moments("test"))
+    protocol = reference.protocol("test", what, number)
+    found.add("generation", judge.frechet_name, distance.value, protocol, distance.standard_error)
+    others = reference.features("test")
+    smaller = min(len(features), len(others))
+    if settings.kernel_subset > smaller:
+        raise ValueError(
+            f"evaluate.kernel_subset {settings.kernel_subset} is larger than the {smaller} images at hand ({len(features)} "
+            f"{what}, {len(others)} test images): lower it, or raise sample_images.num_images"
+        )
     generator = seeding.numpy_generator(params.seed, "kernel_subsets")
-    kernel_distance = kernel.distance(found, reference, generator, subset, settings.num_kernel_subsets)
-    figures = {
-        judge.frechet_name: frechet.distance(frechet.moments(found), frechet.moments(reference)),
-        judge.kernel_name: kernel_distance.mean,
-        f"{judge.kernel_name}_standard_error": kernel_distance.standard_error,
-        **precision_recall.precision_recall(reference, found)._asdict(),
-        **precision_recall.density_coverage(reference, found)._asdict(),
-        "num_images": len(found),
-        "num_reference_images": len(reference),
-    }
-    if samples is not None:  # the floor is made of training images, each of them a copy of itself
-        figures["copy_rate"] = copy_rate.copy_rate(found, Judge.train_features(features), reference)
-    if judge.has_logits:
-        figures["label_agreement"] = judge.agreement(*labelled)
-    protocol = {
-        "reference": "test",
-        "features": judge.config.kind,
-        "features_fingerprint": features_fingerprint,
-        "kernel_subset": subset,
-        "num_kernel_subsets": settings.num_kernel_subsets,
-        "samples": drawn,
-    }
-    groups = {"generation": figures}
-    if tokenizer_metrics is not None:
-        groups |= artifact.read_json(tokenizer_metrics)
-    artifact.write_json(metrics, {**groups, "protocol": protocol})
-    if samples is not None:
-        publish(params, name, groups, {"metrics.json": metrics, "samples.png": picture})
-    job.say("  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+    kernel_distance = kernel.distance(features, others, generator, settings.kernel_subset, settings.num_kernel_subsets)
+    subsets = {"subset": settings.kernel_subset, "num_subsets": settings.num_kernel_subsets}
+    protocol = reference.protocol_of("test", what, len(features), len(others), **subsets)
+    found.add("generation", judge.kernel_name, kernel_distance.mean, protocol, kernel_distance.standard_error)
+    return features
 
 
-def publish(params: Pipeline, name: str, groups: dict[str, dict[str, Any]], files: dict[str, Path | None]) -> None:
-    """The one run per system that people compare in the tracker: both stages' params, all figures, the picture."""
+def _neighborhoods(found: Recorder, settings: Evaluate, reference: Reference, features: np.ndarray, what: str) -> None:
+    """Precision and recall, density and coverage of at most max_neighbor_images images on either side."""
+    others = reference.features("test")
+    others = others[spread(len(others), settings.max_neighbor_images)]
+
+    def protocol(number: int) -> figures.Protocol:
+        return reference.protocol_of("test", what, len(features), len(others), neighbors=number)
+
+    near = precision_recall.precision_recall(others, features, PRECISION_NEIGHBORS)
+    found.add_share("generation", "precision", near.precision, protocol(PRECISION_NEIGHBORS))
+    found.add_share("generation", "recall", near.recall, protocol(PRECISION_NEIGHBORS), of=len(others))
+    dense = precision_recall.density_coverage(others, features, DENSITY_NEIGHBORS)
+    found.add("generation", "density", dense.density, protocol(DENSITY_NEIGHBORS), dense.density_standard_error)
+    found.add_share("generation", "coverage", dense.coverage, protocol(DENSITY_NEIGHBORS), of=len(others))
+
+
+def _brightness(found: Recorder, reference: Reference, pixels: Shards, rows: np.ndarray | None, others: Shards) -> None:
+    """How much brighter the rows of pixels are than the test images, in gray levels."""
+    levels = [
+        torch.cat([brightness.levels(batch) for batch in in_batches(*some)])
+        for some in ((pixels, rows), (others, None))
+    ]
+    shift = brightness.shift(*levels)
+    protocol = reference.protocol("test", "samples", len(levels[0]))
+    without = {"network": "none", "network_sha256": "", "resize": "none", "dtype": "float64"}
+    found.add("generation", "brightness_shift", shift.value, protocol.model_copy(update=without), shift.standard_error)
+
+
+def _copies(
+    found: Recorder,
+    settings: Evaluate,
+    reference: Reference,
+    drawn: Samples,
+    features: np.ndarray,
+    train: Images,
+    picture: Path,
+    job: stage_process.Job,
+) -> None:
+    """How many samples lie at a training image, and a picture of samples beside their nearest training images."""
+    trained, held_out = reference.features("train"), reference.features("test")
+    held_out = held_out[spread(len(held_out), settings.max_neighbor_images)]
+    near = copy_rate.nearest(features, trained, min(SHOWN_NEIGHBORS, len(trained)))
+    rate = copy_rate.share_of_copies(near.distances, copy_rate.nearest(held_out, trained).distances)
+    protocol = reference.protocol_of("train", "samples", len(features), len(trained), held_out=copy_rate.HELD_OUT_SHARE)
+    found.add_share("generation", "copy_rate", rate, protocol)
+    if rate > SUSPICIOUS_COPIES:
+        job.say(
+            f"ALARM: {rate:.0%} of the samples lie nearer to a training image than all but {copy_rate.HELD_OUT_SHARE:.0%} of "
+            f"the test images do: the prior has learned images by heart. See {picture}; train it for fewer steps, on more "
+            f"views (encode_tokens.warps), or make it smaller"
+        )
+    order = np.argsort(near.distances[:, 0].numpy(), kind="stable")  # the most copy-like first
+    half = SHOWN_SAMPLES // 2
+    shown = np.concatenate([order[:half], order[np.linspace(half, len(order) - 1, SHOWN_SAMPLES - half).astype(int)]])
+    rows = reference.feature_rows("train")[near.rows.numpy()[shown]]  # (SHOWN_SAMPLES, k) of the training images
+    of_samples = spread(len(drawn), settings.max_neighbor_images)[shown]
+    originals = train.pixels.gather(rows.ravel()).reshape(*rows.shape, *drawn.pixels.row_shape)
+    beside = np.concatenate([drawn.pixels.gather(of_samples)[:, None], originals], axis=1)
+    pictures.save_grid(picture, beside.reshape(-1, *beside.shape[2:]), beside.shape[1])
+    job.attach(picture, "neighbors.png")
+
+
+def _floor(
+    found: Recorder,
+    params: Pipeline,
+    judges: dict[str, Judge],
+    references: dict[str, Reference],
+    splits: dict[str, Images],
+) -> None:
+    """Training images in the place of samples, and one half of the training images against the other."""
+    train, test = splits["train"], splits["test"]
+    rows = floor_rows(train.labels, train.spec.num_classes, params.sample_images.num_images, params.seed)
+    half = min(params.sample_images.num_images, len(train) // 2)
+    order = seeding.numpy_generator(params.seed, "halves").permutation(len(train))
+    for number, (network, judge) in enumerate(judges.items()):
+        reference = references[network]
+        kept = _distances(found, params, judge, reference, train.pixels, train.labels[rows], rows, "samples")
+        if number == 0:
+            _neighborhoods(found, params.evaluate, reference, kept, "samples")
+            _brightness(found, reference, train.pixels, rows, test.pixels)
+        first, second = np.sort(order[:half]), np.sort(order[half : 2 * half])
+        blocks, others = frechet.Blocks(frechet.deal(train.labels[first])), frechet.MomentsAccumulator()
+        for batch in judge.batches(train.pixels, first):
+            blocks.update(batch)
+        for batch in judge.batches(train.pixels, second):
+            others.update(batch)
+        distance = frechet.distance_with_error(blocks, others.moments())
+        protocol = reference.protocol_of("train", "training images of one half", half, half)
+        name = f"halves_{judge.frechet_name}"
+        found.add("floor", name, distance.value, protocol, distance.standard_error)
+        if judge.has_logits:
+            agrees = judge.agrees(test.pixels, test.labels)
+            protocol = reference.protocol_of("test", "test images", len(test), 0)
+            found.add_share("floor", "test_accuracy", float(agrees.mean()), protocol)
+
+
+def _gaps(found: Recorder, judges: dict[str, Judge], measured: Measured) -> None:
+    """How much worse samples are than reconstructions of the test images, by each judge."""
+    for judge in judges.values():
+        generated, reconstructed = measured.figure(judge.frechet_name), measured.figure(f"r{judge.frechet_name}")
+        if reconstructed is None:
+            continue
+        protocol = measured.protocols[generated.protocol]
+        errors = (generated.standard_error, reconstructed.standard_error)
+        error = None if None in errors else float(np.hypot(*errors))
+        gap = generated.value - reconstructed.value
+        settings = {"reconstructions": reconstructed.num_images}
+        found.add(
+            "generation", f"gap_{judge.frechet_name}", gap, protocol.model_copy(update={"settings": settings}), error
+        )
+
+
+def publish(params: Pipeline, name: str, measured: Measured, files: dict[str, Path | None]) -> None:
+    """The one run per system that people compare in the tracker: both stages' params, all figures, the pictures."""
     with journal.open_run(
         name,
         experiment=f"tessera-{params.dataset.name}",
@@ -91,28 +256,19 @@ def publish(params: Pipeline, name: str, groups: dict[str, dict[str, Any]], file
         tags={"tessera.system": name},
         kind="system",
     ) as run:
-        for group, figures in groups.items():
-            numbers = {f"{group}/{key}": value for key, value in figures.items() if not isinstance(value, str)}
-            run.figures(numbers)
+        for group, some in measured.groups.items():
+            run.figures({f"{group}/{key}": one.value for key, one in some.items()})
+            if group == "generation":  # what differences between systems are weighed by
+                errors = {key: one.standard_error for key, one in some.items() if one.standard_error is not None}
+                run.figures({f"{group}/{key}_standard_error": error for key, error in errors.items()})
         for file_name, file in files.items():
             if file is not None:
                 run.attach(file, file_name)
 
 
-def floor_rows(train: Images, params: Pipeline) -> np.ndarray:
-    """As many training images as there are samples, with the classes in the same proportions: the best one can hope for."""
-    wanted = quotas(params.sample_images.num_images, np.bincount(train.labels, minlength=train.spec.num_classes))
-    generator = seeding.numpy_generator(params.seed, "floor")
-    rows = []
-    for label, count in enumerate(wanted):
-        members = np.flatnonzero(train.labels == label)
-        if count > len(members):
-            raise ValueError(
-                f"class {label} has {len(members)} training images, but a floor at the samples' number needs {count}. "
-                f"Lower sample_images.num_images to at most {len(train)}"
-            )
-        rows.append(generator.permutation(members)[:count])
-    return np.sort(np.concatenate(rows))
+def _shown(figure: Figure) -> str:
+    error = "" if figure.standard_error is None else f" +- {figure.standard_error:.2g}"
+    return f"{figure.value:.4g}{error}"
 
 
 if __name__ == "__main__":

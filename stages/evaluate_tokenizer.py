@@ -1,25 +1,31 @@
-"""Judge a tokenizer alone: reconstructions of the test images, and how the training images (in their first view) use
-the codebook.
+"""Judge a tokenizer alone: reconstructions of the test images, also from indices that are a little wrong; what the best
+prior on its tokens could reach; and how the training images (in their first view) use the codebook.
 
-    python -m stages.evaluate_tokenizer vqgan --images data/images --features data/features \
+    python -m stages.evaluate_tokenizer vqgan --images data/images --features data/features --reference data/reference \
         --tokenizer data/tokenizers/vqgan --tokens data/tokens/vqgan \
         --picture data/pictures/reconstructions/vqgan.png --metrics data/metrics/tokenizers/vqgan.json
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from tessera import pictures, progress, stage_process
-from tessera.artifacts import checkpoints
+from tessera import figures, pictures, progress, seeding, stage_process
+from tessera.artifacts import checkpoints, weights_file
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts import tokens as token_artifact
-from tessera.artifacts.images import to_float, to_uint8
+from tessera.artifacts.images import Images, to_float, to_uint8
+from tessera.artifacts.reference import Reference
+from tessera.artifacts.samples import floor_rows
+from tessera.figures import Protocol, Recorder
 from tessera.judge import Judge
-from tessera.metrics import codebook, frechet, reconstruction
-from tessera.params import Pipeline
+from tessera.metrics import brightness, codebook, frechet, reconstruction
+from tessera.nn.image_losses import Lpips
+from tessera.params import Evaluate, Pipeline
 
 SHOWN = 50  # originals in the picture, each beside its reconstruction
 
@@ -30,53 +36,155 @@ def run(
     name: str,
     images: Path,
     features: Path,
+    reference: Path,
     tokenizer: Path,
     tokens: Path,
     picture: Path,
     metrics: Path,
     job: stage_process.Job,
 ) -> None:
-    _, splits = image_artifact.read(images)
-    test = splits["test"]
-    judge, reference, _ = Judge.read(features)
+    spec, splits = image_artifact.read(images)
+    test, train = splits["test"], splits["train"]
+    settings, size = params.evaluate, params.encode_tokens.batch_size
+    judges = {network: Judge.read(features / network, network) for network in params.features}
+    references = {network: Reference(reference / network) for network in params.features}
+    device = next(iter(judges.values())).device
     model, _, _ = checkpoints.load_model(tokenizer, "tokenizers")
-    model.to(judge.device)
-    size = params.encode_tokens.batch_size
-    starts = range(0, len(test), size)
+    model.to(device)
+    lpips = _lpips(settings, device)
+    found = Recorder()
+
+    def reconstruct(originals: Tensor) -> Tensor:
+        return to_uint8(model.decode(model.encode(to_float(originals).to(device)).latents)).cpu()
+
+    generator = seeding.generator(params.seed, "perturbed_indices")
+
+    def perturb(originals: Tensor) -> Tensor:
+        indices = model.encode(to_float(originals).to(device)).indices
+        return to_uint8(model.decode_indices(perturbed(indices, model, settings, generator))).cpu()
+
+    def batches(dataset: Images, rows: np.ndarray, what: str) -> Iterator[np.ndarray]:
+        starts = range(0, len(rows), size)
+        for start in progress.track(starts, f"{job.name}  {what}", len(starts)):
+            yield rows[start : start + size]
+
+    everything = np.arange(len(test))
     shown = np.linspace(0, len(test) - 1, min(SHOWN, len(test))).astype(int)  # evenly spread: files often lie by class
-    psnr, ssim, pairs = [], [], []
-    moments = frechet.MomentsAccumulator()
-    for start in progress.track(starts, job.name, len(starts)):
-        rows = np.arange(start, min(start + size, len(test)))
+    psnr, ssim, distances, levels, pairs = [], [], [], [], []
+    blocks = Judged(judges, test.labels)
+    for rows in batches(test, everything, "test images"):
         originals = test.uint8(rows)
-        reconstructions = to_uint8(model.decode(model.encode(to_float(originals).to(judge.device)).latents)).cpu()
-        share = len(originals) / len(test)
-        psnr.append(share * reconstruction.psnr_db(reconstructions / 255, originals / 255))
-        ssim.append(share * reconstruction.ssim(reconstructions / 255, originals / 255))
-        moments.update(judge.features(reconstructions.numpy()))
-        pairs.append(np.stack([originals.numpy(), reconstructions.numpy()], axis=1)[np.isin(rows, shown)])
-    figures = {
-        "reconstruction": {
-            f"r{judge.frechet_name}": frechet.distance(moments.moments(), frechet.moments(reference)),
-            "psnr_db": sum(psnr),
-            "ssim": sum(ssim),
-            "num_images": len(test),
-            "reference": "test",
-        }
-    }
+        decoded = reconstruct(originals)
+        blocks.update(decoded)
+        psnr.append(reconstruction.psnr_db(decoded / 255, originals / 255))
+        ssim.append(reconstruction.ssim(decoded / 255, originals / 255))
+        if lpips is not None:
+            distances.append(lpips.of_each(to_float(decoded).to(device), to_float(originals).to(device)).cpu())
+        levels.append(torch.stack([brightness.levels(decoded), brightness.levels(originals)]))
+        pairs.append(np.stack([originals.numpy(), decoded.numpy()], axis=1)[np.isin(rows, shown)])
+    of_test = "reconstructions of the test images"
+    test_sha256 = artifact.part_sha256(images, "test")
+    pixels = figures.without_network(spec.name, of_test, len(test), "test", test_sha256, window=reconstruction.WINDOW)
+    found.add_mean("reconstruction", "psnr_db", torch.cat(psnr), pixels)
+    found.add_mean("reconstruction", "ssim", torch.cat(ssim), pixels)
+    shift = brightness.shift(*torch.cat(levels, dim=1), paired=True)
+    found.add("reconstruction", "reconstruction_brightness_shift", shift.value, pixels, shift.standard_error)
+    if distances:
+        by_vgg = pixels.model_copy(update={"network": "lpips-vgg16", "network_sha256": settings.lpips_sha256})
+        found.add_mean("reconstruction", "lpips", torch.cat(distances), by_vgg)
+    originals_by = {network: _originals(references[network], test) for network in judges}
+    for network, judge in judges.items():
+        protocol = references[network].protocol("test", of_test, len(test))
+        blocks.record(found, network, f"r{judge.frechet_name}", originals_by[network], protocol)
+
     if model.codebook_size:
-        _, learned = token_artifact.read(tokens, "indices")
-        train = learned["train"]
-        counts = torch.zeros(model.codebook_size, dtype=torch.long)
-        for start in range(0, len(train), 10_000):
-            rows = torch.arange(start, min(start + 10_000, len(train)))
-            counts += codebook.count(train.batch(rows).tokens, model.codebook_size)
-        figures["codebook"] = {**codebook.use(counts)._asdict(), "num_images": len(train), "reference": "train"}
+        blocks = Judged(judges, test.labels)
+        for rows in batches(test, everything, "from perturbed indices"):
+            blocks.update(perturb(test.uint8(rows)))
+        perturbation = {"share": settings.perturbation_share, "neighbors": settings.perturbation_neighbors}
+        for network, judge in judges.items():
+            what = f"{of_test} from perturbed indices"
+            protocol = references[network].protocol("test", what, len(test), **perturbation)
+            blocks.record(found, network, f"p{judge.frechet_name}", originals_by[network], protocol)
+        _count_codes(found, tokens, model.codebook_size, spec.name)
+
+    floor = floor_rows(train.labels, spec.num_classes, params.sample_images.num_images, params.seed)
+    blocks = Judged(judges, train.labels[floor])
+    for rows in batches(train, floor, "training images"):
+        blocks.update(reconstruct(train.uint8(rows)))
+    for network, judge in judges.items():
+        protocol = references[network].protocol("test", "reconstructions of training images", len(floor))
+        blocks.record(found, network, f"floor_{judge.frechet_name}", references[network].moments("test"), protocol)
+
     beside = np.concatenate(pairs)  # (SHOWN, 2, C, H, W)
     pictures.save_grid(picture, beside.reshape(-1, *beside.shape[2:]), 10)
     job.attach(picture, "reconstructions.png")
-    artifact.write_json(metrics, figures)
-    job.say(f"{figures['reconstruction']}")
+    measured = found.measured()
+    measured.write(metrics)
+    job.say("  ".join(f"{key} {one.value:.4g}" for group in measured.groups.values() for key, one in group.items()))
+
+
+class Judged:
+    """Features of decoded images by every judge, in the blocks of the jackknife; of the images themselves nothing is kept."""
+
+    def __init__(self, judges: dict[str, Judge], labels: np.ndarray):
+        block = frechet.deal(labels)
+        self.judges, self.blocks = judges, {network: frechet.Blocks(block) for network in judges}
+
+    def update(self, decoded: Tensor) -> None:
+        for network, judge in self.judges.items():
+            for batch in judge.batches(decoded.numpy()):
+                self.blocks[network].update(batch)
+
+    def record(
+        self, found: Recorder, network: str, name: str, others: frechet.Blocks | frechet.Moments, protocol: Protocol
+    ) -> None:
+        distance = frechet.distance_with_error(self.blocks[network], others)
+        found.add("reconstruction", name, distance.value, protocol, distance.standard_error)
+
+
+def perturbed(indices: Tensor, model: torch.nn.Module, settings: Evaluate, generator: torch.Generator) -> Tensor:
+    """The indices, a share of them replaced by one of the nearest other codes: the small mistakes that a prior makes.
+
+    Source: Qiu et al. (RobustTok), 2025, arXiv:2503.08354, section 3, whose pFID is taken of such images.
+    """
+    is_replaced = torch.rand(indices.shape, generator=generator).to(indices.device) < settings.perturbation_share
+    near = model.quantizer.neighbors(indices[is_replaced], settings.perturbation_neighbors)
+    choice = torch.randint(settings.perturbation_neighbors, (len(near), 1), generator=generator).to(indices.device)
+    replaced = indices.clone()
+    replaced[is_replaced] = near.gather(1, choice).squeeze(1)
+    return replaced
+
+
+def _originals(reference: Reference, test: Images) -> frechet.Blocks | frechet.Moments:
+    """The originals' features in the blocks of their reconstructions; their moments alone if not all features are kept."""
+    if reference.described.splits["test"].num_features < len(test):
+        return reference.moments("test")
+    blocks = frechet.Blocks(frechet.deal(test.labels))
+    blocks.update(reference.features("test"))
+    return blocks
+
+
+def _count_codes(found: Recorder, tokens: Path, codebook_size: int, dataset: str) -> None:
+    _, learned = token_artifact.read(tokens, "indices")
+    train = learned["train"]
+    counts = torch.zeros(codebook_size, dtype=torch.long)
+    for start in range(0, len(train), 10_000):
+        rows = torch.arange(start, min(start + 10_000, len(train)))
+        counts += codebook.count(train.batch(rows).tokens, codebook_size)
+    protocol = figures.without_network(dataset, "tokens of the training images", len(train))
+    for key, value in codebook.use(counts)._asdict().items():
+        found.add("codebook", key, value, protocol)
+
+
+def _lpips(settings: Evaluate, device: torch.device) -> Lpips | None:
+    if not settings.lpips_weights:
+        return None
+    keys = ("evaluate.lpips_weights", "evaluate.lpips_sha256")
+    remedy = "Without lpips_weights there is no such figure"
+    path = Path(settings.lpips_weights)
+    weights = weights_file.read(path, settings.lpips_sha256, keys, "the VGG weights of LPIPS", remedy)
+    return Lpips(weights).eval().to(device)
 
 
 if __name__ == "__main__":

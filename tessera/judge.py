@@ -1,10 +1,11 @@
 """The judge of images: a fixed feature network, applied in batches to uint8 images wherever they lie."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
@@ -16,44 +17,53 @@ BATCH = 500
 
 
 class Judge:
-    """A feature network, on the GPU if there is one."""
+    """A feature network, on the GPU if there is one. `name` is its key in params.yaml, and what its figures are called by."""
 
-    def __init__(self, model: nn.Module, config: Params):
-        self.config = config
+    def __init__(self, model: nn.Module, config: Params, name: str = "", weights_sha256: str = ""):
+        self.config, self.weights_sha256 = config, weights_sha256
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device).eval()
         self.has_logits: bool = model.has_logits
-        self.frechet_name = "fid" if config.kind == "inception" else f"fd_{config.kind}"
-        self.kernel_name = "kid" if config.kind == "inception" else f"kd_{config.kind}"
+        is_inception = config.kind == "inception"  # the only network whose distance may be called FID
+        suffix = (name or config.kind).replace("-", "_")
+        self.frechet_name = "fid" if is_inception else f"fd_{suffix}"
+        self.kernel_name = "kid" if is_inception else f"kd_{suffix}"
 
     @torch.no_grad()
+    def batches(self, pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> Iterator[Tensor]:
+        """(n, D) float32 features on the CPU of uint8 images (N, C, H, W), or of the given rows of them, in batches."""
+        for batch in self._batches(pixels, rows):
+            yield self.model.features(batch).cpu()
+
     def features(self, pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        """(N, D) float64 features of uint8 images (N, C, H, W), or of the given rows of them."""
-        rows = np.arange(len(pixels)) if rows is None else rows
-        parts = [self.model.features(batch).double().cpu().numpy() for batch in self._batches(pixels, rows)]
-        return np.concatenate(parts)
+        """All of them at once, (N, D) float64."""
+        return np.concatenate([batch.double().numpy() for batch in self.batches(pixels, rows)])
 
     @torch.no_grad()
-    def agreement(self, pixels: Shards | np.ndarray, labels: np.ndarray) -> float:
-        """Share of the images whose predicted class is their label."""
-        rows = np.arange(len(pixels))
-        predicted = [self.model.logits(batch).argmax(dim=1).cpu().numpy() for batch in self._batches(pixels, rows)]
-        return float((np.concatenate(predicted) == labels).mean())
+    def agrees(self, pixels: Shards | np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """(N,) bool: whether the class that the network sees in an image is its label."""
+        predicted = [self.model.logits(batch).argmax(dim=1).cpu().numpy() for batch in self._batches(pixels, None)]
+        return np.concatenate(predicted) == labels
+
+    @torch.no_grad()
+    def class_logits(self, pixels: Shards | np.ndarray) -> np.ndarray:
+        """(N, number of ImageNet's classes): what the Inception Score is taken of."""
+        return np.concatenate([self.model.class_logits(batch).cpu().numpy() for batch in self._batches(pixels, None)])
 
     @staticmethod
-    def read(folder: Path) -> tuple["Judge", np.ndarray, str]:
-        """The judge of a features artifact, the (N, D) features of the test images, and the artifact's fingerprint."""
+    def read(folder: Path, name: str = "") -> "Judge":
+        """The judge of a features artifact."""
         model, config, _ = checkpoints.load_model(folder, "features")
-        reference = Shards(folder, "reference").all().astype(np.float64)
-        return Judge(model, config), reference, artifact.fingerprint(folder)
+        return Judge(model, config, name, artifact.file_sha256(folder, "weights.safetensors"))
 
-    @staticmethod
-    def train_features(folder: Path) -> np.ndarray:
-        """The (N, D) features of the training images that a features artifact keeps."""
-        return Shards(folder, "train").all().astype(np.float64)
-
-    def _batches(self, pixels: Shards | np.ndarray, rows: np.ndarray):
-        for start in range(0, len(rows), BATCH):
-            chosen = rows[start : start + BATCH]
-            values = pixels.gather(chosen) if isinstance(pixels, Shards) else pixels[chosen]
+    def _batches(self, pixels: Shards | np.ndarray, rows: np.ndarray | None) -> Iterator[Tensor]:
+        for values in in_batches(pixels, rows):
             yield to_float(torch.from_numpy(values).to(self.device))
+
+
+def in_batches(pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """(n, C, H, W) uint8 of the given rows, or of all, at most BATCH at a time."""
+    rows = np.arange(len(pixels)) if rows is None else rows
+    for start in range(0, len(rows), BATCH):
+        chosen = rows[start : start + BATCH]
+        yield pixels.gather(chosen) if isinstance(pixels, Shards) else pixels[chosen]

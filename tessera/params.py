@@ -60,31 +60,56 @@ class SampleImages(Params):
     batch_size: Annotated[int, Field(ge=1)]
 
 
+class ReferenceStats(Params):
+    max_features: Annotated[int, Field(ge=2)]  # kept per split for the metrics of neighbors; moments are of all images
+
+
 class Evaluate(Params):
     kernel_subset: Annotated[int, Field(ge=2)]  # images per subset of the kernel distance
     num_kernel_subsets: Annotated[int, Field(ge=2)]
+    max_neighbor_images: Annotated[int, Field(ge=8)]  # samples, and reference images, that neighbors are searched among
+    perturbation_share: Annotated[float, Field(gt=0, le=1)]  # of the indices, replaced by near ones in the pfd figures
+    perturbation_neighbors: Annotated[int, Field(ge=1)]  # nearest other codes to choose from
+    lpips_weights: str = ""  # path of a safetensors file; "": no LPIPS of reconstructions
+    lpips_sha256: str = ""
 
 
 class Pipeline(Params):
     seed: Annotated[int, Field(ge=0)]
     dataset: DatasetConfig
-    features: FeaturesConfig
+    features: Annotated[dict[Name, FeaturesConfig], Field(min_length=1)]  # the first judges neighbors and copies too
     tokenizers: Annotated[dict[Name, TokenizerConfig], Field(min_length=1)]
     encode_tokens: EncodeTokens
+    reference_stats: ReferenceStats
     systems: Annotated[dict[Name, System], Field(min_length=1)]
     sample_images: SampleImages
     evaluate: Evaluate
 
     @model_validator(mode="after")
     def _cells_are_possible(self) -> "Pipeline":
-        mistakes = [*self._tokenizer_mistakes(), *self._system_mistakes()]
+        mistakes = [*self._feature_mistakes(), *self._tokenizer_mistakes(), *self._system_mistakes()]
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
 
+    def _feature_mistakes(self) -> list[str]:
+        called_fid = [name for name, features in self.features.items() if features.kind == "inception"]
+        if len(called_fid) > 1:
+            return [
+                f"features {' and '.join(called_fid)} are both of kind inception, but only one figure can be the fid"
+            ]
+        return []
+
     def _tokenizer_mistakes(self) -> list[str]:
         found = []
         for name, tokenizer in self.tokenizers.items():
+            levels = getattr(getattr(tokenizer, "quantizer", None), "num_levels", 1)
+            codes, neighbors = (tokenizer.codebook_size or 0) // levels, self.evaluate.perturbation_neighbors
+            if tokenizer.codebook_size and neighbors >= codes:
+                found.append(
+                    f"evaluate.perturbation_neighbors {neighbors} must be below the number of codes of tokenizer {name}, "
+                    f"{codes}"
+                )
             factor, height, width = tokenizer.downsample_factor, self.dataset.height, self.dataset.width
             if height % factor or width % factor:
                 found.append(
@@ -129,8 +154,8 @@ class Pipeline(Params):
             sections["tokenizer"] = self.tokenizers[tokenizer]
         if name in self.systems:
             sections |= {"prior": self.systems[name].prior, "sampling": self.systems[name].sampling}
-        if action == "train_features":
-            sections["features"] = self.features
+        if action in ("train_features", "reference_stats"):
+            sections["features"] = self.features[name]
         return _flat(sections)
 
 

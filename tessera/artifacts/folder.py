@@ -92,6 +92,18 @@ def fingerprint(folder: Path) -> str:
     return sha256(Path(folder) / MANIFEST)
 
 
+def file_sha256(folder: Path, name: str) -> str:
+    """The hash of one file of an artifact, as its manifest has it."""
+    return read_json(Path(folder) / MANIFEST)[name]
+
+
+def part_sha256(folder: Path, part: str) -> str:
+    """One hash for the files below a sub-folder of an artifact, from the hashes in its manifest."""
+    manifest = read_json(Path(folder) / MANIFEST)
+    below = {name: digest for name, digest in manifest.items() if name.startswith(f"{part}/")}
+    return hashlib.sha256(json.dumps(below, sort_keys=True).encode()).hexdigest()
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file of an artifact. Raises ArtifactError naming it."""
     try:

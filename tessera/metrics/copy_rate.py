@@ -10,6 +10,8 @@ Generative Models", 2020, arXiv:2004.05675, section 3.
 Differs from it: a rate at one threshold in the place of a rank statistic, over all cells at once.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,14 +20,25 @@ HELD_OUT_SHARE = 0.05
 CHUNK_ROWS = 1024  # of a distance matrix that are in memory at a time
 
 
+class Nearest(NamedTuple):
+    distances: Tensor  # (M, k) ascending
+    rows: Tensor  # (M, k) of the training images
+
+
 def copy_rate(samples: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> float:
     """Features of one network, (M, D), (N, D) and (H, D) -> the share of samples that are nearer to a training image
     than all but HELD_OUT_SHARE of the held-out images. In [0, 1]."""
-    threshold = torch.quantile(_nearest(held_out, train), HELD_OUT_SHARE)
-    return (_nearest(samples, train) < threshold).double().mean().item()
+    return share_of_copies(nearest(samples, train).distances, nearest(held_out, train).distances)
 
 
-def _nearest(x: np.ndarray, train: np.ndarray) -> Tensor:
-    """(M,) distance of each row of x to the nearest row of train."""
+def share_of_copies(distances: Tensor, held_out_distances: Tensor) -> float:
+    """The same from distances that are known, (M, k) and (H, k), of which the first column counts."""
+    threshold = torch.quantile(held_out_distances[:, 0], HELD_OUT_SHARE)
+    return (distances[:, 0] < threshold).double().mean().item()
+
+
+def nearest(x: np.ndarray, train: np.ndarray, k: int = 1) -> Nearest:
+    """The k nearest rows of train (N, D) to each row of x (M, D)."""
     points, others = torch.as_tensor(x).double(), torch.as_tensor(train).double()
-    return torch.cat([torch.cdist(piece, others).amin(dim=1) for piece in points.split(CHUNK_ROWS)])
+    found = [torch.cdist(piece, others).topk(k, dim=1, largest=False) for piece in points.split(CHUNK_ROWS)]
+    return Nearest(torch.cat([one.values for one in found]), torch.cat([one.indices for one in found]))

@@ -29,6 +29,7 @@ class PrecisionRecall(NamedTuple):
 class DensityCoverage(NamedTuple):
     density: float  # at least 0, may exceed 1
     coverage: float  # in [0, 1]
+    density_standard_error: float  # over draws of the samples, the reference being what it is
 
 
 def precision_recall(reference: Tensor | np.ndarray, samples: Tensor | np.ndarray, k: int = 3) -> PrecisionRecall:
@@ -47,13 +48,15 @@ def density_coverage(reference: Tensor | np.ndarray, samples: Tensor | np.ndarra
     """reference: (N, D), samples: (M, D), features of one network. Raises ValueError unless k < N."""
     reference, samples = _prepare(reference, samples, k, smallest="reference")
     radii = _radii(reference, k)
-    num_hits = 0
+    hits = []  # per sample, the reference balls around it
     is_covered = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
     for _, distances in _distances(samples, reference):
         inside = distances <= radii  # (rows, N)
-        num_hits += int(inside.sum())
+        hits.append(inside.sum(dim=1).double())
         is_covered |= inside.any(dim=0)
-    return DensityCoverage(num_hits / (k * len(samples)), is_covered.double().mean().item())
+    each = torch.cat(hits) / k
+    error = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else float("nan")
+    return DensityCoverage(each.mean().item(), is_covered.double().mean().item(), error)
 
 
 def _prepare(

@@ -18,27 +18,27 @@ K1, K2 = 0.01, 0.03
 CHUNK_IMAGES = 256  # whose float64 maps are in memory at a time
 
 
-def psnr_db(images: Tensor, originals: Tensor, ceiling: float = 100.0) -> float:
-    """Peak signal-to-noise ratio in dB: of each image, then the mean over images, not that of the pooled error.
+def psnr_db(images: Tensor, originals: Tensor, ceiling: float = 100.0) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each image, (N,) float64; its mean is not that of the pooled error.
 
-    Both (N, C, H, W) float in [0, 1]. An image counts at most `ceiling` dB, so that an exact one leaves the mean finite.
+    Both (N, C, H, W) float in [0, 1]. An image counts at most `ceiling` dB, so that an exact one leaves a mean finite.
     """
     _check(images, originals)
     errors = [
         (a.double() - b.double()).square().mean(dim=(1, 2, 3))  # (n,)
         for a, b in zip(images.split(CHUNK_IMAGES), originals.split(CHUNK_IMAGES), strict=True)
     ]
-    return (-10 * torch.cat(errors).log10()).clamp(max=ceiling).mean().item()
+    return (-10 * torch.cat(errors).log10()).clamp(max=ceiling)
 
 
-def ssim(images: Tensor, originals: Tensor) -> float:
-    """Structural similarity in [-1, 1], 1 for equal images: the mean over pixels and channels, then over images.
+def ssim(images: Tensor, originals: Tensor) -> Tensor:
+    """Structural similarity of each image, (N,) float64 in [-1, 1], 1 for equal ones: the mean over pixels and channels.
 
     Both (N, C, H, W) float in [0, 1].
     """
     _check(images, originals)
     pairs = zip(images.split(CHUNK_IMAGES), originals.split(CHUNK_IMAGES), strict=True)
-    return torch.cat([_ssim_of_each(a.double(), b.double()) for a, b in pairs]).mean().item()
+    return torch.cat([_ssim_of_each(a.double(), b.double()) for a, b in pairs])
 
 
 def _ssim_of_each(x: Tensor, y: Tensor) -> Tensor:

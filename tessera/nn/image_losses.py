@@ -77,5 +77,9 @@ class Lpips(nn.Module):
         return levels
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
+        return self.of_each(reconstructions, images).mean()
+
+    def of_each(self, reconstructions: Tensor, images: Tensor) -> Tensor:
+        """(B,) the distance of each image."""
         pairs = zip(self._levels(reconstructions.float()), self._levels(images.float()), self.weights, strict=True)
-        return sum((getattr(self, name) * (a - b).square()).sum(dim=1).mean() for a, b, name in pairs)
+        return sum((getattr(self, name) * (a - b).square()).sum(dim=1).mean(dim=(1, 2)) for a, b, name in pairs)

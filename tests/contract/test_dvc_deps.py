@@ -22,7 +22,7 @@ PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 # hash of their code with them (artifacts/checkpoints.py).
 BUILDS = {
     "prepare_images": lambda name: [("datasets", PARAMS["dataset"])],
-    "train_features": lambda name: [("features", PARAMS["features"])],
+    "train_features": lambda name: [("features", PARAMS["features"][name])],
     "train_tokenizer": lambda name: [
         ("tokenizers", PARAMS["tokenizers"][name]),
         ("quantizers", PARAMS["tokenizers"][name]["quantizer"]),

@@ -14,20 +14,27 @@ from tessera.optimization import Training
 ROOT = Path(__file__).parents[2]
 GLOSSARY = set(re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")))
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
-FREE_NAMES = ("tokenizers", "systems")  # what stands directly below them is named by the user
+FREE_NAMES = ("features", "tokenizers", "systems", "protocols")  # what stands directly below them is named by the user
 FOLDERS = ("datasets", "features", "tokenizers", "quantizers", "priors", "denoisers")
 FIGURES = [
     "label_agreement",
     "fd_classifier",
     "fd_random",
     "kd_classifier",
-    "kd_classifier_standard_error",
+    "inception_score",
+    "brightness_shift",
+    "gap_fd_classifier",
+    "halves_fd_classifier",
     "precision",
     "recall",
     "density",
     "coverage",
     "copy_rate",
     "rfd_classifier",
+    "pfd_classifier",
+    "floor_fd_classifier",
+    "lpips",
+    "reconstruction_brightness_shift",
     "psnr_db",
     "ssim",
     "codebook_usage",
@@ -72,7 +79,15 @@ def test_every_setting_of_a_part_is_in_the_glossary(folder, kind):
 
 @pytest.mark.parametrize(
     "settings",
-    [params.Pipeline, params.System, params.EncodeTokens, params.SampleImages, params.Evaluate, Training],
+    [
+        params.Pipeline,
+        params.System,
+        params.EncodeTokens,
+        params.SampleImages,
+        params.ReferenceStats,
+        params.Evaluate,
+        Training,
+    ],
     ids=lambda settings: settings.__name__,
 )
 def test_every_shared_setting_is_in_the_glossary(settings):
@@ -89,5 +104,5 @@ def test_every_key_of_the_committed_metrics_is_in_the_glossary():
     """The list above is written by hand; what the stages really wrote is not."""
     files = sorted((ROOT / "data" / "metrics").rglob("*.json"))
     keys = set().union(*(keys_of(json.loads(path.read_text(encoding="utf-8"))) for path in files))
-    assert "features_fingerprint" in keys
+    assert {"value", "standard_error", "network_sha256"} <= keys
     assert not keys - GLOSSARY, f"explain in docs/glossary.md: {sorted(keys - GLOSSARY)}"

@@ -61,8 +61,9 @@ class Clone:
 def smoke_params() -> dict[str, Any]:
     """The default params with as little work as shows everything."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["features"]["training"] |= {"num_steps": 60, "batch_size": 16}
-    params["features"]["channels"] = 8
+    params["features"]["classifier"]["training"] |= {"num_steps": 60, "batch_size": 16}
+    params["features"]["classifier"]["channels"] = 8
+    params["features"]["random"] = {"kind": "random", "channels": 8, "feature_dim": 16}
     for tokenizer in params["tokenizers"].values():
         if tokenizer["kind"] == "none":
             continue
@@ -79,7 +80,7 @@ def smoke_params() -> dict[str, Any]:
         prior["training"] |= {"num_steps": 60, "batch_size": 16}
         system["sampling"] |= {key: 2 for key in ("num_steps", "decoding_steps") if key in system["sampling"]}
     params["sample_images"] = {"num_images": 40, "batch_size": 32}
-    params["evaluate"] = {"kernel_subset": 20, "num_kernel_subsets": 2}
+    params["evaluate"] |= {"kernel_subset": 20, "num_kernel_subsets": 2}
     return params
 
 

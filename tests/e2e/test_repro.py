@@ -20,7 +20,7 @@ from PIL import Image
 
 pytestmark = pytest.mark.e2e
 TRAININGS = {
-    "train_features": "data/features",
+    "train_features@classifier": "data/features/classifier",
     "train_tokenizer@vqvae": "data/tokenizers/vqvae",
     "train_tokenizer@vqgan": "data/tokenizers/vqgan",
     "train_prior@gan": "data/priors/gan",
@@ -43,19 +43,26 @@ def reproduced(clone):
 
 def test_the_whole_pipeline_runs_and_ends_with_a_table(reproduced):
     clone, output = reproduced
-    assert len(ran(output)) == 4 + 3 * len(clone.params()["tokenizers"]) + 3 * len(clone.params()["systems"]) == 31
-    systems = list(clone.params()["systems"])
-    table = pd.read_csv(clone.folder / "data/comparison/comparison.csv")
-    assert table.system.tolist() == ["real", *systems]
-    assert table.fd_classifier.notna().all() and (table.num_images_generation == 40).all()
+    params = clone.params()
+    stages = 3 + 2 * len(params["features"]) + 3 * len(params["tokenizers"]) + 3 * len(params["systems"])
+    assert len(ran(output)) == stages == 34
+    systems = list(params["systems"])
+    figures = pd.read_csv(clone.folder / "data/comparison/comparison.csv")
+    for name in ("fd_classifier", "fd_random"):
+        distances = figures[figures.figure == name]
+        assert distances.system.tolist() == ["real", *systems]
+        assert (distances.num_images == 40).all() and (distances.standard_error > 0).all()
+    assert len(pd.read_csv(clone.folder / "data/comparison/differences.csv")) == 2 * 21 + 15
     markdown = (clone.folder / "data/comparison/comparison.md").read_text()
     for name in systems:
         assert f"| {name}" in markdown.replace("  ", " ") and f"data/pictures/samples/{name}.png" in markdown
         with Image.open(clone.folder / f"data/pictures/samples/{name}.png") as picture:
             assert min(picture.size) > 400
         metrics = json.loads((clone.folder / f"data/metrics/systems/{name}.json").read_text())
-        assert metrics["generation"]["num_images"] == 40 and metrics["reconstruction"]["num_images"] == 359
-        assert metrics["protocol"]["samples"]["seed"] == 0 and metrics["protocol"]["reference"] == "test"
+        assert metrics["generation"]["fd_classifier"]["num_images"] == 40
+        assert metrics["reconstruction"]["psnr_db"]["num_images"] == 359
+        assert metrics["drawn"]["seed"] == 0
+        assert metrics["protocols"][metrics["generation"]["fd_random"]["protocol"]]["network"] == "random"
     timings = {path.stem for path in (clone.folder / "data/timings").glob("*.json")}
     assert timings >= set(TRAININGS) | {"evaluate@real", "compare_systems"}
 
@@ -93,6 +100,20 @@ def test_a_changed_guidance_scale_trains_nothing(reproduced):
     clone.write_params(params)
     result = clone.run("dvc", "repro")
     assert ran(result.stdout) == ["sample_images@vqgan-flow", "evaluate@vqgan-flow", "compare_systems"]
+
+
+def test_another_feature_network_trains_nothing_but_itself(reproduced):
+    clone, _ = reproduced
+    params = clone.params()
+    params["features"]["random"]["seed"] = 1
+    clone.write_params(params)
+    stages = ran(clone.run("dvc", "repro").stdout)
+    assert {"train_features@random", "reference_stats@random", "evaluate_real", "compare_systems"} <= set(stages)
+    again = {stage.partition("@")[0] for stage in stages}
+    assert again == {
+        "train_features", "reference_stats", "evaluate_tokenizer", "evaluate_real", "evaluate", "compare_systems"
+    }  # fmt: skip
+    assert "train_features@classifier" not in stages and "reference_stats@classifier" not in stages
 
 
 def command_of(clone, stage: str) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tessera.metrics import codebook, copy_rate, frechet, kernel, precision_recall, reconstruction
+from tessera.metrics import brightness, codebook, copy_rate, frechet, kernel, precision_recall, reconstruction
 
 
 def normal(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -164,6 +164,80 @@ def test_distance_of_sets_with_fewer_images_than_features_is_exact_and_near_othe
     assert found == pytest.approx(expected, rel=1e-12)
 
 
+# Its standard error
+
+
+def test_images_are_dealt_into_equal_blocks_with_each_class_spread_evenly():
+    labels = np.random.default_rng(0).integers(0, 7, 503)
+    block = frechet.deal(labels)
+    assert set(np.bincount(block)) == {25, 26}
+    for label in range(7):
+        assert np.ptp(np.bincount(block[labels == label], minlength=20)) <= 1
+    assert np.bincount(frechet.deal(np.zeros(7, int))).tolist() == [3, 2, 2]  # two images to a block, at least
+    assert frechet.deal(np.zeros(3, int)).tolist() == [0, 0, 0]
+
+
+def test_blocks_add_up_to_the_whole_and_leave_out_exactly_their_own():
+    features, block = normal(60, 4, seed=20), frechet.deal(np.arange(60) % 3, num_blocks=6)
+    blocks = frechet.Blocks(block)
+    for batch in features.split(7):
+        blocks.update(batch)
+    whole, expected = blocks.moments(), frechet.moments(features)
+    torch.testing.assert_close(whole.covariance, expected.covariance, rtol=1e-12, atol=1e-13)
+    assert len(blocks.without_each()) == 6
+    for number, found in enumerate(blocks.without_each()):
+        expected = frechet.moments(features[torch.from_numpy(block) != number])
+        assert found.num_images == expected.num_images == 50
+        torch.testing.assert_close(found.mean, expected.mean, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(found.covariance, expected.covariance, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("shift", "rows"), [(0.5, 400), (0.0, 400), (1.0, 40)])
+def test_the_standard_error_is_the_spread_over_independent_draws(shift, rows):
+    reference = frechet.moments(normal(5000, 8, seed=21))
+    found = []
+    for seed in range(150):
+        blocks = frechet.Blocks(frechet.deal(np.zeros(rows, int)))
+        blocks.update(normal(rows, 8, seed=1000 + seed) * 1.2 + shift)
+        found.append(frechet.distance_with_error(blocks, reference))
+    spread = np.std([one.value for one in found], ddof=1)
+    assert np.mean([one.standard_error for one in found]) == pytest.approx(spread, rel=0.25)
+
+
+def test_reconstructions_are_left_out_together_with_their_originals():
+    originals = normal(200, 5, seed=22)
+    block = frechet.deal(np.zeros(200, int))
+    first, second = frechet.Blocks(block), frechet.Blocks(block)
+    first.update(originals), second.update(originals)
+    paired, alone = frechet.distance_with_error(first, second), frechet.distance_with_error(first, second.moments())
+    assert paired.value == pytest.approx(0, abs=1e-10)
+    assert paired.standard_error < 1e-10 < 1e-3 < alone.standard_error
+
+
+def test_one_block_has_no_standard_error():
+    blocks = frechet.Blocks(frechet.deal(np.zeros(3, int)))
+    blocks.update(normal(3, 2, seed=23))
+    found = frechet.distance_with_error(blocks, frechet.moments(normal(9, 2, seed=24)))
+    assert found.value > 0
+    assert math.isnan(found.standard_error)
+
+
+# Brightness
+
+
+def test_a_shift_of_one_gray_level_is_seen_beside_its_error():
+    images = torch.randint(1, 250, (300, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    levels = brightness.levels(images)
+    assert levels[0] == images[0].double().mean()
+    assert brightness.shift(brightness.levels(images + 1), levels, paired=True) == (1, 0)
+    others = torch.randint(1, 250, (300, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    alone = brightness.shift(brightness.levels(others), levels)
+    assert abs(alone.value) < 3 * alone.standard_error
+    assert alone.standard_error == pytest.approx(
+        72 / 8 * math.sqrt(2 / 300), rel=0.1
+    )  # of uniform pixels, 64 to an image
+
+
 # Kernel distance
 
 
@@ -237,7 +311,7 @@ def test_neighbour_metrics_equal_brute_force_for_any_chunk(monkeypatch, chunk, k
     reference, samples = normal(31, 4, seed=0).numpy(), 0.7 * normal(26, 4, seed=1).numpy() + 0.5
     found = (
         *precision_recall.precision_recall(reference, samples, k),
-        *precision_recall.density_coverage(reference, samples, k),
+        *precision_recall.density_coverage(reference, samples, k)[:2],
     )
     assert found == pytest.approx(brute_force(reference, samples, k), abs=1e-12)
     assert min(found) > 0
@@ -257,7 +331,7 @@ def test_a_collapsed_generator_is_precise_without_recall_and_a_distant_one_has_n
     assert recall < 0.05
     assert precision_recall.density_coverage(reference, collapsed).coverage < 0.2
     assert precision_recall.precision_recall(reference, collapsed + 50) == (0, 0)
-    assert precision_recall.density_coverage(reference, collapsed + 50) == (0, 0)
+    assert precision_recall.density_coverage(reference, collapsed + 50) == (0, 0, 0)
 
 
 def test_one_outlier_of_the_reference_lifts_precision_but_hardly_density():
@@ -290,9 +364,9 @@ def test_psnr_is_the_mean_of_the_images_not_that_of_the_pooled_error():
     images = originals.clone()
     images[0] += 0.1  # 20 dB
     images[1] += 0.01  # 40 dB
-    assert reconstruction.psnr_db(images, originals) == pytest.approx(30, abs=1e-4)
-    assert reconstruction.psnr_db(originals, originals) == 100
-    assert reconstruction.psnr_db(images, originals, ceiling=35) == pytest.approx(27.5, abs=1e-4)
+    assert reconstruction.psnr_db(images, originals).mean().item() == pytest.approx(30, abs=1e-4)
+    assert reconstruction.psnr_db(originals, originals).mean().item() == 100
+    assert reconstruction.psnr_db(images, originals, ceiling=35).mean().item() == pytest.approx(27.5, abs=1e-4)
 
 
 def test_psnr_and_ssim_equal_figures_computed_elsewhere(shared_data):
@@ -303,8 +377,12 @@ def test_psnr_and_ssim_equal_figures_computed_elsewhere(shared_data):
         / 255
         for name in ("ref", "p0", "p1")
     )
-    assert [reconstruction.psnr_db(image, original) for image in images] == pytest.approx([18.0455, 13.8675], abs=5e-5)
-    assert [reconstruction.ssim(image, original) for image in images] == pytest.approx([0.45009, 0.28592], abs=1e-5)
+    assert [reconstruction.psnr_db(image, original).mean().item() for image in images] == pytest.approx(
+        [18.0455, 13.8675], abs=5e-5
+    )
+    assert [reconstruction.ssim(image, original).mean().item() for image in images] == pytest.approx(
+        [0.45009, 0.28592], abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 11, 11), (3, 3, 20, 13), (2, 1, 28, 28)])
@@ -314,11 +392,11 @@ def test_psnr_and_ssim_equal_torchmetrics(shape):
     originals = pictures(*shape, seed=0)
     images = (originals + 0.2 * pictures(*shape, seed=1)).clamp(0, 1)
     expected = structural_similarity_index_measure(images.double(), originals.double(), data_range=1.0).item()
-    assert reconstruction.ssim(images, originals) == pytest.approx(expected, abs=1e-9)
+    assert reconstruction.ssim(images, originals).mean().item() == pytest.approx(expected, abs=1e-9)
     ratio = peak_signal_noise_ratio(
         images.double(), originals.double(), data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3)
     )
-    assert reconstruction.psnr_db(images, originals) == pytest.approx(
+    assert reconstruction.psnr_db(images, originals).mean().item() == pytest.approx(
         ratio.item(), abs=1e-5
     )  # its logarithm is float32
 
@@ -338,21 +416,27 @@ def test_ssim_is_the_formula_in_a_window_around_each_pixel():
             covariance = (window * (a - mean_a) * (b - mean_b)).sum()
             value = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
             values.append(value / ((mean_a**2 + mean_b**2 + c1) * (variances + c2)))
-    assert reconstruction.ssim(x, y) == pytest.approx(np.mean(values), rel=1e-10)
+    assert reconstruction.ssim(x, y).mean().item() == pytest.approx(np.mean(values), rel=1e-10)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (2, 3, 5, 30), (1, 1, 1, 1), (2, 1, 2, 9), (1, 2, 10, 12)])
 def test_the_window_shrinks_for_images_smaller_than_it(shape):
     originals, images = pictures(*shape, seed=4), pictures(*shape, seed=5)
-    assert reconstruction.ssim(originals, originals) == pytest.approx(1)
-    assert -1 <= reconstruction.ssim(images, originals) < 1
+    assert reconstruction.ssim(originals, originals).mean().item() == pytest.approx(1)
+    assert -1 <= reconstruction.ssim(images, originals).mean().item() < 1
 
 
 def test_figures_do_not_depend_on_how_many_images_are_held_at_a_time(monkeypatch):
     originals, images = pictures(7, 1, 9, 12, seed=6), pictures(7, 1, 9, 12, seed=7)
-    whole = reconstruction.psnr_db(images, originals), reconstruction.ssim(images, originals)
+    whole = (
+        reconstruction.psnr_db(images, originals).mean().item(),
+        reconstruction.ssim(images, originals).mean().item(),
+    )
     monkeypatch.setattr(reconstruction, "CHUNK_IMAGES", 3)
-    chunked = reconstruction.psnr_db(images, originals), reconstruction.ssim(images, originals)
+    chunked = (
+        reconstruction.psnr_db(images, originals).mean().item(),
+        reconstruction.ssim(images, originals).mean().item(),
+    )
     assert chunked == pytest.approx(whole, rel=1e-12)
 
 

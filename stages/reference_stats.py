@@ -1,0 +1,53 @@
+"""What a feature network makes of the training and the test images: features, mean and covariance, once for all systems.
+
+python -m stages.reference_stats classifier --images data/images --features data/features/classifier \
+        --out data/reference/classifier
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from tessera import stage_process
+from tessera.artifacts import folder as artifact
+from tessera.artifacts import images as image_artifact
+from tessera.artifacts import reference
+from tessera.artifacts.shards import ShardWriter
+from tessera.judge import Judge
+from tessera.metrics.frechet import MomentsAccumulator
+from tessera.params import Pipeline
+
+
+def run(params: Pipeline, name: str, images: Path, features: Path, out: Path, job: stage_process.Job) -> None:
+    spec, splits = image_artifact.read(images)
+    judge = Judge.read(features, name)
+    described = {}
+    with artifact.create(out) as place:
+        for split, dataset in splits.items():
+            number = len(dataset)
+            kept = reference.spread(number, params.reference_stats.max_features)
+            is_kept = np.isin(np.arange(number), kept)
+            moments, start = MomentsAccumulator(), 0
+            with ShardWriter(place, f"features-{split}") as writer:
+                for batch in judge.batches(dataset.pixels):
+                    moments.update(batch)
+                    writer.append(batch.numpy()[is_kept[start : start + len(batch)]])
+                    start += len(batch)
+            reference.write_moments(place / f"{split}.npz", moments.moments())
+            described[split] = reference.Split(
+                num_images=number, num_features=len(kept), sha256=artifact.part_sha256(images, split)
+            )
+        meta = reference.Described(
+            dataset=spec.name,
+            network=judge.config.kind,
+            network_sha256=judge.weights_sha256,
+            resize=judge.model.resize,
+            splits=described,
+        )
+        artifact.write_json(place / "meta.json", meta.model_dump())
+    counts = ", ".join(f"{one.num_images:,} {split}" for split, one in described.items())
+    job.say(f"{counts} images, {judge.model.feature_dim} features each; wrote {out}")
+
+
+if __name__ == "__main__":
+    stage_process.main(run)

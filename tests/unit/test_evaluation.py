@@ -1,0 +1,302 @@
+"""Faults that are planted into samples and tokenizers, and what the figures say of each: on the digits, by the stages."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from stages import (
+    compare_systems,
+    encode_tokens,
+    evaluate,
+    evaluate_tokenizer,
+    prepare_images,
+    reference_stats,
+    train_features,
+    train_tokenizer,
+)
+from tessera import comparison, figures
+from tessera.artifacts import checkpoints
+from tessera.artifacts import folder as artifact
+from tessera.artifacts import images as image_artifact
+from tessera.artifacts.folder import ArtifactError
+from tessera.artifacts.images import to_float, to_uint8
+from tessera.artifacts.reference import Reference
+from tessera.artifacts.samples import floor_rows
+from tessera.artifacts.shards import ShardWriter
+from tessera.components import parse
+from tessera.params import Pipeline
+from tessera.stage_process import Job
+
+ROOT = Path(__file__).parents[2]
+NUM_IMAGES = 600
+GOOD_STEPS, POOR_STEPS = 250, 50
+
+
+def pipeline(**evaluate_settings) -> Pipeline:
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["dataset"]["source"] = str(ROOT / "requirements.lock")
+    values["features"]["classifier"]["training"] |= {"num_steps": 150}
+    small = {"channels": 24, "num_blocks": 1}
+    values["tokenizers"] = {
+        name: {**values["tokenizers"]["vqvae"], **small, "training": {"num_steps": steps, "batch_size": 32}}
+        for name, steps in (("good", GOOD_STEPS), ("poor", POOR_STEPS))
+    }
+    values["encode_tokens"]["warps"] = 0
+    system = values["systems"]["vqvae-autoregressive"]
+    values["systems"] = {name: {**system, "tokenizer": "good"} for name in ("one", "two")}
+    values["sample_images"]["num_images"] = NUM_IMAGES
+    values["evaluate"] |= evaluate_settings
+    return parse(Pipeline, values)
+
+
+class Place:
+    """A folder with everything that samples are judged by."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.params = folder, pipeline()
+        self.spec, self.splits = None, None
+
+    def job(self, name: str) -> Job:
+        return Job(name, self.folder / "state" / name)
+
+    def prepare(self) -> None:
+        prepare_images.run(self.params, out=self.folder / "images", job=self.job("prepare_images"))
+        self.spec, self.splits = image_artifact.read(self.folder / "images")
+        train_features.run(
+            self.params,
+            "classifier",
+            images=self.folder / "images",
+            out=self.folder / "features" / "classifier",
+            history=self.folder / "features.csv",
+            metrics=self.folder / "features.json",
+            job=self.job("train_features"),
+        )
+        reference_stats.run(
+            self.params,
+            "classifier",
+            images=self.folder / "images",
+            features=self.folder / "features" / "classifier",
+            out=self.folder / "reference" / "classifier",
+            job=self.job("reference_stats"),
+        )
+        for name in self.params.tokenizers:
+            self.make_tokenizer(name)
+        evaluate.run(
+            self.params, "real", metrics=self.metrics("real"), job=self.job("evaluate_real"), **self.judged_by()
+        )
+
+    def judged_by(self) -> dict[str, Path]:
+        return {name: self.folder / name for name in ("images", "features", "reference")}
+
+    def metrics(self, name: str) -> Path:
+        return self.folder / "metrics" / "systems" / f"{name}.json"
+
+    def make_tokenizer(self, name: str) -> None:
+        tokenizer, tokens = self.folder / "tokenizers" / name, self.folder / "tokens" / name
+        train_tokenizer.run(
+            self.params, name, self.folder / "images", tokenizer, self.folder / "tokenizer.csv", self.job(name)
+        )
+        encode_tokens.run(self.params, name, self.folder / "images", tokenizer, tokens, self.job(name))
+        evaluate_tokenizer.run(
+            self.params,
+            name,
+            **self.judged_by(),
+            tokenizer=tokenizer,
+            tokens=tokens,
+            picture=self.folder / "reconstructions.png",
+            metrics=self.folder / "metrics" / "tokenizers" / f"{name}.json",
+            job=self.job(name),
+        )
+
+    def judge(self, name: str, pixels: np.ndarray, labels: np.ndarray, tokenizer: str = "good") -> figures.Measured:
+        """The figures of these images, as if a system had drawn them."""
+        samples = self.folder / "samples" / name
+        with artifact.create(samples) as place:
+            with ShardWriter(place, "images") as images, ShardWriter(place, "labels") as numbers:
+                images.append(pixels)
+                numbers.append(labels)
+            artifact.write_json(place / "meta.json", {"seed": 0, "weights": "ema"})
+        evaluate.run(
+            self.params,
+            name,
+            **self.judged_by(),
+            samples=samples,
+            tokenizer_metrics=self.folder / "metrics" / "tokenizers" / f"{tokenizer}.json",
+            neighbors=self.folder / f"{name}.png",
+            metrics=self.metrics(name),
+            job=self.job(name),
+        )
+        return figures.read(self.metrics(name))
+
+    def rows(self, seed: int = 5) -> np.ndarray:
+        """Training images other than those of the floors, with their class shares."""
+        return floor_rows(self.splits["train"].labels, self.spec.num_classes, NUM_IMAGES, seed)
+
+    def train(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.splits["train"].uint8(rows).numpy(), self.splits["train"].labels[rows]
+
+    @torch.no_grad()
+    def decoded(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """What a perfect prior on the tokens of a tokenizer would draw: training images through it."""
+        model, _, _ = checkpoints.load_model(self.folder / "tokenizers" / name, "tokenizers")
+        return to_uint8(model.decode(model.encode(to_float(self.splits["train"].uint8(rows))).latents)).numpy()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    made = Place(tmp_path_factory.mktemp("evaluation"))
+    made.prepare()
+    return made
+
+
+@pytest.fixture(scope="module")
+def honest(place) -> figures.Measured:
+    """Training images through a good tokenizer."""
+    rows = place.rows()
+    return place.judge("honest", place.decoded("good", rows), place.train(rows)[1])
+
+
+def value(measured: figures.Measured, name: str) -> float:
+    return measured.figure(name).value
+
+
+def test_every_figure_has_a_protocol_and_a_number_of_images(place, honest):
+    found = {**honest.groups["generation"], **honest.groups["reconstruction"], **honest.groups["codebook"]}
+    assert {"fd_classifier", "kd_classifier", "precision", "recall", "density", "coverage", "copy_rate"} <= set(found)
+    assert {"label_agreement", "gap_fd_classifier", "rfd_classifier", "pfd_classifier", "floor_fd_classifier"} <= set(
+        found
+    )
+    protocol = honest.protocol("fd_classifier")
+    assert (protocol.num_images, protocol.num_reference_images, protocol.reference_split) == (NUM_IMAGES, 359, "test")
+    assert protocol.network_sha256 == artifact.sha256(place.folder / "features/classifier/weights.safetensors")
+    assert protocol.reference_sha256 == artifact.part_sha256(place.folder / "images", "test")
+    assert honest.drawn["weights"] == "ema"
+    for name in ("fd_classifier", "precision", "recall", "label_agreement", "psnr_db", "floor_fd_classifier"):
+        assert honest.figure(name).standard_error > 0, name
+
+
+def test_reference_statistics_are_the_mean_and_covariance_of_the_features_in_the_layout_others_read(place):
+    reference = Reference(place.folder / "reference" / "classifier")
+    for split, number in (("train", 1438), ("test", 359)):
+        features = reference.features(split)
+        assert len(features) == number
+        with np.load(place.folder / "reference" / "classifier" / f"{split}.npz") as file:  # as pytorch-fid does
+            np.testing.assert_allclose(file["mu"], features.mean(axis=0), rtol=1e-10)
+            np.testing.assert_allclose(file["sigma"], np.cov(features.T), rtol=1e-8, atol=1e-12)
+            assert file["mu"].dtype == file["sigma"].dtype == np.float64
+
+
+def test_training_images_given_as_samples_are_called_copies(place, honest, capsys):
+    found = place.judge("copies", *place.train(place.rows()))
+    assert value(found, "copy_rate") > 0.99
+    assert "ALARM: 100% of the samples lie nearer to a training image" in capsys.readouterr().out
+    assert (place.folder / "copies.png").stat().st_size > 1000
+
+
+def test_new_real_images_are_no_copies(place, capsys):
+    test = place.splits["test"]
+    rows = np.resize(np.arange(len(test)), NUM_IMAGES)  # some of them twice
+    found = place.judge("new", test.uint8(rows).numpy(), test.labels[rows])
+    assert value(found, "copy_rate") == pytest.approx(0.05, abs=0.02)
+    assert "ALARM" not in capsys.readouterr().out
+
+
+def test_missing_classes_lower_recall_and_coverage_but_not_precision(place, honest):
+    labels = place.splits["train"].labels
+    rows = np.flatnonzero(labels < 5)[:NUM_IMAGES]
+    found = place.judge("half", place.decoded("good", rows), labels[rows])
+    assert value(found, "recall") < 0.7 * value(honest, "recall")
+    assert value(found, "coverage") < 0.7 * value(honest, "coverage")
+    assert value(found, "precision") > 0.9 * value(honest, "precision")
+    assert value(found, "fd_classifier") > 5 * value(honest, "fd_classifier")
+
+
+def test_shuffled_labels_lower_the_agreement_to_chance_and_nothing_else(place, honest):
+    rows = place.rows()
+    labels = np.random.default_rng(0).permutation(place.train(rows)[1])
+    found = place.judge("shuffled", place.decoded("good", rows), labels)
+    assert value(honest, "label_agreement") > 0.95
+    assert value(found, "label_agreement") == pytest.approx(0.1, abs=0.05)
+    assert value(found, "fd_classifier") == pytest.approx(value(honest, "fd_classifier"), rel=1e-6)
+
+
+def test_one_gray_level_too_bright_is_seen_in_reconstructions_and_in_samples(place, honest):
+    rows = place.rows()
+    pixels = place.decoded("good", rows)
+    brighter = place.judge("brighter", np.minimum(pixels, 254) + 1, place.train(rows)[1])
+    shift = value(brighter, "brightness_shift") - value(honest, "brightness_shift")
+    assert shift == pytest.approx(1, abs=0.05)  # saturated pixels stay
+    paired = honest.figure("reconstruction_brightness_shift")
+    assert paired.standard_error < 0.2  # so that one level stands out
+
+
+def test_fewer_samples_than_asked_for_are_an_error(place):
+    pixels, labels = place.train(place.rows()[:-1])
+    with pytest.raises(ArtifactError, match="holds 599 images, expected the 600 of sample_images.num_images"):
+        place.judge("few", pixels, labels)
+
+
+def test_a_kernel_subset_larger_than_a_set_is_an_error_and_not_a_smaller_subset(place, monkeypatch):
+    monkeypatch.setattr(place, "params", pipeline(kernel_subset=400))
+    with pytest.raises(ValueError, match="kernel_subset 400 is larger than the 359 images"):
+        place.judge("subsets", *place.train(place.rows()))
+
+
+def test_a_poor_tokenizer_with_a_perfect_prior_is_named_the_bottleneck(place):
+    rows = place.rows()
+    found = place.judge("poor", place.decoded("poor", rows), place.train(rows)[1], tokenizer="poor")
+    parts = comparison.bottleneck([found], [figures.read(place.metrics("real"))], "fd_classifier")
+    assert parts.stage == "tokenizer"
+    assert parts.tokenizer > 10 * abs(parts.prior)
+
+
+def test_a_poor_prior_on_a_good_tokenizer_is_named_the_bottleneck(place):
+    rows = place.rows()
+    model, _, _ = checkpoints.load_model(place.folder / "tokenizers" / "good", "tokenizers")
+    with torch.no_grad():
+        indices = model.encode(to_float(place.splits["train"].uint8(rows))).indices.flatten(1)
+        order = torch.rand(indices.shape, generator=torch.Generator().manual_seed(0)).argsort(dim=0)
+        mixed = indices.gather(0, order).view(-1, *model.index_grid)  # each place keeps its own frequencies, alone
+        pixels = to_uint8(model.decode_indices(mixed)).numpy()
+    found = place.judge("mixed", pixels, place.train(rows)[1])
+    parts = comparison.bottleneck([found], [figures.read(place.metrics("real"))], "fd_classifier")
+    assert parts.stage == "prior"
+    assert parts.prior > 10 * abs(parts.tokenizer)
+
+
+def test_indices_that_are_a_little_wrong_cost_more_than_those_of_the_images(place):
+    found = figures.read(place.folder / "metrics" / "tokenizers" / "good.json")
+    perturbed, exact = found.figure("pfd_classifier"), found.figure("rfd_classifier")
+    assert exact.value > 0
+    assert perturbed.value > 1.2 * exact.value  # of the same images
+    assert found.protocol("pfd_classifier").settings == {"share": 0.1, "neighbors": 8}
+
+
+def test_the_table_names_floors_noise_and_bottlenecks_and_refuses_other_protocols(place, honest):
+    rows = place.rows(6)
+    place.judge("one", place.decoded("good", rows), place.train(rows)[1])
+    place.judge("two", np.zeros((NUM_IMAGES, 1, 8, 8), np.uint8), place.train(rows)[1])
+
+    def compare() -> str:
+        job = place.job("compare_systems")
+        compare_systems.run(place.params, place.folder / "metrics", Path("pictures"), place.folder / "comparison", job)
+        return (place.folder / "comparison" / "comparison.md").read_text()
+
+    text = compare()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    lines = {
+        line.split("|")[1].strip(): line for line in reversed(rows)
+    }  # of each name the first: the table of figures
+    assert "±" in lines["one"]
+    assert " prior " in lines["two"]
+    assert "< two" in text  # beyond the noise
+    assert "test images rightly" in text
+    stored = figures.read(place.metrics("two"))
+    other = stored.protocols["generation/fd_classifier"].model_copy(update={"num_images": 500})
+    changed = {**stored.protocols, "generation/fd_classifier": other}
+    stored.model_copy(update={"protocols": changed}).write(place.metrics("two"))
+    with pytest.raises(comparison.MixedProtocols, match="num_images is 600 in real, 500 in two"):
+        compare()

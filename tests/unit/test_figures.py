@@ -1,0 +1,186 @@
+"""Figures with their protocols, and the comparison that refuses to mix them."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tessera import comparison, figures
+from tessera.artifacts.folder import ArtifactError
+from tessera.components import InvalidParams
+from tessera.figures import Measured, Protocol, Recorder
+
+ROOT = Path(__file__).parents[2]
+
+
+def protocol(**changes) -> Protocol:
+    values = {
+        "dataset": "digits",
+        "images": "samples",
+        "num_images": 1000,
+        "reference_split": "test",
+        "reference_sha256": "a" * 64,
+        "num_reference_images": 359,
+        "network": "classifier",
+        "network_sha256": "b" * 64,
+        "resize": "none",
+        "dtype": "float32 features, float64 statistics",
+        "settings": {},
+    }
+    return Protocol(**(values | changes))
+
+
+def measured(fd: float, error: float | None = 0.01, group: str = "generation", **changes) -> Measured:
+    found = Recorder()
+    found.add(group, "fd_classifier", fd, protocol(**changes), error)
+    return found.measured()
+
+
+def system(fd: float, floor_fd: float, rfd: float = 0.05, pfd: float | None = None, error: float = 0.01) -> Measured:
+    found = Recorder()
+    found.add("generation", "fd_classifier", fd, protocol(), error)
+    found.add("reconstruction", "floor_fd_classifier", floor_fd, protocol(images="reconstructions"), error)
+    found.add("reconstruction", "rfd_classifier", rfd, protocol(images="reconstructions", num_images=359), error)
+    if pfd is not None:
+        found.add("reconstruction", "pfd_classifier", pfd, protocol(images="perturbed", num_images=359), error)
+    return found.measured()
+
+
+# The file
+
+
+def test_a_metrics_file_comes_back_as_it_was_written_with_equal_protocols_once(tmp_path):
+    found = Recorder()
+    found.add("generation", "fd_classifier", 0.2, protocol(), 0.01)
+    found.add("generation", "fd_again", 0.3, protocol(), None)
+    found.add("generation", "precision", 0.9, protocol(settings={"neighbors": 3}), float("nan"))
+    before = found.measured(drawn={"seed": 0})
+    before.write(tmp_path / "x.json")
+    after = figures.read(tmp_path / "x.json")
+    assert after == before
+    assert len(after.protocols) == 2
+    assert after.figure("precision").standard_error is None
+    assert after.figure("fd_classifier").num_images == 1000
+    assert after.figure("nothing") is None
+
+
+def test_a_file_without_protocols_or_with_a_lost_one_is_refused(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"generation": {"fd_classifier": 0.2}}')
+    with pytest.raises(ArtifactError, match="holds no figures with their protocols"):
+        figures.read(path)
+    measured(0.2).write(path)
+    content = json.loads(path.read_text())
+    content["generation"]["fd_classifier"]["protocol"] = "gone"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match="refers to the protocol 'gone'"):
+        figures.read(path)
+    content["generation"]["fd_classifier"] = 0.2
+    path.write_text(json.dumps(content))
+    with pytest.raises(InvalidParams, match="fd_classifier"):
+        figures.read(path)
+
+
+def test_means_and_shares_carry_their_standard_errors():
+    found = Recorder()
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    found.add_mean("g", "mean", values, protocol())
+    found.add_share("g", "share", 0.2, protocol())
+    found.add_share("g", "all", 1.0, protocol(), of=50)
+    assert found.groups["g"]["mean"].standard_error == pytest.approx(values.std(ddof=1) / 20)
+    assert found.groups["g"]["share"].standard_error == pytest.approx(math.sqrt(0.2 * 0.8 / 1000), rel=0.01)
+    assert 0 < found.groups["g"]["all"].standard_error < 0.03  # all of 50 is not certainty
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("reference_split", "train", "reference_split is 'train' in b, 'test' in a"),
+        ("reference_sha256", "c" * 64, "reference_sha256 is cccccccccccc in b, aaaaaaaaaaaa in a"),
+        ("resize", "bilinear to 299x299", "resize is 'bilinear to 299x299' in b, 'none' in a"),
+        ("num_images", 500, "num_images is 500 in b, 1000 in a"),
+        ("network_sha256", "d" * 64, "network_sha256"),
+        ("dataset", "mnist", "dataset is 'mnist'"),
+        ("settings", {"neighbors": 5}, "neighbors is 5 in b, None in a"),
+    ],
+)
+def test_figures_of_unequal_protocols_are_refused_naming_the_field(field, value, named):
+    comparison.require_one_protocol({"a": [measured(0.1)], "b": [measured(0.3)]})
+    with pytest.raises(comparison.MixedProtocols) as refused:
+        comparison.require_one_protocol({"b": [measured(0.1, **{field: value})], "a": [measured(0.3)]})
+    assert named in str(refused.value)
+    assert "fd_classifier cannot stand in one column" in str(refused.value)
+
+
+def test_the_same_name_in_another_group_is_another_column():
+    comparison.require_one_protocol({"a": [measured(0.1)], "b": [measured(0.3, group="floor", num_images=7)]})
+
+
+def test_the_comparison_of_runs_refuses_in_a_sentence_and_prints_equal_ones(tmp_path):
+    def compare(*folders):
+        command = [sys.executable, "-m", "tessera.comparison", *map(str, folders)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    for run, fd, changes in (("one", 0.2, {}), ("two", 0.26, {}), ("other", 0.2, {"num_images": 500})):
+        measured(0.1, **changes).write(tmp_path / run / "systems" / "real.json")
+        measured(fd, **changes).write(tmp_path / run / "systems" / "vqgan-flow.json")
+    fine = compare(tmp_path / "one", tmp_path / "two")
+    assert fine.returncode == 0, fine.stderr
+    assert "0.230 ± 0.030" in fine.stdout  # the mean of both runs, and the spread's standard error
+    assert "real 0.1 < vqgan-flow 0.23" in fine.stdout
+    refused = compare(tmp_path / "one", tmp_path / "other")
+    assert refused.returncode == 2
+    assert "num_images is 1000 in real (run 1), 500 in real (run 2)" in refused.stderr
+    assert compare(tmp_path / "nowhere").returncode == 2
+
+
+# Noise
+
+
+def test_only_differences_beyond_two_standard_errors_exceed_the_noise():
+    systems = {"a": [measured(0.20)], "b": [measured(0.21)], "c": [measured(0.30)], "d": [measured(0.31, None)]}
+    assert comparison.ranking(systems, "fd_classifier") == "a 0.2 ~ b 0.21 < c 0.3 ~ d 0.31"
+    found = comparison.differences(systems, "fd_classifier")
+    assert len(found) == 6
+    assert set(found.loc[found.exceeds_noise, ["lower", "higher"]].itertuples(index=False, name=None)) == {
+        ("a", "c"),
+        ("b", "c"),
+    }
+
+
+def test_over_several_runs_it_is_their_spread_that_counts():
+    near = {"a": [measured(0.20), measured(0.30)], "b": [measured(0.26), measured(0.36)]}
+    assert comparison.ranking(near, "fd_classifier") == "a 0.25 ~ b 0.31"
+    apart = {"a": [measured(0.20, 9.0), measured(0.21, 9.0)], "b": [measured(0.30), measured(0.31)]}
+    assert comparison.ranking(apart, "fd_classifier") == "a 0.205 < b 0.305"
+
+
+# Bottlenecks
+
+
+@pytest.mark.parametrize(
+    ("found", "stage"),
+    [
+        (system(fd=0.52, floor_fd=0.50), "tokenizer"),
+        (system(fd=0.60, floor_fd=0.12), "prior"),
+        (system(fd=0.60, floor_fd=0.12, pfd=0.2), "prior"),
+        (system(fd=0.60, floor_fd=0.12, pfd=0.9), "prior, by a fragile tokenizer"),
+        (system(fd=0.115, floor_fd=0.11), "none"),
+        (system(fd=0.60, floor_fd=0.12, error=0.5), "none"),
+    ],
+)
+def test_the_bottleneck_is_the_stage_that_adds_most_beyond_the_noise(found, stage):
+    parts = comparison.bottleneck([found], [measured(0.10)], "fd_classifier")
+    assert parts.stage == stage
+    assert parts.floor + parts.tokenizer + parts.prior == pytest.approx(found.figure("fd_classifier").value)
+
+
+def test_without_the_tokenizers_own_floor_no_bottleneck_is_named():
+    assert comparison.bottleneck([measured(0.3)], [measured(0.1)], "fd_classifier") is None
