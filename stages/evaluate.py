@@ -16,11 +16,11 @@ import torch
 from tessera import figures, pictures, seeding, stage_process
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import Images
-from tessera.artifacts.reference import Reference, spread
+from tessera.artifacts.reference import Reference
 from tessera.artifacts.samples import Samples, floor_rows
 from tessera.artifacts.shards import Shards
 from tessera.figures import Figure, Measured, Recorder
-from tessera.judge import Judge, in_batches
+from tessera.judge import Judge, in_batches, spread
 from tessera.metrics import brightness, copy_rate, frechet, inception_score, kernel, precision_recall
 from tessera.params import Evaluate, Pipeline
 from tessera.tracking import journal
@@ -106,18 +106,13 @@ def _distances(
     what: str,
 ) -> np.ndarray:
     """Fréchet and kernel distance of images to the test images. Returns at most max_neighbor_images rows of features."""
-    settings = params.evaluate
-    number = len(pixels) if rows is None else len(rows)
-    blocks, start, kept = frechet.Blocks(frechet.deal(labels)), 0, []
-    is_kept = np.isin(np.arange(number), spread(number, settings.max_neighbor_images))
-    for batch in judge.batches(pixels, rows):
-        blocks.update(batch)
-        kept.append(batch.double().numpy()[is_kept[start : start + len(batch)]])
-        start += len(batch)
-    features = np.concatenate(kept)
-    distance = frechet.distance_with_error(blocks, reference.moments("test"))
-    protocol = reference.protocol("test", what, number)
-    found.add("generation", judge.frechet_name, distance.value, protocol, distance.standard_error)
+    settings, other = params.evaluate, reference.moments("test")
+    summary = judge.summary(pixels, settings.max_neighbor_images, rows)
+    features, number = summary.features, len(labels)
+    influences = frechet.influence(features, summary.moments, other)
+    error = frechet.standard_error(influences, labels[summary.kept], number)
+    distance = frechet.distance(summary.moments, other)
+    found.add("generation", judge.frechet_name, distance, reference.protocol("test", what, number), error)
     others = reference.features("test")
     smaller = min(len(features), len(others))
     if settings.kernel_subset > smaller:
@@ -214,15 +209,15 @@ def _floor(
             _neighborhoods(found, params.evaluate, reference, kept, "samples")
             _brightness(found, reference, train.pixels, rows, test.pixels)
         first, second = np.sort(order[:half]), np.sort(order[half : 2 * half])
-        blocks, others = frechet.Blocks(frechet.deal(train.labels[first])), frechet.MomentsAccumulator()
-        for batch in judge.batches(train.pixels, first):
-            blocks.update(batch)
-        for batch in judge.batches(train.pixels, second):
-            others.update(batch)
-        distance = frechet.distance_with_error(blocks, others.moments())
+        one, other = (
+            judge.summary(train.pixels, params.evaluate.max_neighbor_images, rows) for rows in (first, second)
+        )
+        influences = frechet.influence(one.features, one.moments, other.moments)
+        error = frechet.standard_error(influences, train.labels[first][one.kept], half)
+        distance = frechet.distance(one.moments, other.moments)
         protocol = reference.protocol_of("train", "training images of one half", half, half)
         name = f"halves_{judge.frechet_name}"
-        found.add("floor", name, distance.value, protocol, distance.standard_error)
+        found.add("floor", name, distance, protocol, error)
         if judge.has_logits:
             agrees = judge.agrees(test.pixels, test.labels)
             protocol = reference.protocol_of("test", "test images", len(test), 0)

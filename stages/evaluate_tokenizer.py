@@ -22,7 +22,7 @@ from tessera.artifacts.images import Images, to_float, to_uint8
 from tessera.artifacts.reference import Reference
 from tessera.artifacts.samples import floor_rows
 from tessera.figures import Protocol, Recorder
-from tessera.judge import Judge
+from tessera.judge import Judge, Summary
 from tessera.metrics import brightness, codebook, frechet, reconstruction
 from tessera.nn.image_losses import Lpips
 from tessera.params import Evaluate, Pipeline
@@ -71,11 +71,11 @@ def run(
     everything = np.arange(len(test))
     shown = np.linspace(0, len(test) - 1, min(SHOWN, len(test))).astype(int)  # evenly spread: files often lie by class
     psnr, ssim, distances, levels, pairs = [], [], [], [], []
-    blocks = Judged(judges, test.labels)
+    judged = Judged(judges, test.labels, settings.max_neighbor_images)
     for rows in batches(test, everything, "test images"):
         originals = test.uint8(rows)
         decoded = reconstruct(originals)
-        blocks.update(decoded)
+        judged.update(decoded)
         psnr.append(reconstruction.psnr_db(decoded / 255, originals / 255))
         ssim.append(reconstruction.ssim(decoded / 255, originals / 255))
         if lpips is not None:
@@ -92,29 +92,28 @@ def run(
     if distances:
         by_vgg = pixels.model_copy(update={"network": "lpips-vgg16", "network_sha256": settings.lpips_sha256})
         found.add_mean("reconstruction", "lpips", torch.cat(distances), by_vgg)
-    originals_by = {network: _originals(references[network], test) for network in judges}
     for network, judge in judges.items():
         protocol = references[network].protocol("test", of_test, len(test))
-        blocks.record(found, network, f"r{judge.frechet_name}", originals_by[network], protocol)
+        judged.record(found, network, f"r{judge.frechet_name}", references[network], protocol, paired=True)
 
     if model.codebook_size:
-        blocks = Judged(judges, test.labels)
+        judged = Judged(judges, test.labels, settings.max_neighbor_images)
         for rows in batches(test, everything, "from perturbed indices"):
-            blocks.update(perturb(test.uint8(rows)))
+            judged.update(perturb(test.uint8(rows)))
         perturbation = {"share": settings.perturbation_share, "neighbors": settings.perturbation_neighbors}
         for network, judge in judges.items():
             what = f"{of_test} from perturbed indices"
             protocol = references[network].protocol("test", what, len(test), **perturbation)
-            blocks.record(found, network, f"p{judge.frechet_name}", originals_by[network], protocol)
+            judged.record(found, network, f"p{judge.frechet_name}", references[network], protocol, paired=True)
         _count_codes(found, tokens, model.codebook_size, spec.name)
 
     floor = floor_rows(train.labels, spec.num_classes, params.sample_images.num_images, params.seed)
-    blocks = Judged(judges, train.labels[floor])
+    judged = Judged(judges, train.labels[floor], settings.max_neighbor_images)
     for rows in batches(train, floor, "training images"):
-        blocks.update(reconstruct(train.uint8(rows)))
+        judged.update(reconstruct(train.uint8(rows)))
     for network, judge in judges.items():
         protocol = references[network].protocol("test", "reconstructions of training images", len(floor))
-        blocks.record(found, network, f"floor_{judge.frechet_name}", references[network].moments("test"), protocol)
+        judged.record(found, network, f"floor_{judge.frechet_name}", references[network], protocol, paired=False)
 
     beside = np.concatenate(pairs)  # (SHOWN, 2, C, H, W)
     pictures.save_grid(picture, beside.reshape(-1, *beside.shape[2:]), 10)
@@ -125,22 +124,29 @@ def run(
 
 
 class Judged:
-    """Features of decoded images by every judge, in the blocks of the jackknife; of the images themselves nothing is kept."""
+    """What the judges see in decoded images; of the images themselves nothing is kept."""
 
-    def __init__(self, judges: dict[str, Judge], labels: np.ndarray):
-        block = frechet.deal(labels)
-        self.judges, self.blocks = judges, {network: frechet.Blocks(block) for network in judges}
+    def __init__(self, judges: dict[str, Judge], labels: np.ndarray, max_features: int):
+        self.judges, self.labels = judges, labels
+        self.summaries = {network: Summary(len(labels), max_features) for network in judges}
 
     def update(self, decoded: Tensor) -> None:
         for network, judge in self.judges.items():
             for batch in judge.batches(decoded.numpy()):
-                self.blocks[network].update(batch)
+                self.summaries[network].update(batch)
 
     def record(
-        self, found: Recorder, network: str, name: str, others: frechet.Blocks | frechet.Moments, protocol: Protocol
+        self, found: Recorder, network: str, name: str, reference: Reference, protocol: Protocol, paired: bool
     ) -> None:
-        distance = frechet.distance_with_error(self.blocks[network], others)
-        found.add("reconstruction", name, distance.value, protocol, distance.standard_error)
+        """The distance from the test images. paired: they are the originals, and were drawn together with what is made of
+        them, so that both influences belong to one image."""
+        summary, other = self.summaries[network], reference.moments("test")
+        influences = frechet.influence(summary.features, summary.moments, other)
+        if paired:
+            originals = reference.features_at("test", summary.kept)
+            influences = influences + frechet.influence(originals, other, summary.moments)
+        error = frechet.standard_error(influences, self.labels[summary.kept], len(self.labels))
+        found.add("reconstruction", name, frechet.distance(summary.moments, other), protocol, error)
 
 
 def perturbed(indices: Tensor, model: torch.nn.Module, settings: Evaluate, generator: torch.Generator) -> Tensor:
@@ -154,15 +160,6 @@ def perturbed(indices: Tensor, model: torch.nn.Module, settings: Evaluate, gener
     replaced = indices.clone()
     replaced[is_replaced] = near.gather(1, choice).squeeze(1)
     return replaced
-
-
-def _originals(reference: Reference, test: Images) -> frechet.Blocks | frechet.Moments:
-    """The originals' features in the blocks of their reconstructions; their moments alone if not all features are kept."""
-    if reference.described.splits["test"].num_features < len(test):
-        return reference.moments("test")
-    blocks = frechet.Blocks(frechet.deal(test.labels))
-    blocks.update(reference.features("test"))
-    return blocks
 
 
 def _count_codes(found: Recorder, tokens: Path, codebook_size: int, dataset: str) -> None:

@@ -14,7 +14,6 @@ from tessera.artifacts import images as image_artifact
 from tessera.artifacts import reference
 from tessera.artifacts.shards import ShardWriter
 from tessera.judge import Judge
-from tessera.metrics.frechet import MomentsAccumulator
 from tessera.params import Pipeline
 
 
@@ -24,18 +23,14 @@ def run(params: Pipeline, name: str, images: Path, features: Path, out: Path, jo
     described = {}
     with artifact.create(out) as place:
         for split, dataset in splits.items():
-            number = len(dataset)
-            kept = reference.spread(number, params.reference_stats.max_features)
-            is_kept = np.isin(np.arange(number), kept)
-            moments, start = MomentsAccumulator(), 0
+            summary = judge.summary(dataset.pixels, params.reference_stats.max_features)
             with ShardWriter(place, f"features-{split}") as writer:
-                for batch in judge.batches(dataset.pixels):
-                    moments.update(batch)
-                    writer.append(batch.numpy()[is_kept[start : start + len(batch)]])
-                    start += len(batch)
-            reference.write_moments(place / f"{split}.npz", moments.moments())
+                writer.append(summary.features.astype(np.float32))
+            reference.write_moments(place / f"{split}.npz", summary.moments)
             described[split] = reference.Split(
-                num_images=number, num_features=len(kept), sha256=artifact.part_sha256(images, split)
+                num_images=len(dataset),
+                num_features=len(summary.kept),
+                sha256=artifact.part_sha256(images, split),
             )
         meta = reference.Described(
             dataset=spec.name,

@@ -12,8 +12,35 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts.images import to_float
 from tessera.artifacts.shards import Shards
 from tessera.components import Params
+from tessera.metrics.frechet import Moments, MomentsAccumulator
 
 BATCH = 500
+
+
+class Summary:
+    """Moments of all features that arrive, and evenly spread ones of them: memory does not grow with the number of images."""
+
+    def __init__(self, num_images: int, max_features: int):
+        self.kept = spread(num_images, max_features)  # which images the features are of
+        self._is_kept = np.isin(np.arange(num_images), self.kept)
+        self._moments, self._features, self._seen = MomentsAccumulator(), [], 0
+
+    def update(self, features: Tensor) -> None:
+        """features: (n, D) of the next n images."""
+        self._moments.update(features)
+        chosen = self._is_kept[self._seen : self._seen + len(features)]
+        self._features.append(features.double().numpy()[chosen])
+        self._seen += len(features)
+
+    @property
+    def moments(self) -> Moments:
+        assert self._seen == len(self._is_kept), (self._seen, len(self._is_kept))
+        return self._moments.moments()
+
+    @property
+    def features(self) -> np.ndarray:
+        """(len(kept), D) float64"""
+        return np.concatenate(self._features)
 
 
 class Judge:
@@ -34,6 +61,13 @@ class Judge:
         """(n, D) float32 features on the CPU of uint8 images (N, C, H, W), or of the given rows of them, in batches."""
         for batch in self._batches(pixels, rows):
             yield self.model.features(batch).cpu()
+
+    def summary(self, pixels: Shards | np.ndarray, max_features: int, rows: np.ndarray | None = None) -> Summary:
+        """What is kept of the features of these images."""
+        found = Summary(len(pixels) if rows is None else len(rows), max_features)
+        for batch in self.batches(pixels, rows):
+            found.update(batch)
+        return found
 
     def features(self, pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
         """All of them at once, (N, D) float64."""
@@ -59,6 +93,11 @@ class Judge:
     def _batches(self, pixels: Shards | np.ndarray, rows: np.ndarray | None) -> Iterator[Tensor]:
         for values in in_batches(pixels, rows):
             yield to_float(torch.from_numpy(values).to(self.device))
+
+
+def spread(number: int, at_most: int) -> np.ndarray:
+    """All of range(number), or `at_most` of it, evenly spread: files often lie by class."""
+    return np.linspace(0, number - 1, min(number, at_most)).astype(int)
 
 
 def in_batches(pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:

@@ -17,6 +17,7 @@ from tessera.artifacts.folder import ArtifactError
 from tessera.artifacts.shards import Shards
 from tessera.components import Params, parse
 from tessera.figures import Protocol, Setting
+from tessera.judge import spread
 from tessera.metrics.frechet import Moments
 
 
@@ -59,6 +60,16 @@ class Reference:
         """(num_features, D) float64"""
         return Shards(self.folder, f"features-{split}").all().astype(np.float64)
 
+    def features_at(self, split: str, rows: np.ndarray) -> np.ndarray:
+        """(n, D) float64 features of these images of the split. Raises ValueError if one of them was not kept."""
+        kept = self.feature_rows(split)
+        if not np.isin(rows, kept).all():
+            raise ValueError(
+                f"{self.folder} keeps {len(kept):,} features of the {split} images, not those that are asked for: raise "
+                f"reference_stats.max_features to the {self.described.splits[split].num_images:,} images there are"
+            )
+        return self.features(split)[np.searchsorted(kept, rows)]
+
     def protocol(self, split: str, images: str, num_images: int, **settings: Setting) -> Protocol:
         """That of a figure which compares so many images, by this network, with all features of the split."""
         return self.protocol_of(split, images, num_images, self.described.splits[split].num_images, **settings)
@@ -88,8 +99,3 @@ class Reference:
 
 def write_moments(path: Path, moments: Moments) -> None:
     np.savez(path, mu=moments.mean.cpu().numpy(), sigma=moments.covariance.cpu().numpy())
-
-
-def spread(number: int, at_most: int) -> np.ndarray:
-    """All of range(number), or `at_most` of it, evenly spread: files often lie by class."""
-    return np.linspace(0, number - 1, min(number, at_most)).astype(int)

@@ -2,32 +2,26 @@
 
 distance = |mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)), with A, B the unbiased covariances (N - 1).
 
-Its standard error over draws of the samples is a delete-a-block jackknife: the samples lie in blocks, whose moments add up,
-so that memory does not grow with their number.
+Its standard error over draws of the samples follows from the influence of each sample, the distance being nearly linear in
+the moments: (x - mean_a)^T (I - T) (x - mean_a) + 2 (x - mean_a)^T (mean_a - mean_b), less its mean, where T, symmetric, is
+the optimal map from the one Gaussian to the other.
 
 Source: Dowson and Landau, "The Fréchet distance between multivariate normal distributions", 1982;
 Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017,
 arXiv:1706.08500, equation 6 (FID). Batches merge by Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm
-for Computing Sample Variances", 1979, equation 2.1. Jackknife: Efron and Stein, "The Jackknife Estimate of Variance", Annals
-of Statistics 9(3), 1981, equation 1.3, with blocks in the place of single observations.
+for Computing Sample Variances", 1979, equation 2.1. Standard error: Rippl, Munk and Sturm, "Limit laws of the empirical
+Wasserstein distance: Gaussian distributions", 2016, arXiv:1507.04090, theorem 2.2; its variance is taken within classes here,
+because samples are drawn with fixed shares of each.
 Differs from common implementations: no square root of the unsymmetric A B is taken. Its trace is the sum of the
 singular values of F^T G for any factors A = F F^T, B = G G^T, which is real, at least 0, and faster.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.linalg import lapack
 from torch import Tensor
-
-NUM_BLOCKS = 20  # of the jackknife: its standard error is itself off by a sixth, one deviation
-
-
-class FrechetDistance(NamedTuple):
-    value: float  # at least 0, in squared units of the features
-    standard_error: float  # of the value, over draws of as many samples; NaN for one block
 
 
 class Moments(NamedTuple):
@@ -120,69 +114,39 @@ def distance(a: Moments, b: Moments) -> float:
     return max(0.0, float((a.mean - b.mean).square().sum()) + spread - 2 * cross)
 
 
-class Blocks:
-    """Features that arrive in batches, dealt out to NUM_BLOCKS accumulators: one for each part that the jackknife leaves out.
+def influence(features: Tensor | np.ndarray, own: Moments, other: Moments) -> Tensor:
+    """features: (n, D), images of the set that `own` summarizes -> (n,) how much each moves the distance of own from other.
 
-    block: (N,) the block of each image, in the order of arrival, as `deal` gives it.
+    One image more of this kind changes the distance by its influence over the number of images, to first order. Over the whole
+    set the mean is 0.
     """
-
-    def __init__(self, block: np.ndarray):
-        self.block = torch.as_tensor(block)
-        self.accumulators = [MomentsAccumulator() for _ in range(int(self.block.max()) + 1)]
-        self._seen = 0
-
-    def update(self, features: Tensor | np.ndarray) -> None:
-        """features: (n, D), of the next n images."""
-        features = torch.as_tensor(features)
-        block = self.block[self._seen : self._seen + len(features)].to(features.device)
-        self._seen += len(features)
-        assert len(block) == len(features), "more features than images were dealt out"
-        for number, accumulator in enumerate(self.accumulators):
-            accumulator.update(features[block == number])
-
-    def moments(self) -> Moments:
-        """Of all images."""
-        return _merged(self.accumulators).moments()
-
-    def without_each(self) -> list[Moments]:
-        """Of all images but those of block 0, of all but those of block 1, and so on."""
-        last = len(self.accumulators) - 1
-        before, after = [MomentsAccumulator()], [MomentsAccumulator()]  # of the blocks 0 ... i - 1, and i + 1 ... last
-        for number in range(last):
-            before.append(_merged([before[-1], self.accumulators[number]]))
-            after.append(_merged([after[-1], self.accumulators[last - number]]))
-        return [_merged(pair).moments() for pair in zip(before, reversed(after), strict=True)]
+    root = _power(other.covariance, 0.5)
+    between = _power(root @ own.covariance @ root, -0.5)
+    bend = torch.eye(len(own.mean), dtype=torch.float64) - root @ between @ root  # I - T
+    deviations = torch.as_tensor(features).double() - own.mean
+    quadratic = ((deviations @ bend) * deviations).sum(dim=1)
+    return quadratic - (bend * own.covariance).sum() + 2 * deviations @ (own.mean - other.mean)
 
 
-def deal(labels: np.ndarray, num_blocks: int = NUM_BLOCKS) -> np.ndarray:
-    """(N,) labels -> (N,) a block for each image: equal sizes, and each class spread evenly, because samples are drawn with
-    fixed shares of each class. At least two images to a block."""
-    block = np.empty(len(labels), np.int64)
-    block[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % max(1, min(num_blocks, len(labels) // 2))
-    return block
+def standard_error(influences: Tensor, labels: np.ndarray, num_images: int) -> float:
+    """The standard error of a distance over draws of num_images images with fixed shares of each class.
 
-
-def distance_with_error(samples: Blocks, reference: Moments | Blocks) -> FrechetDistance:
-    """The distance of the samples from the reference, and how much other samples would change it.
-
-    reference: moments, which stay as they are; or blocks of the originals that the samples are reconstructions of: then the
-    jackknife leaves out images together with their originals, because both were drawn at once.
+    influences, labels: (n,) of the images, or of some of them. NaN if no class has two.
     """
-    fixed = reference if isinstance(reference, Moments) else reference.moments()
-    value = distance(samples.moments(), fixed)
-    if len(samples.accumulators) < 2:
-        return FrechetDistance(value, float("nan"))
-    left = samples.without_each()
-    others = [fixed] * len(left) if isinstance(reference, Moments) else reference.without_each()
-    values = np.array([distance(a, b) for a, b in zip(left, others, strict=True)])
-    return FrechetDistance(value, float(np.sqrt((len(left) - 1) * values.var())))
+    labels = torch.as_tensor(labels)
+    within = [influences[labels == label] for label in labels.unique()]
+    freedom = len(labels) - len(within)
+    if not freedom:
+        return float("nan")
+    squares = sum((some - some.mean()).square().sum() for some in within)
+    return float((squares / freedom / num_images).sqrt())
 
 
-def _merged(accumulators: Iterable[MomentsAccumulator]) -> MomentsAccumulator:
-    total = MomentsAccumulator()
-    for accumulator in accumulators:
-        total.merge(accumulator)
-    return total
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    """A power of a symmetric positive semidefinite matrix; directions without variance stay without it."""
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > 1e-10 * values[-1]
+    return (vectors[:, kept] * values[kept] ** exponent) @ vectors[:, kept].T
 
 
 def _cross_trace_by_eigenvalues(a: Moments, b: Moments, tolerance: float) -> float | None:

@@ -167,59 +167,61 @@ def test_distance_of_sets_with_fewer_images_than_features_is_exact_and_near_othe
 # Its standard error
 
 
-def test_images_are_dealt_into_equal_blocks_with_each_class_spread_evenly():
-    labels = np.random.default_rng(0).integers(0, 7, 503)
-    block = frechet.deal(labels)
-    assert set(np.bincount(block)) == {25, 26}
-    for label in range(7):
-        assert np.ptp(np.bincount(block[labels == label], minlength=20)) <= 1
-    assert np.bincount(frechet.deal(np.zeros(7, int))).tolist() == [3, 2, 2]  # two images to a block, at least
-    assert frechet.deal(np.zeros(3, int)).tolist() == [0, 0, 0]
-
-
-def test_blocks_add_up_to_the_whole_and_leave_out_exactly_their_own():
-    features, block = normal(60, 4, seed=20), frechet.deal(np.arange(60) % 3, num_blocks=6)
-    blocks = frechet.Blocks(block)
-    for batch in features.split(7):
-        blocks.update(batch)
-    whole, expected = blocks.moments(), frechet.moments(features)
-    torch.testing.assert_close(whole.covariance, expected.covariance, rtol=1e-12, atol=1e-13)
-    assert len(blocks.without_each()) == 6
-    for number, found in enumerate(blocks.without_each()):
-        expected = frechet.moments(features[torch.from_numpy(block) != number])
-        assert found.num_images == expected.num_images == 50
-        torch.testing.assert_close(found.mean, expected.mean, rtol=1e-12, atol=1e-13)
-        torch.testing.assert_close(found.covariance, expected.covariance, rtol=1e-12, atol=1e-13)
-
-
-@pytest.mark.parametrize(("shift", "rows"), [(0.5, 400), (0.0, 400), (1.0, 40)])
-def test_the_standard_error_is_the_spread_over_independent_draws(shift, rows):
+@pytest.mark.parametrize(("shift", "scale", "rows"), [(0.5, 1.2, 400), (0.0, 1.2, 400), (1.0, 0.5, 40)])
+def test_the_standard_error_is_the_spread_over_independent_draws(shift, scale, rows):
     reference = frechet.moments(normal(5000, 8, seed=21))
-    found = []
-    for seed in range(150):
-        blocks = frechet.Blocks(frechet.deal(np.zeros(rows, int)))
-        blocks.update(normal(rows, 8, seed=1000 + seed) * 1.2 + shift)
-        found.append(frechet.distance_with_error(blocks, reference))
-    spread = np.std([one.value for one in found], ddof=1)
-    assert np.mean([one.standard_error for one in found]) == pytest.approx(spread, rel=0.25)
+    values, errors = [], []
+    for seed in range(200):
+        features = normal(rows, 8, seed=1000 + seed) * scale + shift
+        own = frechet.moments(features)
+        values.append(frechet.distance(own, reference))
+        influences = frechet.influence(features, own, reference)
+        errors.append(frechet.standard_error(influences, np.zeros(rows), rows))
+    assert np.mean(errors) == pytest.approx(np.std(values, ddof=1), rel=0.15)
 
 
-def test_reconstructions_are_left_out_together_with_their_originals():
-    originals = normal(200, 5, seed=22)
-    block = frechet.deal(np.zeros(200, int))
-    first, second = frechet.Blocks(block), frechet.Blocks(block)
-    first.update(originals), second.update(originals)
-    paired, alone = frechet.distance_with_error(first, second), frechet.distance_with_error(first, second.moments())
-    assert paired.value == pytest.approx(0, abs=1e-10)
-    assert paired.standard_error < 1e-10 < 1e-3 < alone.standard_error
+def test_influences_are_the_derivative_of_the_distance_by_the_weight_of_an_image():
+    features, other = normal(50, 6, seed=22), frechet.moments(normal(80, 6, seed=23) * 1.5 + 1)
+    own = frechet.moments(features)
+    found = frechet.influence(features, own, other)
+
+    def weighted(number: int, extra: float) -> float:
+        """The distance of the set in which one image weighs more: moments divided by 49, as own's."""
+        weights = torch.full((50,), 1 / 50, dtype=torch.float64) * (1 - extra)
+        weights[number] += extra
+        mean = weights @ features
+        covariance = (weights[:, None] * (features - mean)).T @ (features - mean) * 50 / 49
+        return frechet.distance(frechet.Moments(mean, covariance, 50), other)
+
+    step = 1e-5
+    derivatives = [(weighted(i, step) - weighted(i, -step)) / (2 * step) for i in range(50)]
+    scatter = 50 / 49  # the influence is of the covariance as it is; here an image adds 50/49 of its own square
+    assert found.sum().item() == pytest.approx(0, abs=50 * 0.05 * found.std().item())
+    np.testing.assert_allclose(np.array(derivatives), found.numpy(), atol=0.06 * scatter * found.std().item())
 
 
-def test_one_block_has_no_standard_error():
-    blocks = frechet.Blocks(frechet.deal(np.zeros(3, int)))
-    blocks.update(normal(3, 2, seed=23))
-    found = frechet.distance_with_error(blocks, frechet.moments(normal(9, 2, seed=24)))
-    assert found.value > 0
-    assert math.isnan(found.standard_error)
+def test_the_error_is_that_of_draws_with_fixed_shares_of_each_class():
+    generator = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 100)
+    reference = frechet.moments(normal(5000, 3, seed=24))
+    values, errors, without = [], [], []
+    for _ in range(200):
+        features = torch.from_numpy(generator.normal(size=(200, 3)) * 0.3 + 4 * labels[:, None])
+        own = frechet.moments(features)
+        values.append(frechet.distance(own, reference))
+        influences = frechet.influence(features, own, reference)
+        errors.append(frechet.standard_error(influences, labels, 200))
+        without.append(frechet.standard_error(influences, np.zeros(200), 200))
+    assert np.mean(errors) == pytest.approx(np.std(values, ddof=1), rel=0.15)
+    assert np.mean(without) > 3 * np.mean(errors)
+
+
+def test_both_sides_of_a_pair_cancel_where_reconstructions_are_exact():
+    features = normal(200, 5, seed=25)
+    own = frechet.moments(features)
+    both = frechet.influence(features, own, own) + frechet.influence(features, own, own)
+    assert frechet.standard_error(both, np.zeros(200), 200) < 1e-6
+    assert math.isnan(frechet.standard_error(both[:2], np.arange(2), 2))  # no class has two
 
 
 # Brightness
