@@ -3,13 +3,15 @@ prior on its tokens could reach; and how the training images (in their first vie
 
     python -m stages.evaluate_tokenizer vqgan --images data/images --features data/features --reference data/reference \
         --tokenizer data/tokenizers/vqgan --tokens data/tokens/vqgan \
-        --picture data/pictures/reconstructions/vqgan.png --metrics data/metrics/tokenizers/vqgan.json
+        --picture data/pictures/reconstructions/vqgan.png --codebook-uses data/curves/codebooks/vqgan.csv \
+        --metrics data/metrics/tokenizers/vqgan.json
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -40,6 +42,7 @@ def run(
     tokenizer: Path,
     tokens: Path,
     picture: Path,
+    codebook_uses: Path,
     metrics: Path,
     job: stage_process.Job,
 ) -> None:
@@ -105,7 +108,12 @@ def run(
             what = f"{of_test} from perturbed indices"
             protocol = references[network].protocol("test", what, len(test), **perturbation)
             judged.record(found, network, f"p{judge.frechet_name}", references[network], protocol, paired=True)
-        _count_codes(found, tokens, model.codebook_size, spec.name)
+        counts = _count_codes(found, tokens, model.codebook_size, spec.name)
+    else:
+        counts = torch.zeros(0, dtype=torch.long)
+    codebook_uses.parent.mkdir(parents=True, exist_ok=True)
+    ranked = pd.DataFrame({"rank": np.arange(len(counts)), "uses": counts.sort(descending=True).values.numpy()})
+    ranked.to_csv(codebook_uses, index=False)
 
     floor = floor_rows(train.labels, spec.num_classes, params.sample_images.num_images, params.seed)
     judged = Judged(judges, train.labels[floor], settings.max_neighbor_images)
@@ -162,7 +170,8 @@ def perturbed(indices: Tensor, model: torch.nn.Module, settings: Evaluate, gener
     return replaced
 
 
-def _count_codes(found: Recorder, tokens: Path, codebook_size: int, dataset: str) -> None:
+def _count_codes(found: Recorder, tokens: Path, codebook_size: int, dataset: str) -> Tensor:
+    """(K,) how often each code occurs among the tokens of the training images; its figures go to `found`."""
     _, learned = token_artifact.read(tokens, "indices")
     train = learned["train"]
     counts = torch.zeros(codebook_size, dtype=torch.long)
@@ -172,6 +181,7 @@ def _count_codes(found: Recorder, tokens: Path, codebook_size: int, dataset: str
     protocol = figures.without_network(dataset, "tokens of the training images", len(train))
     for key, value in codebook.use(counts)._asdict().items():
         found.add("codebook", key, value, protocol)
+    return counts
 
 
 def _lpips(settings: Evaluate, device: torch.device) -> Lpips | None:

@@ -1,6 +1,7 @@
 """What tests share: tiny specs, tiny image artifacts, and real data that are not part of the project."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,20 @@ def images_folder(tmp_path_factory: pytest.TempPathFactory, image_spec: ImageSpe
         index = pd.DataFrame({"split": ["train"] * 48 + ["test"] * 24, "kept": True})
         write_meta(place, image_spec, "0" * 64, index)
     return out
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium of the system; tests that need one are skipped without it."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no chromium on PATH: install it, for example with apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield launched
+        launched.close()
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from stages import (
     reference_stats,
     train_features,
     train_tokenizer,
+    write_report,
 )
 from tessera import comparison, figures
 from tessera.artifacts import checkpoints
@@ -28,6 +29,7 @@ from tessera.artifacts.samples import floor_rows
 from tessera.artifacts.shards import ShardWriter
 from tessera.components import parse
 from tessera.params import Pipeline
+from tessera.reporting import curves as training_curves
 from tessera.stage_process import Job
 
 ROOT = Path(__file__).parents[2]
@@ -70,8 +72,8 @@ class Place:
             "classifier",
             images=self.folder / "images",
             out=self.folder / "features" / "classifier",
-            history=self.folder / "features.csv",
-            metrics=self.folder / "features.json",
+            history=self.folder / "curves" / "features" / "classifier.csv",
+            metrics=self.folder / "metrics" / "features" / "classifier.json",
             job=self.job("train_features"),
         )
         reference_stats.run(
@@ -96,9 +98,8 @@ class Place:
 
     def make_tokenizer(self, name: str) -> None:
         tokenizer, tokens = self.folder / "tokenizers" / name, self.folder / "tokens" / name
-        train_tokenizer.run(
-            self.params, name, self.folder / "images", tokenizer, self.folder / "tokenizer.csv", self.job(name)
-        )
+        history = self.folder / "curves" / "tokenizers" / f"{name}.csv"
+        train_tokenizer.run(self.params, name, self.folder / "images", tokenizer, history, self.job(name))
         encode_tokens.run(self.params, name, self.folder / "images", tokenizer, tokens, self.job(name))
         evaluate_tokenizer.run(
             self.params,
@@ -106,7 +107,8 @@ class Place:
             **self.judged_by(),
             tokenizer=tokenizer,
             tokens=tokens,
-            picture=self.folder / "reconstructions.png",
+            picture=self.folder / "pictures" / "reconstructions" / f"{name}.png",
+            codebook_uses=self.folder / "curves" / "codebooks" / f"{name}.csv",
             metrics=self.folder / "metrics" / "tokenizers" / f"{name}.json",
             job=self.job(name),
         )
@@ -125,7 +127,7 @@ class Place:
             **self.judged_by(),
             samples=samples,
             tokenizer_metrics=self.folder / "metrics" / "tokenizers" / f"{tokenizer}.json",
-            neighbors=self.folder / f"{name}.png",
+            neighbors=self.folder / "pictures" / "neighbors" / f"{name}.png",
             metrics=self.metrics(name),
             job=self.job(name),
         )
@@ -193,7 +195,7 @@ def test_training_images_given_as_samples_are_called_copies(place, honest, capsy
     found = place.judge("copies", *place.train(place.rows()))
     assert value(found, "copy_rate") > 0.99
     assert "ALARM: 100% of the samples lie nearer to a training image" in capsys.readouterr().out
-    assert (place.folder / "copies.png").stat().st_size > 1000
+    assert (place.folder / "pictures/neighbors/copies.png").stat().st_size > 1000
 
 
 def test_new_real_images_are_no_copies(place, capsys):
@@ -275,10 +277,61 @@ def test_indices_that_are_a_little_wrong_cost_more_than_those_of_the_images(plac
     assert found.protocol("pfd_classifier").settings == {"share": 0.1, "neighbors": 8}
 
 
-def test_the_table_names_floors_noise_and_bottlenecks_and_refuses_other_protocols(place, honest):
+@pytest.fixture(scope="module")
+def two_systems(place) -> Place:
+    """A good system and one that draws black images, judged."""
     rows = place.rows(6)
     place.judge("one", place.decoded("good", rows), place.train(rows)[1])
     place.judge("two", np.zeros((NUM_IMAGES, 1, 8, 8), np.uint8), place.train(rows)[1])
+    return place
+
+
+def test_the_report_shows_every_figure_and_picture_in_a_browser(two_systems, browser, tmp_path):
+    place = two_systems
+    reference = training_curves.thinned(training_curves.read(place.folder / "curves"))
+    reference.to_csv(tmp_path / "digits.csv", index=False)
+    out = place.folder / "reports" / "report.html"
+    write_report.run(
+        place.params,
+        metrics=place.folder / "metrics",
+        pictures=place.folder / "pictures",
+        curves=place.folder / "curves",
+        priors=place.folder / "priors",
+        reference_curves=tmp_path,
+        out=out,
+        job=place.job("write_report"),
+    )
+    page = browser.new_page()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    alone = tmp_path / "sent.html"  # nothing lies beside it
+    alone.write_bytes(out.read_bytes())
+    page.goto(alone.as_uri())
+    images = page.eval_on_selector_all("img", "all => all.map(one => [one.alt, one.complete, one.naturalWidth])")
+    names = [alt for alt, _, _ in images]
+    assert all(complete and width > 50 for _, complete, width in images), images
+    assert "Uses of the codes of good" in names
+    assert "Samples of one and their nearest training images" in names
+    assert {"Curves of train_features@classifier", "Curves of train_tokenizer@good"} <= set(names)
+    assert all(url.startswith(("file:", "data:")) for url in asked)
+    cells = page.eval_on_selector_all(
+        "#table-systems tr[data-name] td[data-figure], #table-floors tr[data-name] td[data-figure]",
+        "all => all.map(one => [one.parentElement.dataset.name, one.dataset.figure, one.dataset.value, one.innerText])",
+    )
+    shown = {(name, figure): (float(exact), text) for name, figure, exact, text in cells}
+    for name in ("real", "one", "two"):
+        measured = figures.read(place.metrics(name))
+        for group in ("generation", "floor"):
+            for key, figure in measured.groups.get(group, {}).items():
+                exact, text = shown.pop((name, key))
+                assert exact == figure.value
+                assert float(text.split("±")[0]) == pytest.approx(figure.value, rel=1e-3, abs=1e-12)
+    assert not shown  # nothing that is not in the files
+    page.close()
+
+
+def test_the_table_names_floors_noise_and_bottlenecks_and_refuses_other_protocols(two_systems):
+    place = two_systems
 
     def compare() -> str:
         job = place.job("compare_systems")
