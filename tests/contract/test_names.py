@@ -33,7 +33,12 @@ FIGURES = [
     "codebook_usage",
     "codebook_perplexity",
     "dead_codes",
+    "codebook_bits",
     "bits_per_token",
+    "bits_per_image",
+    "train_loss",
+    "kept_step",
+    "overfitting_step",
     "num_images",
     "num_reference_images",
     "test_accuracy",
@@ -72,7 +77,15 @@ def test_every_setting_of_a_part_is_in_the_glossary(folder, kind):
 
 @pytest.mark.parametrize(
     "settings",
-    [params.Pipeline, params.System, params.EncodeTokens, params.SampleImages, params.Evaluate, Training],
+    [
+        params.Pipeline,
+        params.System,
+        params.EncodeTokens,
+        params.SampleImages,
+        params.Evaluate,
+        params.FollowTraining,
+        Training,
+    ],
     ids=lambda settings: settings.__name__,
 )
 def test_every_shared_setting_is_in_the_glossary(settings):
