@@ -46,6 +46,7 @@ def test_probabilities_of_all_grids_sum_to_one(settings):
     assert bits.std() > 0.2  # not simply uniform
     for label in range(2):
         assert (2.0 ** -bits[label == LABELS].double()).sum() == pytest.approx(1, abs=1e-5)
+    assert torch.equal(bits[:256], bits[256:]) == (settings == {"is_conditional": False})  # labels matter, or do not
 
 
 def test_autoregressive_bits_are_those_of_drawing_one_index_after_the_other():
