@@ -41,8 +41,7 @@ from tessera.stage_process import Job
 BATCH = 100  # images that are drawn at a time; fixed, because it decides the noise
 LOSS_BATCH = 500
 COLUMN_OF = {"test_loss": "test_loss", "frechet": "follow_fd_test"}  # what a criterion minimizes
-# Looks of a healthy training differ by the weights alone, and its loss of test images wanders by less than 1 % between
-# them; Prechelt stops at 1 % to 5 %.
+# Prechelt stops at 1 % to 5 %. Looks differ by the weights alone, so that there is no chance between them to allow for.
 LOSS_RISE = 0.02
 # If a share q of the samples are copies of the training images compared with, and the others are as near to either split,
 # 0.5 + q / 2 of them are nearest to a training image. Below q = 0.3 the tokenizer's own memory may be the cause.
@@ -52,7 +51,7 @@ COPYING_DEVIATIONS = 3.0  # reached by chance in one look of 740
 
 class Look(NamedTuple):
     step: int
-    figures: dict[str, float]  # columns of history.csv
+    figures: dict[str, float]  # columns of history.csv, all finite
     alarm: str | None  # the sentence, at the first look that gives cause for it
 
 
@@ -121,7 +120,9 @@ class Follower:
     def look(self, step: int, model: nn.Module) -> dict[str, float]:
         """Look at the averaged model after `step` steps; the figures are columns of history.csv."""
         model.eval()
-        figures = self._losses(model) | self._samples(model, step)
+        figures = self._losses(model) | self._samples(model)
+        if not np.isfinite(list(figures.values())).all():
+            raise ValueError(f"what a look at step {step} saw is not finite, {figures}: lower training.learning_rate")
         if any(look.alarm for look in self.looks):  # said already
             alarm = None
         else:
@@ -167,11 +168,12 @@ class Follower:
         objective = self.prior.Objective(model, self.config)
         rows = {split: torch.from_numpy(rows) for split, rows in self.rows.items()}
         return {
-            f"{split}_loss": mean_loss(objective, self.tokens[split], rows[split], self.seed) for split in ("test", "train")
+            f"{split}_loss": mean_loss(objective, self.tokens[split], rows[split], self.seed)
+            for split in ("test", "train")
         }
 
     @torch.no_grad()
-    def _samples(self, model: nn.Module, step: int) -> dict[str, float]:
+    def _samples(self, model: nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
         self.decoder.to(device)
         drawn, nearest, kept = frechet.MomentsAccumulator(), [], []
