@@ -19,7 +19,6 @@ GENERATION = {
     "recall": "{:.3f}",
     "coverage": "{:.3f}",
     "copy_rate": "{:.3f}",
-    "bits_per_token": "{:.2f}",
 }
 RECONSTRUCTION = {
     "psnr_db": "{:.2f}",
@@ -92,6 +91,11 @@ def _sentences(systems: Systems, distances: list[str], params: Pipeline) -> list
             found.append(
                 f"{key} of one half of the training images against the other, {number:,} each: {halves.value:.3f}"
             )
+    for tokenizer in params.tokenizers:
+        on_it = {name: systems[name] for name, system in params.systems.items() if system.tokenizer == tokenizer}
+        if any(comparison.estimate(runs, "bits_per_image") for runs in on_it.values()):
+            ranked = comparison.ranking(on_it, "bits_per_image")
+            found.append(f"bits per test image on the tokens of {tokenizer} (masked: an upper bound): {ranked}")
     accuracy = comparison.estimate(systems[REAL], "test_accuracy")
     if accuracy:
         found.append(f"the judging classifier names {accuracy.value:.1%} of the test images rightly")

@@ -1,24 +1,36 @@
-"""Train the prior of one system on the tokens of its tokenizer.
+"""Train the prior of one system on the tokens of its tokenizer, and look at it meanwhile where params say so.
 
-python -m stages.train_prior vqgan-flow --tokens data/tokens/vqgan --out data/priors/vqgan-flow \
-        --history data/curves/priors/vqgan-flow.csv
+python -m stages.train_prior vqgan-flow --images data/images --tokenizer data/tokenizers/vqgan --tokens data/tokens/vqgan \
+        --out data/priors/vqgan-flow --history data/curves/priors/vqgan-flow.csv --metrics data/metrics/priors/vqgan-flow.json
 """
 
+import math
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from tessera import stage_process, training
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import tokens as token_artifact
+from tessera.artifacts.tokens import Tokens
 from tessera.components import load
-from tessera.contracts import Objective
+from tessera.figures import Protocol, Recorder, without_network
+from tessera.follow import Follower, bits_of_each, mean_loss, proportional_rows
 from tessera.params import Pipeline
 
 
 def run(
-    params: Pipeline, name: str, tokens: Path, out: Path, history: Path, job: stage_process.Job
+    params: Pipeline,
+    name: str,
+    images: Path,
+    tokenizer: Path,
+    tokens: Path,
+    out: Path,
+    history: Path,
+    metrics: Path,
+    job: stage_process.Job,
 ) -> dict[str, float] | None:
     config = params.systems[name].prior
     module = load("priors", config.kind)
@@ -30,31 +42,56 @@ def run(
         f"{len(splits['train']):,} images x {splits['train'].num_views} views, {module.LEARNS} "
         f"{splits['train'].values.row_shape[1:]}, {millions:.2f} M parameters, {training.threads()}"
     )
-    job.resumable(*checkpoints.identity(config, spec), artifact.fingerprint(tokens), params.seed)
-    model = training.fit(module.Objective(model, config), splits["train"], config.training, seed=params.seed, job=job)
+    follower = None
+    if params.follow_training.every:
+        follower = Follower(params, name, spec, splits, images, tokenizer, job)
+    inputs = follower.inputs() if follower else ()
+    job.resumable(*checkpoints.identity(config, spec), artifact.fingerprint(tokens), params.seed, *inputs)
+    objective = module.Objective(model, config)
+    model = training.fit(objective, splits["train"], config.training, seed=params.seed, job=job, follower=follower)
     if model is None:  # only the first process writes
         return None
+    if follower:
+        follower.keep(model)
     with artifact.create(out) as place:
         checkpoints.save(place, "priors", config, spec, model)
+        if follower:
+            follower.write(place)
     job.keep_history(history)
-    if "prior" not in module.Objective.phases:  # a GAN has no loss of images that were held out
-        job.say(f"wrote {out}")
-        return {}
-    loss = held_out_loss(module.Objective(model, config), splits["test"], params.seed)
-    job.say(f"loss on {len(splits['test']):,} test images {loss:.4f}; wrote {out}")
-    return {"test_loss": loss}
+    found = held_out_figures(params, name, model, splits)
+    found.measured().write(metrics)
+    values = {key: figure.value for key, figure in found.groups.get("prior", {}).items()}
+    job.say("  ".join([*(f"{key} {value:.4g}" for key, value in values.items()), f"wrote {out}"]))
+    return values
 
 
-@torch.no_grad()
-def held_out_loss(objective: Objective, dataset: token_artifact.Tokens, seed: int, batch_size: int = 500) -> float:
-    """The training loss, without dropout, of images that were not trained on: nats per token, or squared error."""
-    objective.eval()
-    torch.manual_seed(seed)
-    total = 0.0
-    for start in range(0, len(dataset), batch_size):
-        rows = torch.arange(start, min(start + batch_size, len(dataset)))
-        total += float(objective(dataset.batch(rows), "prior", 0)["loss"]) * len(rows)
-    return total / len(dataset)
+def held_out_figures(params: Pipeline, name: str, model: nn.Module, splits: dict[str, Tokens]) -> Recorder:
+    """What the prior makes of all test images, as far as it can tell; of training images, the loss of as many.
+
+    A GAN can tell nothing: it has no loss of images that were held out.
+    """
+    config, test = params.systems[name].prior, splits["test"]
+    module, found = load("priors", config.kind), Recorder()
+    rows = torch.arange(len(test))
+    of_tokens = {"prior": config.kind, "tokenizer": model.spec.tokenizer_fingerprint[:12]}
+
+    def protocol(images: str, number: int) -> Protocol:
+        return without_network(params.dataset.name, f"tokens of {images} images", number, **of_tokens)
+
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if "prior" in module.Objective.phases:
+        objective = module.Objective(model, config)
+        number = min(len(test), len(splits["train"]))
+        trained_on = torch.from_numpy(proportional_rows(splits["train"].labels, number, params.seed))
+        of_test = mean_loss(objective, test, rows, params.seed)
+        of_train = mean_loss(objective, splits["train"], trained_on, params.seed)
+        found.add("prior", "test_loss", of_test, protocol("test", len(test)))
+        found.add("prior", "train_loss", of_train, protocol("training", number))
+    if hasattr(model, "bits"):
+        bits = bits_of_each(model, test, rows, params.seed)
+        found.add_mean("prior", "bits_per_image", bits, protocol("test", len(test)))
+        found.add_mean("prior", "bits_per_token", bits / math.prod(model.spec.index_grid), protocol("test", len(test)))
+    return found
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def run(
         num_images=params.sample_images.num_images,
         seed=params.seed,
         rankings={key: comparison.ranking(as_runs, key) for key in distances},
-        systems=_rows(systems, ("generation", "prior")),
+        systems=_rows(systems, ("generation",)),
         tokenizers=_rows(tokenizers, ("reconstruction", "codebook")),
         floors=_rows({REAL: systems[REAL]}, ("floor",)),
         bottlenecks={
@@ -64,6 +64,7 @@ def run(
             }
             for name in params.systems
         },
+        priors={name: systems[name].groups.get("prior", {}) for name in params.systems},
         drawn={name: systems[name].drawn for name in params.systems},
         system_tokenizers={name: system.tokenizer for name, system in params.systems.items()},
         curves={stage: training_curves.svg(history, reference.get(stage)) for stage, history in histories.items()},

@@ -94,6 +94,11 @@ class Prior(Protocol):
 
     def sample(self, labels: Tensor, sampling: Any, generator: torch.Generator) -> Tensor: ...  # as TokenBatch.tokens
 
+    # A prior that knows the probability of tokens also has the method
+    #     bits(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor
+    # (B, *index_grid) indices and (B,) labels -> (B,) bits: -log2 of what the model, without dropout, gives them, or an
+    # estimate without bias of an upper bound of that, which draws only from the CPU generator
+
 
 Learns = Literal["indices", "latents"]
 

@@ -6,7 +6,7 @@ Each stage reads it whole before its work, so that a mistake anywhere is told be
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, Field, model_validator
@@ -55,6 +55,30 @@ class EncodeTokens(Params):
     batch_size: Annotated[int, Field(ge=1)]
 
 
+class FollowTraining(Params):
+    """Looks at a prior while it trains. All that decides them stands here, so that no change elsewhere retrains a prior."""
+
+    every: Annotated[int, Field(ge=0)] = 0  # steps between looks, the last step being one too; 0: none
+    num_images: Annotated[int, Field(ge=2)] = 2000  # drawn at each look, and at most this many real ones of each split
+    features: FeaturesConfig = Field({"kind": "random"}, validate_default=True)  # of the distance
+    criterion: Literal["last", "test_loss", "frechet"] = "last"  # the weights that are kept: of which look
+
+    @model_validator(mode="after")
+    def _is_decided_by_params_alone(self) -> "FollowTraining":
+        kind = self.features.kind
+        if hasattr(load("features", kind), "Objective"):
+            raise ValueError(
+                f"features {kind} are trained by the pipeline, and every prior would train again whenever they change: "
+                f"use kind random, or one that is read from a weights file (inception)"
+            )
+        if self.criterion != "last" and not self.every:
+            raise ValueError(
+                f"criterion {self.criterion} chooses among looks, and with every 0 there are none: set every, or use "
+                f"criterion last"
+            )
+        return self
+
+
 class SampleImages(Params):
     num_images: Annotated[int, Field(ge=2)]
     batch_size: Annotated[int, Field(ge=1)]
@@ -82,6 +106,7 @@ class Pipeline(Params):
     encode_tokens: EncodeTokens
     reference_stats: ReferenceStats
     systems: Annotated[dict[Name, System], Field(min_length=1)]
+    follow_training: FollowTraining
     sample_images: SampleImages
     evaluate: Evaluate
 
@@ -134,6 +159,11 @@ class Pipeline(Params):
                 found.append(
                     f"system {name}: prior {system.prior.kind} models latents; set encode_tokens.store_latents: true"
                 )
+            if self.follow_training.criterion == "test_loss" and "prior" not in prior.Objective.phases:
+                found.append(
+                    f"system {name}: prior {system.prior.kind} has no loss of test images, by which "
+                    f"follow_training.criterion test_loss would choose its weights: use criterion frechet or last"
+                )
             try:
                 parse(prior.Sampling, system.sampling, f"systems.{name}.sampling")
             except InvalidParams as error:
@@ -156,6 +186,8 @@ class Pipeline(Params):
             sections |= {"prior": self.systems[name].prior, "sampling": self.systems[name].sampling}
         if action in ("train_features", "reference_stats"):
             sections["features"] = self.features[name]
+        if action == "train_prior":
+            sections["follow_training"] = self.follow_training
         return _flat(sections)
 
 

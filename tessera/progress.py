@@ -44,7 +44,7 @@ class History:
 
     def resume(self, step: int) -> None:
         """Keep the rows up to and including `step`."""
-        if self.path.exists():
+        if self.path.exists() and not self.quiet:
             self._rewrite([row for row in self._rows() if int(row["step"]) <= step])
 
     def _rows(self) -> list[dict[str, str]]:

@@ -12,13 +12,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import safetensors.torch
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +33,8 @@ from tessera.optimization import Training, learning_rate_factor, update_average
 from tessera.progress import History, say
 from tessera.stage_process import Job
 
-HISTORY_ROWS = 200  # at most, per training
+HISTORY_ROWS = 200  # at most, per training, besides those of looks
+LONGEST_LOOK = timedelta(hours=2)  # for which other processes wait
 
 
 class Diverged(ValueError):
@@ -43,6 +45,14 @@ class Data(Protocol):
     def __len__(self) -> int: ...
     def batch(self, rows: Tensor, generator: torch.Generator | None) -> Any: ...  # a NamedTuple of tensors
     def on(self, device: torch.device) -> "Data": ...  # the same data, held there; asked for by data_on_device
+
+
+class Follower(Protocol):
+    """Looks at the averaged model now and then and changes nothing; only the main process asks more than `is_due`."""
+
+    def begin(self, step: int) -> None: ...  # the training begins, or resumes, after this step
+    def is_due(self, step: int) -> bool: ...
+    def look(self, step: int, model: nn.Module) -> dict[str, float]: ...  # columns of history.csv
 
 
 def rows_of_step(step: int, batch_size: int, num_rows: int, seed: int) -> Tensor:
@@ -58,7 +68,9 @@ def rows_of_step(step: int, batch_size: int, num_rows: int, seed: int) -> Tensor
     return torch.cat(pieces)
 
 
-def fit(objective: Objective, data: Data, settings: Training, *, seed: int, job: Job) -> nn.Module | None:
+def fit(
+    objective: Objective, data: Data, settings: Training, *, seed: int, job: Job, follower: Follower | None = None
+) -> nn.Module | None:
     """Train `objective` for settings.num_steps steps and return its averaged model on the CPU.
 
     Writes history.csv into job.state and resumes from the newest whole checkpoint there. Returns None in all but the
@@ -72,7 +84,10 @@ def fit(objective: Objective, data: Data, settings: Training, *, seed: int, job:
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if settings.precision == "bf16" else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+            *([InitProcessGroupKwargs(timeout=LONGEST_LOOK)] if follower else []),
+        ],
     )
     shares = accelerator.num_processes * settings.gradient_accumulation
     if settings.batch_size % shares:
@@ -91,9 +106,11 @@ def fit(objective: Objective, data: Data, settings: Training, *, seed: int, job:
         job.state / "history.csv", job.name, settings.num_steps, job.log, quiet=not accelerator.is_main_process
     )
     start = state.load(accelerator.device)
+    history.resume(start)  # also from 0: a training that was killed before its first checkpoint left rows
     if start:
-        history.resume(start)
         job.say(f"resumed step {start}")
+    if follower and accelerator.is_main_process:
+        follower.begin(start)
     if settings.data_on_device:
         data = data.on(accelerator.device)
     if settings.gradient_checkpointing:
@@ -112,9 +129,16 @@ def fit(objective: Objective, data: Data, settings: Training, *, seed: int, job:
             terms = _step(network, objective, optimizers, data, settings, accelerator, seed, step)
             update_average(average, objective.model, settings.ema_decay, step)
             done = step + 1
-            if done % row_interval == 0 or done == settings.num_steps:
+            is_looking = follower is not None and follower.is_due(done)
+            if done % row_interval == 0 or done == settings.num_steps or is_looking:
                 terms = _mean_over_processes(terms, accelerator)
                 terms["learning_rate"] = rate * settings.learning_rate
+                if is_looking:
+                    paused = time.monotonic()
+                    if accelerator.is_main_process:
+                        terms |= follower.look(done, average)
+                    accelerator.wait_for_everyone()
+                    began += time.monotonic() - paused
                 history.add(done, terms, settings.batch_size)
             stopping = _any(accelerator, job.stop_requested)
             due = accelerator.is_main_process and time.monotonic() - saved >= job.checkpoint_seconds

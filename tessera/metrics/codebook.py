@@ -17,7 +17,7 @@ class CodebookUse(NamedTuple):
     codebook_usage: float  # in (0, 1], the fraction of codes that occur
     codebook_perplexity: float  # in [1, codebook_size], exp of the entropy of the frequencies
     dead_codes: int  # codes that never occur
-    bits_per_token: float  # log2 of the perplexity, in [0, log2(codebook_size)]
+    codebook_bits: float  # log2 of the perplexity, in [0, log2(codebook_size)]
 
 
 def count(indices: Tensor | np.ndarray, codebook_size: int) -> Tensor:
@@ -49,5 +49,5 @@ def use(counts: Tensor) -> CodebookUse:
         codebook_usage=num_used / len(counts),
         codebook_perplexity=entropy.exp().item(),
         dead_codes=len(counts) - num_used,
-        bits_per_token=entropy.item() / np.log(2).item(),
+        codebook_bits=entropy.item() / np.log(2).item(),
     )

@@ -12,6 +12,7 @@ random orders, which each image draws for itself, it carries both, where RAR add
 The sequence is [label, index 0, ..., index L-2]; place i predicts index i, the i-th of the order.
 """
 
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -92,6 +93,15 @@ class Model(nn.Module):
             read = self.read_position[:-1] if order is None else self.read_position[order[:, :-1]]
             x = x + F.pad(read, (0, 0, 1, 0))  # the label has no place
         return self.head(self.transformer(x, places=order))
+
+    @torch.no_grad()
+    def bits(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """(B, *index_grid) indices, (B,) labels -> (B,) -log2 of their probability in raster order, exact; nothing is drawn."""
+        if not self.config.is_conditional:
+            labels = torch.full_like(labels, self.null_label)
+        indices = tokens.flatten(1)
+        log_probability = self(indices, labels).float().log_softmax(dim=2)
+        return -log_probability.gather(2, indices.unsqueeze(2)).sum(dim=(1, 2)) / math.log(2)
 
     def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
         """(B,) labels -> (B, *index_grid) indices. The generator is a CPU one: the same draws on every device."""

@@ -4,7 +4,8 @@ Sampling starts from nothing known and places a growing number of indices per st
 
 Sources: Chang et al. (MaskGIT), 2022, arXiv:2202.04200, section 3; the arccos schedule and the ramp of the guidance: Weber et
 al. (MaskBit), 2024, arXiv:2409.16211; the Halton order: Besnier et al., 2025, arXiv:2503.17076; classifier-free
-guidance: Ho and Salimans 2022, arXiv:2207.12598.
+guidance: Ho and Salimans 2022, arXiv:2207.12598; the bound of the likelihood: Uria et al., 2014, arXiv:1310.1757, and
+Hoogeboom et al., 2021, arXiv:2110.02037, section 3.
 Differs from them: the body is nn/transformer.py; the label is added to every place, which needs neither a place of its own
 nor the weights of adaptive norms; each step places at least one index, so that more steps than places are as many as places.
 
@@ -31,6 +32,7 @@ from tessera.transformer_settings import TransformerConfig
 
 LEARNS: Learns = "indices"
 MaskSchedule = Literal["arccos", "cosine"]
+BOUND_DRAWS = 8  # network calls for the bits of a batch
 
 
 class Config(TransformerConfig, ConditionalConfig):
@@ -114,6 +116,29 @@ class Model(nn.Module):
         """(B, L) indices up to and including mask_index, (B,) labels up to and including null_label -> (B, L, K) logits."""
         x = self.index_embedding(indices) + self.position + self.label_embedding(labels).unsqueeze(1)
         return self.head(self.transformer(x))
+
+    @torch.no_grad()
+    def bits(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """(B, *index_grid) indices, (B,) labels -> (B,) an estimate, without bias, of an upper bound of -log2 probability.
+
+        Filled one place after the other in a random order, an image costs, in the mean over orders, L times the mean over
+        m = 1..L of the mean cost of one of m masked places given the others; the mean over orders is a bound by Jensen's
+        inequality. m is spread evenly over BOUND_DRAWS draws of an image, and which places are masked is random.
+        """
+        if not self.config.is_conditional:
+            labels = torch.full_like(labels, self.null_label)
+        indices = tokens.flatten(1)
+        batch, length = indices.shape
+        offset = torch.rand(batch, generator=generator)
+        nats = torch.zeros(batch, device=indices.device)
+        for number in range(BOUND_DRAWS):
+            masked = 1 + ((number + offset) / BOUND_DRAWS * length).long().clamp_max(length - 1)
+            everywhere = torch.ones(batch, length, dtype=torch.bool)
+            is_masked = first(torch.rand(batch, length, generator=generator), everywhere, masked).to(indices.device)
+            logits = self(torch.where(is_masked, self.mask_index, indices), labels).float()
+            cost = -logits.log_softmax(dim=2).gather(2, indices.unsqueeze(2)).squeeze(2)
+            nats += (cost * is_masked).sum(dim=1) / is_masked.sum(dim=1)
+        return nats * (length / BOUND_DRAWS / math.log(2))
 
     def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
         """(B,) labels -> (B, *index_grid) indices. The generator is a CPU one: the same draws on every device."""

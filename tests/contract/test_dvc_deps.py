@@ -13,7 +13,7 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
-from tessera.components import kinds
+from tessera.components import kinds, load
 from tessera.params import KEYS_DVC_IGNORES
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +42,10 @@ def stages() -> dict:
     return {stage.addressing: stage for stage in Repo(ROOT).index.stages}
 
 
+def is_trained(folder: str, kind: str) -> bool:
+    return hasattr(load(folder, kind), "Objective")
+
+
 def code_run_by(address: str) -> set[str]:
     """The files of stages/ and tessera/ that the stage's process runs and that can change its outputs."""
     stage, _, name = address.partition("@")
@@ -55,8 +59,11 @@ def code_run_by(address: str) -> set[str]:
         modules |= {f"tessera.denoisers.{kind}" for kind in kinds("denoisers")}
     if stage == "train_tokenizer":  # a quantizer may build another, by the kind in its params
         modules |= {f"tessera.quantizers.{kind}" for kind in kinds("quantizers")}
+    if stage == "train_prior":  # looks at it are with the features of any kind that is not trained
+        modules |= {f"tessera.features.{kind}" for kind in kinds("features") if not is_trained("features", kind)}
     for module in tuple(modules):
-        modules |= import_graph().find_upstream_modules(module) if "denoisers" in module else set()
+        is_choice = module.split(".")[1] in ("denoisers", "features")
+        modules |= import_graph().find_upstream_modules(module) if is_choice else set()
     modules |= import_graph().find_upstream_modules(entry)
     files = (Path(*module.split(".")).with_suffix(".py") for module in modules)
     return {file.as_posix() for file in files if (ROOT / file).is_file()}

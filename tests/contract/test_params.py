@@ -85,6 +85,19 @@ WRONG = [
     ("encode_tokens.store_latents", False, r"system vqgan-flow: .*set encode_tokens\.store_latents: true"),
     ("tokenizers.vqgan.perceptual", "lpips", r"lpips needs lpips_weights"),
     ("tokenizers.VQ_GAN", GOOD["tokenizers"]["vqgan"], r"'VQ_GAN' is no valid name"),
+    (
+        "follow_training.features",
+        GOOD["features"]["classifier"],
+        r"follow_training: features classifier are trained by the pipeline, and every prior would train again",
+    ),
+    ("follow_training.criterion", "frechet", r"criterion frechet chooses among looks, and with every 0 there are none"),
+    (
+        "follow_training",
+        {"every": 5, "criterion": "test_loss"},
+        r"system gan: prior gan has no loss of test images, by which follow_training\.criterion test_loss would choose",
+    ),
+    ("follow_training.evry", 5, r"follow_training\.evry: unknown key; did you mean 'every'\?"),
+    ("follow_training.features", {"kind": "inception", "weights": "x"}, r"features\.sha256: this key is missing"),
     ("dataset.kind", "imagenet", r"there is no tessera/datasets/imagenet\.py: choose one of cifar10"),
 ]
 
@@ -132,7 +145,7 @@ def test_a_stage_refuses_bad_params_before_touching_anything(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-keys = st.sampled_from(["seed", "dataset", "features", "tokenizers", "systems", "sample_images", "evaluate", "extra"])
+keys = st.sampled_from(["seed", "dataset", "features", "tokenizers", "systems", "follow_training", "evaluate", "extra"])
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 99) | st.floats(allow_nan=True) | st.text(max_size=5),
     lambda inner: (

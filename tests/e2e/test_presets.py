@@ -36,6 +36,7 @@ def test_every_part_of_a_preset_takes_steps_on_generated_images_of_its_shape(pre
     raw["tokenizers"]["vqgan"]["quantizer"]["init_step"] = 1
     raw["encode_tokens"] |= {"warps": 0, "batch_size": 2}
     raw["sample_images"] = {"num_images": 2, "batch_size": 2}
+    raw["follow_training"]["num_images"] = 2
     for system in raw["systems"].values():
         if "num_steps" in system["sampling"]:
             system["sampling"]["num_steps"] = 2
@@ -52,15 +53,17 @@ def test_every_part_of_a_preset_takes_steps_on_generated_images_of_its_shape(pre
     for name, system in params.systems.items():
         tokenizer, tokens = tmp_path / "tokenizers" / system.tokenizer, tmp_path / "tokens" / system.tokenizer
         prior, out = tmp_path / f"prior-{name}", tmp_path / f"samples-{name}"
-        figures = train_prior.run(params, name, tokens, prior, tmp_path / "p.csv", Job(name, tmp_path / name))
-        assert np.isfinite(figures["test_loss"]) if system.prior.kind != "gan" else figures == {}
+        paths = (images, tokenizer, tokens, prior, tmp_path / "p.csv", tmp_path / "p.json")
+        figures = train_prior.run(params, name, *paths, Job(name, tmp_path / name))
+        assert np.isfinite(figures["test_loss"]) if system.prior.kind != "gan" else figures == {"num_images": 2}
+        assert (prior / "looks/step-0000002.png").exists() == (params.follow_training.every > 0)
         sample_images.run(params, name, tokenizer, prior, out, tmp_path / "grid.png", Job("samples", tmp_path / "s4"))
         drawn = np.load(out / "images-00000.npy")
         assert drawn.shape == (2, params.dataset.channels, params.dataset.height, params.dataset.width)
 
 
 def generated_images(out: Path, dataset) -> Path:
-    """Three images to train on and one to test, of ten classes, of smooth noise."""
+    """Three images to train on and two to test, of ten classes, of smooth noise."""
     spec = ImageSpec(
         name="generated",
         channels=dataset.channels,
@@ -72,9 +75,9 @@ def generated_images(out: Path, dataset) -> Path:
     )
     random = np.random.default_rng(0)
     with artifact.create(out) as place:
-        for split, count in (("train", 3), ("test", 1)):
+        for split, count in (("train", 3), ("test", 2)):
             coarse = random.integers(0, 255, (count, spec.channels, spec.height // 8, spec.width // 8)).astype(np.uint8)
             with ImageWriter(place, split, spec) as writer:
                 writer.append(coarse.repeat(8, axis=2).repeat(8, axis=3), np.arange(count) % 10)
-        write_meta(place, spec, "0" * 64, pd.DataFrame({"split": ["train"] * 3 + ["test"], "kept": True}))
+        write_meta(place, spec, "0" * 64, pd.DataFrame({"split": ["train"] * 3 + ["test"] * 2, "kept": True}))
     return out

@@ -244,7 +244,7 @@ def test_samples_are_not_decoded_by_another_tokenizer(reproduced):
 def test_plots_and_metrics_are_there_for_dvc(reproduced):
     clone, _ = reproduced
     shown = clone.run("dvc", "metrics", "show", "--json")
-    assert "label_agreement" in shown.stdout
+    assert "label_agreement" in shown.stdout and "data/metrics/priors/vqgan-masked.json" in shown.stdout
     plots = clone.run("dvc", "plots", "show", "--out", "plots")
     assert plots.returncode == 0, plots.stderr
     page = (clone.folder / "plots/index.html").read_text()
@@ -271,6 +271,7 @@ def test_two_processes_train_the_prior_that_one_process_trains(reproduced):
     params["encode_tokens"]["warps"] = 0  # each process draws the views of its own share
     params["systems"][name]["prior"] |= {"dropout": 0.0, "label_dropout": 0.0}
     params["systems"][name]["prior"]["training"] |= {"num_steps": 10, "optimizer": "adamw"}
+    params["follow_training"] |= {"every": 4, "num_images": 20}  # the first process looks, the other waits
     clone.write_params(params)
     assert clone.run("dvc", "repro", "encode_tokens@vqvae").returncode == 0
     out, history = clone.folder / f"data/priors/{name}", clone.folder / f"data/curves/priors/{name}.csv"
@@ -280,9 +281,12 @@ def test_two_processes_train_the_prior_that_one_process_trains(reproduced):
     for launched in (command, many):
         result = clone.run(*map(str, launched))
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
-        losses.append(pd.read_csv(history).loss)
+        losses.append(pd.read_csv(history)[["loss", "test_loss", "follow_fd_test"]])
         weights.append(safetensors.numpy.load_file(out / "weights.safetensors"))
     assert "2 processes" in result.stdout
-    np.testing.assert_allclose(losses[1], losses[0], atol=1e-5)
+    np.testing.assert_allclose(losses[1].loss, losses[0].loss, atol=1e-5)
+    for curves in losses:
+        assert curves.index[curves.follow_fd_test.notna()].tolist() == [3, 7, 9]  # steps 4, 8 and 10
+    np.testing.assert_allclose(losses[1].test_loss, losses[0].test_loss, atol=1e-4)
     for key, one in weights[0].items():
         assert np.abs(weights[1][key] - one).mean() < 1e-5, key

@@ -460,9 +460,9 @@ def test_use_of_a_codebook_is_the_closed_form():
     assert found.codebook_usage == 3 / 8
     assert found.codebook_perplexity == pytest.approx(3, rel=1e-12)
     assert found.dead_codes == 5
-    assert found.bits_per_token == pytest.approx(math.log2(3), rel=1e-12)
+    assert found.codebook_bits == pytest.approx(math.log2(3), rel=1e-12)
     uneven = codebook.use(torch.tensor([2, 1, 1]))  # entropy 1.5 bits
-    assert uneven.bits_per_token == pytest.approx(1.5, rel=1e-12)
+    assert uneven.codebook_bits == pytest.approx(1.5, rel=1e-12)
     assert uneven.codebook_perplexity == pytest.approx(2**1.5, rel=1e-12)
 
 
@@ -472,7 +472,7 @@ def test_use_is_extreme_for_one_code_and_for_all_codes_alike():
     assert even.codebook_usage == 1
     assert even.dead_codes == 0
     assert even.codebook_perplexity == pytest.approx(1024, rel=1e-12)
-    assert even.bits_per_token == pytest.approx(10, rel=1e-12)
+    assert even.codebook_bits == pytest.approx(10, rel=1e-12)
 
 
 def test_counts_of_batches_add_up():

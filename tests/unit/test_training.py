@@ -17,6 +17,7 @@ from tessera.optimization import (
     orthogonalized,
     update_average,
 )
+from tessera.progress import History
 from tessera.stage_process import Job, Stopped
 from tessera.training import Diverged, fit, rows_of_step
 
@@ -297,6 +298,32 @@ def test_history_has_a_row_per_interval_and_no_clock(job):
     lines = (job.state / "history.csv").read_text().splitlines()
     assert lines[0] == "step,loss,size,second_loss,learning_rate"
     assert [int(line.split(",")[0]) for line in lines[1:]] == list(range(1, 13))
+
+
+def test_a_training_killed_before_its_first_checkpoint_leaves_no_rows_to_the_next(tmp_path):
+    whole, killed = Job("x", tmp_path / "whole"), Job("x", tmp_path / "killed")
+    run(whole)
+
+    class Died(Exception):
+        pass
+
+    def die(call):
+        if call == 7:
+            raise Died
+
+    with pytest.raises(Died):
+        run(killed, Data(on_step=die))
+    assert len((killed.state / "history.csv").read_text().splitlines()) > 5
+    run(killed)
+    assert (killed.state / "history.csv").read_bytes() == (whole.state / "history.csv").read_bytes()
+
+
+def test_only_the_main_process_cuts_the_history(tmp_path):
+    path = tmp_path / "history.csv"
+    path.write_text("step,loss\n1,0.5\n2,0.4\n")
+    for quiet, rows in ((True, 3), (False, 2)):
+        History(path, "x", 5, lambda step, values: None, quiet).resume(1)
+        assert len(path.read_text().splitlines()) == rows
 
 
 @pytest.mark.parametrize("asked_elsewhere", [0.0, 1.0])
