@@ -9,6 +9,7 @@ import yaml
 
 from tessera import params
 from tessera.components import kinds, load
+from tessera.health import Health
 from tessera.optimization import Training
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +40,11 @@ FIGURES = [
     "test_accuracy",
     "feature_dim",
     "images_per_second",
+    "num_warnings",
+    "codebook_collapsed",
+    "discriminator_won",
+    "discriminator_silent",
+    "dead_code_age",
     "seconds",
     "test_loss",
     "fid",
@@ -72,7 +78,7 @@ def test_every_setting_of_a_part_is_in_the_glossary(folder, kind):
 
 @pytest.mark.parametrize(
     "settings",
-    [params.Pipeline, params.System, params.EncodeTokens, params.SampleImages, params.Evaluate, Training],
+    [params.Pipeline, params.System, params.EncodeTokens, params.SampleImages, params.Evaluate, Training, Health],
     ids=lambda settings: settings.__name__,
 )
 def test_every_shared_setting_is_in_the_glossary(settings):
