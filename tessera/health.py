@@ -35,7 +35,7 @@ REMEDIES = {  # by the key of the quantizer that they are about
 
 
 class Health(Params):
-    min_codebook_usage: Annotated[float, Field(ge=0, lt=1)] = 0.02  # share of the codes used within `window`; 0: off
+    min_codebook_usage: Annotated[float, Field(ge=0, lt=1)] = 0.05  # share of the codes used within `window`; 0: off
     window: Count = 100  # steps
     max_dead_discriminator_steps: Annotated[int, Field(ge=0)] = 500  # in a row, won or silent; 0: off
     start_step: Annotated[int, Field(ge=0)] = 200  # nothing is judged before
@@ -111,7 +111,7 @@ class Watch(nn.Module):
                 "codebook_collapsed",
                 f"codebook_usage is {used / size:.4g} at step {step + 1} (health.min_codebook_usage "
                 f"{settings.min_codebook_usage:g}): {used} of {size} codes were used in the last {settings.window} steps; "
-                f"{' or '.join(remedies)}",
+                f"{', or '.join(remedies)}",
             )
         ]
 

@@ -115,13 +115,13 @@ def test_a_healthy_codebook_of_any_kind_is_plotted_and_gives_no_warning(quantize
     assert len(objective.watch.last_used) == objective.model.codebook_size
     header, *rows = (line.split(",") for line in (job.state / "history.csv").read_text().splitlines())
     last = dict(zip(header, rows[-1], strict=True))
-    assert float(last["codebook_usage"]) > 0.02 and 0 <= float(last["dead_code_age"]) <= 20
+    assert float(last["codebook_usage"]) > 0.05 and 0 <= float(last["dead_code_age"]) <= 20
 
 
 def test_a_collapsed_codebook_is_warned_of_once_with_its_value_its_bound_and_a_remedy(job):
     said = trained(far_away(built(config(quantizer=COLLAPSES))), job)
     assert len(said) == 1
-    assert "codebook_usage is 0.01562 at step 5 (health.min_codebook_usage 0.02): 1 of 64 codes" in said[0]
+    assert "codebook_usage is 0.01562 at step 5 (health.min_codebook_usage 0.05): 1 of 64 codes" in said[0]
     assert "quantizer.revive_below" in said[0] and "lower quantizer.codebook_size" in said[0]
     assert job.figures["num_warnings"] == 1 and job.figures["codebook_collapsed"] == 5
 
@@ -217,11 +217,12 @@ def test_a_discriminator_that_learns_from_a_frozen_autoencoder_has_won(job):
 
 def test_a_discriminator_is_judged_by_its_own_steps_and_one_good_step_clears_it():
     watch = Watch(Health(max_dead_discriminator_steps=3, start_step=0), load("quantizers", "identity").Config(), True)
-    accuracies = [None, None, 0.995, 0.995, 0.7, 1.0, 1.0, 1.0]
+    accuracies = [None, None, 1.0, 1.0, 0.7, 0.995, 0.995, 0.995]
     found = []
     for step, accuracy in enumerate(accuracies):
         if accuracy is not None:
-            for part in (accuracy - 0.004, accuracy + 0.004):  # two micro-batches: their mean counts
+            away = 0.008 * (-1) ** step
+            for part in (accuracy - away, accuracy + away):  # two micro-batches: their mean counts
                 watch.note_discriminator(torch.tensor(2.0), torch.tensor(part))
         found += [(step, ailment.name) for ailment in watch.checkup(step).ailments]
     assert found == [(7, "discriminator_won")]
