@@ -23,7 +23,9 @@ def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job
     torch.manual_seed(params.seed)
     model = module.Model(config, spec)
     job.say(_first_line(model, spec, len(splits["train"])))
-    job.resumable(*checkpoints.identity(config, spec), artifact.fingerprint(images), params.seed)
+    settings, described, code = checkpoints.identity(config, spec)
+    settings.pop("health", None)  # it changes no weight: what one bound has stopped goes on under another
+    job.resumable(settings, described, code, artifact.fingerprint(images), params.seed)
     if hasattr(module, "Objective"):
         objective = module.Objective(model, config)
         model = training.fit(objective, splits["train"], config.training, seed=params.seed, job=job)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tessera.autoencoding import Autoencoder, AutoencoderConfig, ReconstructionLoss, Weight
-from tessera.contracts import ImageBatch, ImageSpec
+from tessera.contracts import Checkup, ImageBatch, ImageSpec
+from tessera.health import Watch
 from tessera.nn.autoencoder import group_norm
 from tessera.optimization import optimizers_for
 
@@ -86,10 +87,11 @@ class AdversarialObjective(nn.Module):
             )
             self.register_buffer("average_logits", torch.zeros(2))  # of real and fake, for LeCam
         self.reconstruction_loss = ReconstructionLoss(config)
+        self.watch = Watch(config.health, config.quantizer, has_discriminator=config.adversarial_weight > 0)
         self._judged: list[tuple[Tensor, Tensor]] = []  # images and their reconstructions, for the second phase
 
     def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Reconstructions, the loss of the latents, and terms to plot."""
+        """Reconstructions, the loss of the latents, and terms to plot; with a codebook, `self.watch` is told the codes."""
         raise NotImplementedError
 
     def forward(self, batch: ImageBatch, phase: str, step: int) -> dict[str, Tensor] | None:
@@ -139,7 +141,11 @@ class AdversarialObjective(nn.Module):
                 means /= dist.get_world_size()
             self.average_logits.lerp_(means, 0.01)
         accuracy = 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())
+        self.watch.note_discriminator(real - fake, accuracy)
         return {"loss": loss, "real_logits": real, "fake_logits": fake, "discriminator_accuracy": accuracy}
+
+    def checkup(self, step: int) -> Checkup:
+        return self.watch.checkup(step)
 
     def optimizers(self) -> dict[str, list[Optimizer]]:
         training = self.config.training

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tessera.artifacts import weights_file
 from tessera.components import Params, QuantizerConfig, load
 from tessera.contracts import Encoded, ImageSpec, Quantized
+from tessera.health import Health
 from tessera.nn.autoencoder import Decoder, Encoder
 from tessera.nn.image_losses import Lpips, laplacian_loss, pixel_loss
 from tessera.optimization import Training
@@ -40,6 +41,7 @@ class AutoencoderConfig(Params):
     perturbation_share: Fraction = 0.0  # of the indices, replaced by near ones for the decoder at the first step
     perturbation_until: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the training after which none is left
     perturbation_neighbors: Annotated[int, Field(ge=1)] = 8  # nearest other codes to choose from
+    health: Health = Health()
     training: Training
 
     @property

@@ -118,3 +118,20 @@ class Objective(Protocol):
     # terms to plot, among them "loss", the one to minimise; None skips this phase at this step
 
     def optimizers(self) -> dict[str, list[Optimizer]]: ...  # by phase
+
+    # An objective that watches itself also has `checkup(step) -> Checkup`, which is asked once after each step.
+
+
+class Ailment(NamedTuple):
+    """Something that makes a training useless though its losses are finite."""
+
+    name: str  # a figure: the step at which it was first seen
+    sentence: str  # the value found, its bound, and what to change
+    is_fatal: bool  # the training ends here
+
+
+class Checkup(NamedTuple):
+    """What an objective says of itself after a step; the same in all processes."""
+
+    signs: dict[str, float]  # terms to plot
+    ailments: list[Ailment]  # those to report now

@@ -41,6 +41,10 @@ class Diverged(ValueError):
     """A loss or gradient is not finite; no optimizer step was taken with it."""
 
 
+class Unhealthy(ValueError):
+    """The objective found an ailment that is to end the training (tessera/health.py)."""
+
+
 class Data(Protocol):
     def __len__(self) -> int: ...
     def batch(self, rows: Tensor, generator: torch.Generator | None) -> Any: ...  # a NamedTuple of tensors
@@ -74,7 +78,8 @@ def fit(
     """Train `objective` for settings.num_steps steps and return its averaged model on the CPU.
 
     Writes history.csv into job.state and resumes from the newest whole checkpoint there. Returns None in all but the
-    main process. Raises Diverged at the first loss or gradient that is not finite, before it is applied.
+    main process. Raises Diverged at the first loss or gradient that is not finite, before it is applied, and Unhealthy
+    at an ailment that the objective calls fatal.
     """
     if settings.batch_size % settings.gradient_accumulation:
         raise ValueError(
@@ -129,6 +134,8 @@ def fit(
             terms = _step(network, objective, optimizers, data, settings, accelerator, seed, step)
             update_average(average, objective.model, settings.ema_decay, step)
             done = step + 1
+            if hasattr(objective, "checkup"):
+                terms |= _checkup(objective, step, job, is_main=accelerator.is_main_process)
             is_looking = follower is not None and follower.is_due(done)
             if done % row_interval == 0 or done == settings.num_steps or is_looking:
                 terms = _mean_over_processes(terms, accelerator)
@@ -228,6 +235,19 @@ def _step(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return terms
+
+
+def _checkup(objective: Objective, step: int, job: Job, is_main: bool) -> dict[str, float]:
+    """Ask the objective how it is; say what it complains of, or stop with that. Returns its signs."""
+    signs, ailments = objective.checkup(step)
+    job.figures["num_warnings"] = job.figures.get("num_warnings", 0.0) + len(ailments)
+    for ailment in ailments:
+        if ailment.is_fatal:
+            raise Unhealthy(ailment.sentence)
+        job.figures.setdefault(ailment.name, float(step + 1))
+        if is_main:
+            job.say(f"warning: {ailment.sentence}")
+    return signs
 
 
 class _State:

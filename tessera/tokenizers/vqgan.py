@@ -25,5 +25,6 @@ class Model(AdversarialAutoencoder):
 class Objective(AdversarialObjective):
     def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         reconstructions, quantized = self.model(images, step)
+        self.watch.note_codes(quantized.indices, step)
         terms = {"quantizer_loss": quantized.loss, **codebook_terms(quantized, self.model.codebook_size)}
         return reconstructions, quantized.loss, terms

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tessera.autoencoding import Autoencoder, AutoencoderConfig, ReconstructionLoss, codebook_terms
-from tessera.contracts import ImageBatch
+from tessera.contracts import Checkup, ImageBatch
+from tessera.health import Watch
 from tessera.optimization import optimizers_for
 
 
@@ -30,12 +31,17 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config = model, config
         self.reconstruction_loss = ReconstructionLoss(config)
+        self.watch = Watch(config.health, config.quantizer)
 
     def forward(self, batch: ImageBatch, phase: str, step: int) -> dict[str, Tensor]:
         reconstructions, quantized = self.model(batch.images, step)
+        self.watch.note_codes(quantized.indices, step)
         terms = self.reconstruction_loss(reconstructions, batch.images)
         terms["loss"] = terms["loss"] + quantized.loss
         return {**terms, "quantizer_loss": quantized.loss, **codebook_terms(quantized, self.model.codebook_size)}
+
+    def checkup(self, step: int) -> Checkup:
+        return self.watch.checkup(step)
 
     def optimizers(self) -> dict[str, list[Optimizer]]:
         return {"autoencoder": optimizers_for(self.model, self.config.training)}

@@ -9,6 +9,7 @@ import yaml
 
 from tessera import params
 from tessera.components import kinds, load
+from tessera.health import Health
 from tessera.optimization import Training
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +52,11 @@ FIGURES = [
     "test_accuracy",
     "feature_dim",
     "images_per_second",
+    "num_warnings",
+    "codebook_collapsed",
+    "discriminator_won",
+    "discriminator_silent",
+    "dead_code_age",
     "seconds",
     "test_loss",
     "fid",
@@ -93,6 +99,7 @@ def test_every_setting_of_a_part_is_in_the_glossary(folder, kind):
         params.Evaluate,
         params.FollowTraining,
         Training,
+        Health,
     ],
     ids=lambda settings: settings.__name__,
 )
