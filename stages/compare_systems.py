@@ -84,7 +84,10 @@ def _sentences(systems: Systems, distances: list[str], params: Pipeline) -> list
     """What one may conclude, and what not."""
     found = []
     for key in distances:
-        found.append(f"{key}, from the best: {comparison.ranking(systems, key)} (~: within the noise)")
+        ranked = comparison.ranking(systems, key)
+        found.append(
+            f"{key}, from the best: {ranked}. ~: this step is within the noise, <: beyond it; all pairs: differences.csv"
+        )
         halves = comparison.estimate(systems[REAL], f"halves_{key}")
         if halves:
             number = systems[REAL][0].figure(f"halves_{key}").num_images

@@ -17,7 +17,7 @@ from tessera import figures, pictures, seeding, stage_process
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import Images
 from tessera.artifacts.reference import Reference
-from tessera.artifacts.samples import Samples, floor_rows
+from tessera.artifacts.samples import Samples, floor_rows, quotas
 from tessera.artifacts.shards import Shards
 from tessera.figures import Figure, Measured, Recorder
 from tessera.judge import Judge, in_batches, spread
@@ -200,28 +200,41 @@ def _floor(
     """Training images in the place of samples, and one half of the training images against the other."""
     train, test = splits["train"], splits["test"]
     rows = floor_rows(train.labels, train.spec.num_classes, params.sample_images.num_images, params.seed)
-    half = min(params.sample_images.num_images, len(train) // 2)
-    order = seeding.numpy_generator(params.seed, "halves").permutation(len(train))
+    first, second = halves(train.labels, params.sample_images.num_images, params.seed)
     for number, (network, judge) in enumerate(judges.items()):
         reference = references[network]
         kept = _distances(found, params, judge, reference, train.pixels, train.labels[rows], rows, "samples")
         if number == 0:
             _neighborhoods(found, params.evaluate, reference, kept, "samples")
             _brightness(found, reference, train.pixels, rows, test.pixels)
-        first, second = np.sort(order[:half]), np.sort(order[half : 2 * half])
         one, other = (
             judge.summary(train.pixels, params.evaluate.max_neighbor_images, rows) for rows in (first, second)
         )
         influences = frechet.influence(one.features, one.moments, other.moments)
-        error = frechet.standard_error(influences, train.labels[first][one.kept], half)
+        error = frechet.standard_error(influences, train.labels[first][one.kept], len(first))
         distance = frechet.distance(one.moments, other.moments)
-        protocol = reference.protocol_of("train", "training images of one half", half, half)
+        protocol = reference.protocol_of("train", "training images of one half", len(first), len(second))
         name = f"halves_{judge.frechet_name}"
         found.add("floor", name, distance, protocol, error)
         if judge.has_logits:
             agrees = judge.agrees(test.pixels, test.labels)
             protocol = reference.protocol_of("test", "test images", len(test), 0)
             found.add_share("floor", "test_accuracy", float(agrees.mean()), protocol)
+
+
+def halves(labels: np.ndarray, at_most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of two disjoint sets of equal size and equal numbers of each class, at most at_most images each.
+
+    Unequal class shares alone would set two halves apart.
+    """
+    generator = seeding.numpy_generator(seed, "halves")
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    number = min(at_most, sum(len(some) // 2 for some in members))
+    wanted = quotas(number, tuple(len(some) // 2 for some in members))
+    shuffled = [generator.permutation(some) for some in members]
+    first = [some[:count] for some, count in zip(shuffled, wanted, strict=True)]
+    second = [some[count : 2 * count] for some, count in zip(shuffled, wanted, strict=True)]
+    return np.sort(np.concatenate(first)), np.sort(np.concatenate(second))
 
 
 def _gaps(found: Recorder, judges: dict[str, Judge], measured: Measured) -> None:

@@ -18,6 +18,18 @@ from tessera.params import Pipeline
 from tessera.reporting import curves as training_curves
 
 TEMPLATE = Path("tessera/reporting/report.html")
+FIRST = (
+    "label_agreement",
+    "fid",
+    "fd_",
+    "psnr_db",
+    "rfid",
+    "rfd_",
+    "pfid",
+    "pfd_",
+    "floor_",
+    "copy_rate",
+)  # then the others
 
 
 def run(
@@ -87,6 +99,9 @@ def _rows(measured: dict[str, Measured], groups: tuple[str, ...]) -> dict[str, A
     columns: list[str] = []
     for one in measured.values():
         columns += [key for group in groups for key in one.groups.get(group, {}) if key not in columns]
+    columns.sort(
+        key=lambda column: next((at for at, start in enumerate(FIRST) if column.startswith(start)), len(FIRST))
+    )
     rows = {name: [one.figure(column) for column in columns] for name, one in measured.items()}
     return {"columns": columns, "rows": rows}
 

@@ -277,6 +277,15 @@ def test_indices_that_are_a_little_wrong_cost_more_than_those_of_the_images(plac
     assert found.protocol("pfd_classifier").settings == {"share": 0.1, "neighbors": 8}
 
 
+def test_halves_are_disjoint_and_alike_in_their_classes():
+    labels = np.random.default_rng(0).integers(0, 5, 203)
+    for at_most, expected in ((1000, sum(count // 2 for count in np.bincount(labels))), (40, 40)):
+        first, second = evaluate.halves(labels, at_most, seed=0)
+        assert len(first) == len(second) == len(set(first)) == expected
+        assert not set(first) & set(second)
+        assert np.array_equal(np.bincount(labels[first]), np.bincount(labels[second]))
+
+
 @pytest.fixture(scope="module")
 def two_systems(place) -> Place:
     """A good system and one that draws black images, judged."""
