@@ -33,7 +33,7 @@ def test_a_gan_passes_the_stages_and_has_no_loss_of_test_images(tmp_path, images
     job.say = said.append
     paths = (images_folder, tokenizer, tokens, trained, tmp_path / "p.csv", tmp_path / "p.json")
     figures = train_prior.run(params, "gan", *paths, job)
-    assert figures == {"num_images": 24} and said[-1].endswith(f"; wrote {trained}")
+    assert figures == {} and said[-1] == f"wrote {trained}"
     artifact.check(trained)
     columns = (tmp_path / "p.csv").read_text().splitlines()[0].split(",")
     assert {"step", "loss", "discriminator_loss", "r1_penalty", "discriminator_accuracy"} <= set(columns)

@@ -37,6 +37,8 @@ def test_every_part_of_a_preset_takes_steps_on_generated_images_of_its_shape(pre
     raw["encode_tokens"] |= {"warps": 0, "batch_size": 2}
     raw["sample_images"] = {"num_images": 2, "batch_size": 2}
     raw["follow_training"]["num_images"] = 2
+    if preset == "imagenet256":  # a look would sample 256x256 pixels in its prior's usual number of steps
+        raw["follow_training"]["every"] = 0
     for system in raw["systems"].values():
         if "num_steps" in system["sampling"]:
             system["sampling"]["num_steps"] = 2
@@ -55,7 +57,7 @@ def test_every_part_of_a_preset_takes_steps_on_generated_images_of_its_shape(pre
         prior, out = tmp_path / f"prior-{name}", tmp_path / f"samples-{name}"
         paths = (images, tokenizer, tokens, prior, tmp_path / "p.csv", tmp_path / "p.json")
         figures = train_prior.run(params, name, *paths, Job(name, tmp_path / name))
-        assert np.isfinite(figures["test_loss"]) if system.prior.kind != "gan" else figures == {"num_images": 2}
+        assert np.isfinite(figures["test_loss"]) if system.prior.kind != "gan" else figures == {}
         assert (prior / "looks/step-0000002.png").exists() == (params.follow_training.every > 0)
         sample_images.run(params, name, tokenizer, prior, out, tmp_path / "grid.png", Job("samples", tmp_path / "s4"))
         drawn = np.load(out / "images-00000.npy")
