@@ -119,9 +119,9 @@ class _Points:
                 points[rows] = (self.given[rows].double() - self.center).mul_(self.unit)
                 norms[rows] = points[rows].double().square().sum(dim=1)
             # A sum of D products is off by at most D rounding errors of the sum of their sizes. 16: of the points, norms
-            # and sums. 1.1: errors of errors. 1e-30: where float32 loses digits below its range.
+            # and sums. 1.1: errors of errors. 1e8: where small numbers lose digits.
             relative = 1.1 * (points.shape[1] + 16) * torch.finfo(dtype).eps / 2
-            self._views[dtype] = _View(points, norms, relative * norms + 1e-30)
+            self._views[dtype] = _View(points, norms, relative * norms + 1e8 * torch.finfo(dtype).tiny)
         return self._views[dtype]
 
 
@@ -200,7 +200,7 @@ def _radii(x: _Points, ks: list[int]) -> Tensor:
     size = min(max(ks) + SPARE_NEIGHBORS, len(x) - 1)
     everyone = torch.arange(len(x), device=x.given.device)
     found, is_open = _settled(x, x.view(x.formats[0]), everyone, *_nearest(x, size), ks)
-    for rows in is_open.nonzero()[:, 0].split(CHUNK_ROWS):  # crowded balls: what is still open then is a tie
+    for rows in is_open.nonzero()[:, 0].split(CHUNK_ROWS):  # crowded balls; still open then: ties
         view = x.view(torch.float64)
         bounds = _lower_bounds(view, view, rows, slice(None))
         bounds.scatter_(1, rows[:, None], torch.inf)

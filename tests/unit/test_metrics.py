@@ -282,14 +282,14 @@ def test_kernel_discrepancy_equals_sums_over_pairs():
 @pytest.mark.parametrize(("block", "num_subsets"), [(7, 40), (192, 40), (7, 2)])
 def test_kernel_distance_is_the_mean_over_subsets_whether_or_not_they_share_products(monkeypatch, block, num_subsets):
     monkeypatch.setattr(kernel, "BLOCK_ROWS", block)
-    x, y = normal(60, 4, seed=2).float(), normal(45, 4, seed=3).float() + 0.5
+    x, y = normal(60, 64, seed=2).float(), normal(45, 64, seed=3).float() + 0.5
     generator = np.random.default_rng(5)
     expected = []
     for _ in range(num_subsets):
         rows = generator.permutation(60)[:20], generator.permutation(45)[:20]
         a, b = (features.double().numpy()[some] for features, some in zip((x, y), rows, strict=True))
-        within = [((z @ z.T / 4 + 1) ** 3)[~np.eye(20, dtype=bool)].mean() for z in (a, b)]
-        expected.append(sum(within) - 2 * ((a @ b.T / 4 + 1) ** 3).mean())
+        within = [((z @ z.T / 64 + 1) ** 3)[~np.eye(20, dtype=bool)].mean() for z in (a, b)]
+        expected.append(sum(within) - 2 * ((a @ b.T / 64 + 1) ** 3).mean())
     found = kernel.distance(x, y, np.random.default_rng(5), 20, num_subsets)
     assert found.mean == pytest.approx(np.mean(expected), rel=1e-12)
     assert found.standard_error == pytest.approx(np.std(expected, ddof=1) / math.sqrt(num_subsets), rel=1e-11)
@@ -362,9 +362,12 @@ def neighbor_sets(name: str) -> tuple[np.ndarray, np.ndarray]:
     if name == "offset integers":
         return tuple((one + 4096).astype(np.float32) for one in neighbor_sets("integers"))
     if name == "crowds":  # so near to each other that float32 sees single points
-        centers = 100 * random.normal(size=(4, 20))
-        reference, samples = (centers[random.integers(0, 4, count)] for count in (45, 40))
-        return reference + 1e-5 * random.normal(size=(45, 20)), samples + 1e-5 * random.normal(size=(40, 20))
+        centers = 100 * random.normal(size=(2, 3))
+        reference, samples = (centers[random.integers(0, 2, count)] for count in (90, 70))
+        return reference + 1e-4 * random.normal(size=(90, 3)), samples + 1e-4 * random.normal(size=(70, 3))
+    if name == "far":  # beside one sample all else is below the range of float32
+        reference, samples = random.normal(size=(40, 5)), random.normal(size=(30, 5))
+        return reference, np.concatenate([samples, 1e23 * samples[:1]])
     if name == "one point":
         return np.full((9, 3), 0.1), np.full((7, 3), 0.1)
     scale = {"tiny": 1e-30, "huge": 1e30}[name]
@@ -373,7 +376,9 @@ def neighbor_sets(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("precision", ["highest", "medium"])
-@pytest.mark.parametrize("name", ["copies", "integers", "offset integers", "crowds", "one point", "tiny", "huge"])
+@pytest.mark.parametrize(
+    "name", ["copies", "integers", "offset integers", "crowds", "far", "one point", "tiny", "huge"]
+)
 def test_neighborhoods_equal_brute_force_where_rounding_could_decide(monkeypatch, name, precision):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     reference, samples = neighbor_sets(name)
