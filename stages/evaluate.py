@@ -136,12 +136,11 @@ def _neighborhoods(found: Recorder, settings: Evaluate, reference: Reference, fe
     def protocol(number: int) -> figures.Protocol:
         return reference.protocol_of("test", what, len(features), len(others), neighbors=number)
 
-    near = precision_recall.precision_recall(others, features, PRECISION_NEIGHBORS)
+    near = precision_recall.neighborhoods(others, features, PRECISION_NEIGHBORS, DENSITY_NEIGHBORS)
     found.add_share("generation", "precision", near.precision, protocol(PRECISION_NEIGHBORS))
     found.add_share("generation", "recall", near.recall, protocol(PRECISION_NEIGHBORS), of=len(others))
-    dense = precision_recall.density_coverage(others, features, DENSITY_NEIGHBORS)
-    found.add("generation", "density", dense.density, protocol(DENSITY_NEIGHBORS), dense.density_standard_error)
-    found.add_share("generation", "coverage", dense.coverage, protocol(DENSITY_NEIGHBORS), of=len(others))
+    found.add("generation", "density", near.density, protocol(DENSITY_NEIGHBORS), near.density_standard_error)
+    found.add_share("generation", "coverage", near.coverage, protocol(DENSITY_NEIGHBORS), of=len(others))
 
 
 def _brightness(found: Recorder, reference: Reference, pixels: Shards, rows: np.ndarray | None, others: Shards) -> None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.linalg import lapack
+from scipy.linalg import blas, lapack
 from torch import Tensor
 
 
@@ -41,28 +41,34 @@ class MomentsAccumulator:
     def __init__(self) -> None:
         self.num_images = 0
         self._mean: Tensor | None = None  # (D,)
-        self._scatter: Tensor | None = None  # (D, D), sum of outer products of the deviations from the mean
+        self._scatter: Tensor | None = (
+            None  # (D, D), sum of outer products of the deviations; its upper triangle counts
+        )
 
     def update(self, features: Tensor | np.ndarray) -> None:
         """features: (n, D), any float dtype and device, finite; all batches of one accumulator share D and device."""
         features = torch.as_tensor(features).detach()
         if features.ndim != 2:
             raise ValueError(f"features have shape {tuple(features.shape)}, expected (N, D): flatten them per image")
-        if not len(features):
+        count, width = features.shape
+        if not count:
             return
-        features = features.double()
-        if not features.isfinite().all():
+        rows = torch.empty(count + 1, width, dtype=torch.float64, device=features.device)
+        deviations = rows[:count].copy_(features)
+        mean = deviations.mean(dim=0)
+        if not mean.isfinite().all():  # a single value that is not finite makes its mean so
             raise ValueError(
                 "features hold values that are not finite, expected finite ones: look for NaN in the images they are of"
             )
-        mean = features.mean(dim=0)
-        deviations = features - mean
-        self._merge(len(features), mean, deviations.T @ deviations)
+        deviations -= mean
+        rows[count] = self._move(count, mean)  # one row more, in the place of a pass over a (D, D) matrix
+        self._add(rows)
 
     def merge(self, other: "MomentsAccumulator") -> None:
         """Take over the images that another accumulator has seen; the order of merging does not matter."""
         if other.num_images:
-            self._merge(other.num_images, other._mean, other._scatter)
+            self._add(self._move(other.num_images, other._mean)[None])
+            self._scatter += other._scatter
 
     def moments(self) -> Moments:
         """Raises ValueError for fewer than 2 images."""
@@ -71,12 +77,15 @@ class MomentsAccumulator:
                 f"a covariance of {self.num_images} image{'' if self.num_images == 1 else 's'} does not exist, "
                 f"expected at least 2: sample more images"
             )
-        return Moments(self._mean.clone(), self._scatter / (self.num_images - 1), self.num_images)
+        covariance = (self._scatter / (self.num_images - 1)).triu_()
+        covariance += covariance.triu(1).T
+        return Moments(self._mean.clone(), covariance, self.num_images)
 
-    def _merge(self, num_images: int, mean: Tensor, scatter: Tensor) -> None:
+    def _move(self, num_images: int, mean: Tensor) -> Tensor:
+        """Count images with this mean in. Returns the (D,) row whose square the scatter lacks for the distance of the means."""
         if self._mean is None:
-            self.num_images, self._mean, self._scatter = num_images, mean.clone(), scatter.clone()
-            return
+            self._mean = torch.zeros_like(mean)
+            self._scatter = mean.new_zeros(len(mean), len(mean))
         if mean.shape != self._mean.shape:
             raise ValueError(
                 f"features of width {len(mean)} do not fit those of width {len(self._mean)} seen before: "
@@ -84,9 +93,19 @@ class MomentsAccumulator:
             )
         total = self.num_images + num_images
         shift = mean - self._mean
-        self._scatter += scatter + torch.outer(shift, shift) * (self.num_images * num_images / total)
+        weight = self.num_images * num_images / total
         self._mean += shift * (num_images / total)
         self.num_images = total
+        return shift * weight**0.5
+
+    def _add(self, rows: Tensor) -> None:
+        """Add rows^T rows to the scatter in place; on the CPU to its upper triangle only, which is half the work."""
+        if rows.device.type != "cpu":
+            self._scatter.addmm_(rows.T, rows)
+            return
+        column_major = self._scatter.numpy().T  # BLAS's order, in which the upper triangle is the lower one
+        found = blas.dsyrk(1.0, rows.numpy().T, beta=1.0, c=column_major, overwrite_c=1, lower=1)
+        assert np.shares_memory(found, column_major)
 
 
 def moments(features: Tensor | np.ndarray) -> Moments:

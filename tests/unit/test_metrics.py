@@ -72,6 +72,21 @@ def test_a_large_common_offset_costs_the_covariance_no_digits():
     torch.testing.assert_close(accumulator.moments().covariance, torch.cov(features.T), rtol=1e-6, atol=1e-7)
 
 
+def test_moments_are_symmetric_and_neither_a_refused_batch_nor_an_accepted_one_is_changed_by_them():
+    features = normal(40, 7, seed=16) + torch.arange(40)[:, None]
+    kept = features.clone()
+    accumulator = frechet.MomentsAccumulator()
+    for batch in features.split(9):
+        accumulator.update(batch)
+    for refused in (normal(4, 2, seed=0), torch.full((2, 7), math.inf)):
+        with pytest.raises(ValueError, match="features"):
+            accumulator.update(refused)
+    found = accumulator.moments()
+    assert torch.equal(features, kept)
+    assert torch.equal(found.covariance, found.covariance.T)
+    np.testing.assert_allclose(found.covariance, np.cov(features.numpy().T), rtol=1e-12)
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_fewer_than_two_images_have_no_moments(rows):
     with pytest.raises(ValueError, match=f"covariance of {rows} image.*at least 2"):
@@ -264,6 +279,22 @@ def test_kernel_discrepancy_equals_sums_over_pairs():
     assert kernel.squared_discrepancy(x, y) == pytest.approx(within_x + within_y - 2 * between, rel=1e-12)
 
 
+@pytest.mark.parametrize(("block", "num_subsets"), [(7, 40), (192, 40), (7, 2)])
+def test_kernel_distance_is_the_mean_over_subsets_whether_or_not_they_share_products(monkeypatch, block, num_subsets):
+    monkeypatch.setattr(kernel, "BLOCK_ROWS", block)
+    x, y = normal(60, 64, seed=2).float(), normal(45, 64, seed=3).float() + 0.5
+    generator = np.random.default_rng(5)
+    expected = []
+    for _ in range(num_subsets):
+        rows = generator.permutation(60)[:20], generator.permutation(45)[:20]
+        a, b = (features.double().numpy()[some] for features, some in zip((x, y), rows, strict=True))
+        within = [((z @ z.T / 64 + 1) ** 3)[~np.eye(20, dtype=bool)].mean() for z in (a, b)]
+        expected.append(sum(within) - 2 * ((a @ b.T / 64 + 1) ** 3).mean())
+    found = kernel.distance(x, y, np.random.default_rng(5), 20, num_subsets)
+    assert found.mean == pytest.approx(np.mean(expected), rel=1e-12)
+    assert found.standard_error == pytest.approx(np.std(expected, ddof=1) / math.sqrt(num_subsets), rel=1e-11)
+
+
 def test_kernel_distance_repeats_under_a_seed_and_its_error_shrinks_with_the_number_of_subsets():
     x, y = normal(200, 4, seed=0), normal(150, 4, seed=1)
     few, again, other = (kernel.distance(x, y, np.random.default_rng(s), 50, 20) for s in (3, 3, 4))
@@ -319,6 +350,69 @@ def test_neighbour_metrics_equal_brute_force_for_any_chunk(monkeypatch, chunk, k
     assert min(found) > 0
 
 
+def neighbor_sets(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Sets that are hard on distances from products."""
+    random = np.random.default_rng(7)
+    if name == "copies":  # samples are reference images, some of them many times, as are some of the reference
+        reference = random.normal(size=(40, 30)).astype(np.float32) + np.float32(3)
+        reference[30:] = reference[:10]
+        return reference, reference[random.integers(0, 40, 50)]
+    if name == "integers":  # most balls have several images on their rim
+        return random.integers(0, 3, (50, 6)), random.integers(0, 3, (40, 6)) + 1
+    if name == "offset integers":
+        return tuple((one + 4096).astype(np.float32) for one in neighbor_sets("integers"))
+    if name == "crowds":  # so near to each other that float32 sees single points
+        centers = 100 * random.normal(size=(2, 3))
+        reference, samples = (centers[random.integers(0, 2, count)] for count in (90, 70))
+        return reference + 1e-4 * random.normal(size=(90, 3)), samples + 1e-4 * random.normal(size=(70, 3))
+    if name == "far":  # beside one sample all else is below the range of float32
+        reference, samples = random.normal(size=(40, 5)), random.normal(size=(30, 5))
+        return reference, np.concatenate([samples, 1e23 * samples[:1]])
+    if name == "one point":
+        return np.full((9, 3), 0.1), np.full((7, 3), 0.1)
+    scale = {"tiny": 1e-30, "huge": 1e30}[name]
+    reference, samples = scale * random.normal(size=(40, 5)), scale * random.normal(size=(30, 5))
+    return np.concatenate([reference, 1e4 * reference[:3]]), samples
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize(
+    "name", ["copies", "integers", "offset integers", "crowds", "far", "one point", "tiny", "huge"]
+)
+def test_neighborhoods_equal_brute_force_where_rounding_could_decide(monkeypatch, name, precision):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    reference, samples = neighbor_sets(name)
+    kept = reference.copy(), samples.copy()
+    (precision, recall, *_), (*_, density, coverage) = (brute_force(reference, samples, k) for k in (3, 5))
+    for chunk in (11, 512):
+        monkeypatch.setattr(precision_recall, "CHUNK_ROWS", chunk)
+        found = precision_recall.neighborhoods(reference, samples)
+        assert found[:4] == pytest.approx((precision, recall, density, coverage), abs=1e-12)
+    np.testing.assert_array_equal(reference, kept[0])
+    np.testing.assert_array_equal(samples, kept[1])
+
+
+def test_neighborhoods_of_many_features_equal_subtraction_in_float64():
+    reference, samples = (torch.randn(300, 500, generator=torch.Generator().manual_seed(s)).relu_() for s in (1, 2))
+    samples[:40] = reference[:40] + 0.01 * samples[:40]
+    within, between = (
+        torch.cdist(reference.double(), reference.double()),
+        torch.cdist(samples.double(), reference.double()),
+    )
+    radii = within.sort(dim=1).values  # the first is an image itself
+    own = torch.cdist(samples.double(), samples.double()).sort(dim=1).values[:, 3]
+    found = precision_recall.neighborhoods(reference, samples)
+    inside = between <= radii[:, 5]
+    assert found.precision == pytest.approx((between <= radii[:, 3]).any(dim=1).double().mean().item())
+    assert found.recall == pytest.approx((between <= own[:, None]).any(dim=0).double().mean().item())
+    assert found.density == pytest.approx(inside.sum().item() / 5 / 300)
+    assert found.coverage == pytest.approx(inside.any(dim=0).double().mean().item())
+    hits = inside.double().sum(dim=1) / 5
+    assert found.density_standard_error == pytest.approx(hits.std().item() / math.sqrt(300))
+    assert precision_recall.precision_recall(reference, samples) == found[:2]
+    assert precision_recall.density_coverage(reference, samples) == found[2:]
+
+
 def test_equal_sets_are_wholly_precise_recalled_and_covered():
     features = normal(60, 5, seed=2) + 100
     assert precision_recall.precision_recall(features, features) == (1, 1)
@@ -351,6 +445,8 @@ def test_a_neighbour_that_does_not_exist_is_refused():
         precision_recall.density_coverage(few, many, k=5)
     with pytest.raises(ValueError, match="same feature network"):
         precision_recall.density_coverage(many, normal(9, 3, seed=0))
+    with pytest.raises(ValueError, match="not finite"):
+        precision_recall.neighborhoods(many, torch.where(many > 1, math.nan, many), 1, 1)
     assert precision_recall.density_coverage(many, few[:1], k=4).density >= 0  # one sample is enough for these two
 
 
