@@ -11,21 +11,18 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from tessera import figures, pictures, seeding, stage_process
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import Images
-from tessera.artifacts.reference import Reference
 from tessera.artifacts.samples import Samples, floor_rows, quotas
-from tessera.artifacts.shards import Shards
 from tessera.figures import Figure, Measured, Recorder
-from tessera.judge import Judge, in_batches, spread
-from tessera.metrics import brightness, copy_rate, frechet, inception_score, kernel, precision_recall
-from tessera.params import Evaluate, Pipeline
+from tessera.judge import spread
+from tessera.metrics import copy_rate
+from tessera.panel import Panel
+from tessera.params import Pipeline
 from tessera.tracking import journal
 
-PRECISION_NEIGHBORS, DENSITY_NEIGHBORS = 3, 5  # those of the papers
 SUSPICIOUS_COPIES = 3 * copy_rate.HELD_OUT_SHARE
 SHOWN_SAMPLES, SHOWN_NEIGHBORS = 10, 5
 
@@ -44,134 +41,38 @@ def run(
     picture: Path | None = None,
     neighbors: Path | None = None,
 ) -> None:
-    judges = {network: Judge.read(features / network, network) for network in params.features}
-    references = {network: Reference(reference / network) for network in params.features}
     _, splits = image_artifact.read(images)
     found = Recorder()
+    panel = Panel(found, params, features, reference)
     if samples is None:
-        _floor(found, params, judges, references, splits)
+        _floor(panel, params, splits)
         found.measured().write(metrics)
     else:
         drawn = Samples(samples, params.sample_images.num_images)
-        kept = _judge(found, params, judges, references, drawn, splits["test"].spec.channels, job)
-        main = next(iter(judges))
-        _brightness(found, references[main], drawn.pixels, None, splits["test"].pixels)
-        _copies(found, params.evaluate, references[main], drawn, kept, splits["train"], neighbors, job)
+        kept = panel.distances(drawn.pixels, drawn.labels)
+        panel.inception_score(drawn.pixels, splits["test"].spec.channels)
+        panel.agreement(drawn.pixels, drawn.labels, "generation", "label_agreement", "samples")
+        panel.brightness(drawn.pixels, splits["test"].pixels)
+        _copies(panel, drawn, kept, splits["train"], neighbors, job)
         beside = tuple(figures.read(path) for path in (tokenizer_metrics, prior_metrics) if path is not None)
-        measured = found.measured(drawn.meta, beside)
-        _gaps(found, judges, measured)
+        _gaps(panel, found.measured(drawn.meta, beside))
         measured = found.measured(drawn.meta, beside)
         measured.write(metrics)
         publish(params, name, measured, {"metrics.json": metrics, "samples.png": picture, "neighbors.png": neighbors})
     job.say("  ".join(f"{key} {_shown(one)}" for key, one in found.groups["generation"].items()))
 
 
-def _judge(
-    found: Recorder,
-    params: Pipeline,
-    judges: dict[str, Judge],
-    references: dict[str, Reference],
-    drawn: Samples,
-    channels: int,
-    job: stage_process.Job,
-) -> np.ndarray:
-    """Every figure of samples against test images. Returns the features of some samples by the first judge."""
-    first = None
-    for network, judge in judges.items():
-        kept = _distances(found, params, judge, references[network], drawn.pixels, drawn.labels, None, "samples")
-        if first is None:
-            first = kept
-            _neighborhoods(found, params.evaluate, references[network], kept, "samples")
-        if channels == 3 and hasattr(judge.model, "class_logits"):  # of photographs; of gray digits it means nothing
-            score = inception_score.score(judge.class_logits(drawn.pixels))
-            protocol = references[network].protocol_of("test", "samples", len(drawn), 0, num_splits=10)
-            found.add("generation", "inception_score", score.inception_score, protocol, score.standard_error)
-    judge_of_labels = next(((network, one) for network, one in judges.items() if one.has_logits), None)
-    if judge_of_labels is not None:
-        network, judge = judge_of_labels
-        agrees = judge.agrees(drawn.pixels, drawn.labels)
-        protocol = references[network].protocol_of("test", "samples", len(drawn), 0)
-        found.add_share("generation", "label_agreement", float(agrees.mean()), protocol)
-    return first
-
-
-def _distances(
-    found: Recorder,
-    params: Pipeline,
-    judge: Judge,
-    reference: Reference,
-    pixels: Shards,
-    labels: np.ndarray,
-    rows: np.ndarray | None,
-    what: str,
-) -> np.ndarray:
-    """Fréchet and kernel distance of images to the test images. Returns at most max_neighbor_images rows of features."""
-    settings, other = params.evaluate, reference.moments("test")
-    summary = judge.summary(pixels, settings.max_neighbor_images, rows)
-    features, number = summary.features, len(labels)
-    influences = frechet.influence(features, summary.moments, other)
-    error = frechet.standard_error(influences, labels[summary.kept], number)
-    distance = frechet.distance(summary.moments, other)
-    found.add("generation", judge.frechet_name, distance, reference.protocol("test", what, number), error)
-    others = reference.features("test")
-    smaller = min(len(features), len(others))
-    if settings.kernel_subset > smaller:
-        raise ValueError(
-            f"evaluate.kernel_subset {settings.kernel_subset} is larger than the {smaller} images at hand ({len(features)} "
-            f"{what}, {len(others)} test images): lower it, or raise sample_images.num_images"
-        )
-    generator = seeding.numpy_generator(params.seed, "kernel_subsets")
-    kernel_distance = kernel.distance(features, others, generator, settings.kernel_subset, settings.num_kernel_subsets)
-    subsets = {"subset": settings.kernel_subset, "num_subsets": settings.num_kernel_subsets}
-    protocol = reference.protocol_of("test", what, len(features), len(others), **subsets)
-    found.add("generation", judge.kernel_name, kernel_distance.mean, protocol, kernel_distance.standard_error)
-    return features
-
-
-def _neighborhoods(found: Recorder, settings: Evaluate, reference: Reference, features: np.ndarray, what: str) -> None:
-    """Precision and recall, density and coverage of at most max_neighbor_images images on either side."""
-    others = reference.features("test")
-    others = others[spread(len(others), settings.max_neighbor_images)]
-
-    def protocol(number: int) -> figures.Protocol:
-        return reference.protocol_of("test", what, len(features), len(others), neighbors=number)
-
-    near = precision_recall.neighborhoods(others, features, PRECISION_NEIGHBORS, DENSITY_NEIGHBORS)
-    found.add_share("generation", "precision", near.precision, protocol(PRECISION_NEIGHBORS))
-    found.add_share("generation", "recall", near.recall, protocol(PRECISION_NEIGHBORS), of=len(others))
-    found.add("generation", "density", near.density, protocol(DENSITY_NEIGHBORS), near.density_standard_error)
-    found.add_share("generation", "coverage", near.coverage, protocol(DENSITY_NEIGHBORS), of=len(others))
-
-
-def _brightness(found: Recorder, reference: Reference, pixels: Shards, rows: np.ndarray | None, others: Shards) -> None:
-    """How much brighter the rows of pixels are than the test images, in gray levels."""
-    levels = [
-        torch.cat([brightness.levels(batch) for batch in in_batches(*some)])
-        for some in ((pixels, rows), (others, None))
-    ]
-    shift = brightness.shift(*levels)
-    protocol = reference.protocol("test", "samples", len(levels[0]))
-    without = {"network": "none", "network_sha256": "", "resize": "none", "dtype": "float64"}
-    found.add("generation", "brightness_shift", shift.value, protocol.model_copy(update=without), shift.standard_error)
-
-
 def _copies(
-    found: Recorder,
-    settings: Evaluate,
-    reference: Reference,
-    drawn: Samples,
-    features: np.ndarray,
-    train: Images,
-    picture: Path,
-    job: stage_process.Job,
+    panel: Panel, drawn: Samples, features: np.ndarray, train: Images, picture: Path, job: stage_process.Job
 ) -> None:
     """How many samples lie at a training image, and a picture of samples beside their nearest training images."""
+    reference, at_most = panel.references[panel.first], panel.settings.max_neighbor_images
     trained, held_out = reference.features("train"), reference.features("test")
-    held_out = held_out[spread(len(held_out), settings.max_neighbor_images)]
+    held_out = held_out[spread(len(held_out), at_most)]
     near = copy_rate.nearest(features, trained, min(SHOWN_NEIGHBORS, len(trained)))
     rate = copy_rate.share_of_copies(near.distances, copy_rate.nearest(held_out, trained).distances)
     protocol = reference.protocol_of("train", "samples", len(features), len(trained), held_out=copy_rate.HELD_OUT_SHARE)
-    found.add_share("generation", "copy_rate", rate, protocol)
+    panel.found.add_share("generation", "copy_rate", rate, protocol)
     if rate > SUSPICIOUS_COPIES:
         job.say(
             f"ALARM: {rate:.0%} of the samples lie nearer to a training image than all but {copy_rate.HELD_OUT_SHARE:.0%} of "
@@ -182,43 +83,22 @@ def _copies(
     half = SHOWN_SAMPLES // 2
     shown = np.concatenate([order[:half], order[np.linspace(half, len(order) - 1, SHOWN_SAMPLES - half).astype(int)]])
     rows = reference.feature_rows("train")[near.rows.numpy()[shown]]  # (SHOWN_SAMPLES, k) of the training images
-    of_samples = spread(len(drawn), settings.max_neighbor_images)[shown]
+    of_samples = spread(len(drawn), at_most)[shown]
     originals = train.pixels.gather(rows.ravel()).reshape(*rows.shape, *drawn.pixels.row_shape)
     beside = np.concatenate([drawn.pixels.gather(of_samples)[:, None], originals], axis=1)
     pictures.save_grid(picture, beside.reshape(-1, *beside.shape[2:]), beside.shape[1])
     job.attach(picture, "neighbors.png")
 
 
-def _floor(
-    found: Recorder,
-    params: Pipeline,
-    judges: dict[str, Judge],
-    references: dict[str, Reference],
-    splits: dict[str, Images],
-) -> None:
+def _floor(panel: Panel, params: Pipeline, splits: dict[str, Images]) -> None:
     """Training images in the place of samples, and one half of the training images against the other."""
-    train, test = splits["train"], splits["test"]
-    rows = floor_rows(train.labels, train.spec.num_classes, params.sample_images.num_images, params.seed)
-    first, second = halves(train.labels, params.sample_images.num_images, params.seed)
-    for number, (network, judge) in enumerate(judges.items()):
-        reference = references[network]
-        kept = _distances(found, params, judge, reference, train.pixels, train.labels[rows], rows, "samples")
-        if number == 0:
-            _neighborhoods(found, params.evaluate, reference, kept, "samples")
-            _brightness(found, reference, train.pixels, rows, test.pixels)
-        one, other = (
-            judge.summary(train.pixels, params.evaluate.max_neighbor_images, rows) for rows in (first, second)
-        )
-        influences = frechet.influence(one.features, one.moments, other.moments)
-        error = frechet.standard_error(influences, train.labels[first][one.kept], len(first))
-        distance = frechet.distance(one.moments, other.moments)
-        protocol = reference.protocol_of("train", "training images of one half", len(first), len(second))
-        name = f"halves_{judge.frechet_name}"
-        found.add("floor", name, distance, protocol, error)
-        if judge.has_logits:
-            agrees = judge.agrees(test.pixels, test.labels)
-            protocol = reference.protocol_of("test", "test images", len(test), 0)
-            found.add_share("floor", "test_accuracy", float(agrees.mean()), protocol)
+    train, test, number = splits["train"], splits["test"], params.sample_images.num_images
+    rows = floor_rows(train.labels, train.spec.num_classes, number, params.seed)
+    panel.distances(train.pixels, train.labels[rows], rows)
+    panel.brightness(train.pixels, test.pixels, rows)
+    first, second = halves(train.labels, number, params.seed)
+    panel.between(train.pixels, train.labels, first, second, "training images of one half")
+    panel.agreement(test.pixels, test.labels, "floor", "test_accuracy", "test images")
 
 
 def halves(labels: np.ndarray, at_most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -236,20 +116,18 @@ def halves(labels: np.ndarray, at_most: int, seed: int) -> tuple[np.ndarray, np.
     return np.sort(np.concatenate(first)), np.sort(np.concatenate(second))
 
 
-def _gaps(found: Recorder, judges: dict[str, Judge], measured: Measured) -> None:
+def _gaps(panel: Panel, measured: Measured) -> None:
     """How much worse samples are than reconstructions of the test images, by each judge."""
-    for judge in judges.values():
+    for judge in panel.judges.values():
         generated, reconstructed = measured.figure(judge.frechet_name), measured.figure(f"r{judge.frechet_name}")
         if reconstructed is None:
             continue
-        protocol = measured.protocols[generated.protocol]
         errors = (generated.standard_error, reconstructed.standard_error)
         error = None if None in errors else float(np.hypot(*errors))
-        gap = generated.value - reconstructed.value
         settings = {"reconstructions": reconstructed.num_images}
-        found.add(
-            "generation", f"gap_{judge.frechet_name}", gap, protocol.model_copy(update={"settings": settings}), error
-        )
+        protocol = measured.protocols[generated.protocol].model_copy(update={"settings": settings})
+        gap = generated.value - reconstructed.value
+        panel.found.add("generation", f"gap_{judge.frechet_name}", gap, protocol, error)
 
 
 def publish(params: Pipeline, name: str, measured: Measured, files: dict[str, Path | None]) -> None:
