@@ -375,12 +375,12 @@ def neighbor_sets(name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([reference, 1e4 * reference[:3]]), samples
 
 
-@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("products", ["highest", "medium"])
 @pytest.mark.parametrize(
     "name", ["copies", "integers", "offset integers", "crowds", "far", "one point", "tiny", "huge"]
 )
-def test_neighborhoods_equal_brute_force_where_rounding_could_decide(monkeypatch, name, precision):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+def test_neighborhoods_equal_brute_force_where_rounding_could_decide(monkeypatch, name, products):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: products)
     reference, samples = neighbor_sets(name)
     kept = reference.copy(), samples.copy()
     (precision, recall, *_), (*_, density, coverage) = (brute_force(reference, samples, k) for k in (3, 5))
