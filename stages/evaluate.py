@@ -1,19 +1,23 @@
 """Judge the samples of one system against the test images; `real` judges training images instead, the floor.
 
     python -m stages.evaluate vqgan-flow --images data/images --features data/features --reference data/reference \
-        --samples data/samples/vqgan-flow --tokenizer-metrics data/metrics/tokenizers/vqgan.json \
+        --samples data/samples/vqgan-flow --tokenizer data/tokenizers/vqgan --prior data/priors/vqgan-flow \
+        --tokenizer-metrics data/metrics/tokenizers/vqgan.json \
         --prior-metrics data/metrics/priors/vqgan-flow.json --picture data/pictures/samples/vqgan-flow.png \
         --neighbors data/pictures/neighbors/vqgan-flow.png --metrics data/metrics/systems/vqgan-flow.json
     python -m stages.evaluate real --images data/images --features data/features --reference data/reference \
         --metrics data/metrics/systems/real.json
 """
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from tessera import figures, pictures, seeding, stage_process
+from tessera import figures, pictures, provenance, seeding, stage_process
+from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import Images
 from tessera.artifacts.reference import Reference
@@ -39,6 +43,8 @@ def run(
     metrics: Path,
     job: stage_process.Job,
     samples: Path | None = None,
+    tokenizer: Path | None = None,
+    prior: Path | None = None,
     tokenizer_metrics: Path | None = None,
     prior_metrics: Path | None = None,
     picture: Path | None = None,
@@ -53,6 +59,8 @@ def run(
         found.measured().write(metrics)
     else:
         drawn = Samples(samples, params.sample_images.num_images)
+        parts = {"tokenizer": tokenizer, "prior": prior}
+        _require_made_by(drawn, samples, parts)
         kept = _judge(found, params, judges, references, drawn, splits["test"].spec.channels, job)
         main = next(iter(judges))
         _brightness(found, references[main], drawn.pixels, None, splits["test"].pixels)
@@ -62,7 +70,8 @@ def run(
         _gaps(found, judges, measured)
         measured = found.measured(drawn.meta, beside)
         measured.write(metrics)
-        publish(params, name, measured, {"metrics.json": metrics, "samples.png": picture, "neighbors.png": neighbors})
+        files = {"metrics.json": metrics, "samples.png": picture, "neighbors.png": neighbors}
+        publish(params, name, measured, files, images, {role: path for role, path in parts.items() if path is not None})
     job.say("  ".join(f"{key} {_shown(one)}" for key, one in found.groups["generation"].items()))
 
 
@@ -253,17 +262,42 @@ def _gaps(found: Recorder, judges: dict[str, Judge], measured: Measured) -> None
         )
 
 
-def publish(params: Pipeline, name: str, measured: Measured, files: dict[str, Path | None]) -> None:
-    """The one run per system that people compare in the tracker: both stages' params, all figures, the pictures."""
+def _require_made_by(drawn: Samples, samples: Path, parts: dict[str, Path | None]) -> None:
+    """Raise unless the samples were drawn from these artifacts: figures of others would be told of them."""
+    for role, path in parts.items():
+        if path is not None and artifact.fingerprint(path) != drawn.meta[f"{role}_fingerprint"]:
+            raise ValueError(
+                f"{samples} was drawn from another {role} ({drawn.meta[f'{role}_fingerprint'][:12]}) than {path} "
+                f"({artifact.fingerprint(path)[:12]}). Draw the samples again: dvc repro sample_images@{samples.name}"
+            )
+
+
+def publish(
+    params: Pipeline,
+    name: str,
+    measured: Measured,
+    files: dict[str, Path | None],
+    images: Path,
+    parts: dict[str, Path],
+) -> None:
+    """The one run per system that people compare in the tracker: both stages' params, all figures, the pictures.
+
+    With both artifacts it is also offered to the registry of models.
+    """
+    experiment = f"tessera-{params.dataset.name}"
+    described = params.describe(f"system@{name}")
+    tags = {"tessera.system": name, **_protocol_tags(measured), **provenance.tags(stage_process.ROOT, parts)}
     with journal.open_run(
         name,
-        experiment=f"tessera-{params.dataset.name}",
+        experiment=experiment,
         root=stage_process.ROOT,
         state=None,
-        params=params.describe(f"system@{name}"),
-        tags={"tessera.system": name},
+        params=described.params,
+        tags=described.tags | tags,
+        settings=described.settings,
         kind="system",
     ) as run:
+        stage_process.track_dataset(run, params.dataset.name, images, "evaluation")
         for group, some in measured.groups.items():
             run.figures({f"{group}/{key}": one.value for key, one in some.items()})
             if group == "generation":  # what differences between systems are weighed by
@@ -272,6 +306,23 @@ def publish(params: Pipeline, name: str, measured: Measured, files: dict[str, Pa
         for file_name, file in files.items():
             if file is not None:
                 run.attach(file, file_name)
+        run.attach_json(described.settings, "params.json")
+        run.attach_json({key: one.model_dump() for key, one in measured.protocols.items()}, "protocol.json")
+        prints = {role: artifact.fingerprint(path) for role, path in parts.items()}
+        run.made_by(prints)
+        if len(parts) == 2:
+            sampling = params.sampling(name).model_dump(mode="json")
+            digest = hashlib.sha256(json.dumps([prints, sampling], sort_keys=True).encode()).hexdigest()
+            run.offer_model(experiment, parts, prints, sampling, digest)
+
+
+def _protocol_tags(measured: Measured) -> dict[str, str]:
+    """What must be equal where figures of samples are compared: the main distance's protocol, and one short hash of all."""
+    of_samples = {key: measured.protocol(key).model_dump() for key in measured.groups["generation"]}
+    main = next(iter(of_samples.values()))
+    digest = hashlib.sha256(json.dumps(of_samples, sort_keys=True).encode()).hexdigest()[:12]
+    shown = ("num_images", "reference_split", "num_reference_images", "network", "dtype")
+    return {"protocol": digest, **{f"protocol.{key}": str(main[key]) for key in shown}}
 
 
 def _shown(figure: Figure) -> str:
