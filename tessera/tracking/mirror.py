@@ -37,6 +37,8 @@ DOUBT_SECONDS = 3.0
 CHUNK_BYTES = 256_000
 LOG_BYTES = 1_000_000
 CHAMPION = "champion"
+VERSION_TAGS = ("tessera.system", "mlflow.source.git.commit", "git.uncommitted", "dvc.experiment", "protocol")
+VERSION_FIGURES = re.compile(r"generation/(fid|fd_[a-z0-9]+|label_agreement|precision|recall|copy_rate)")
 
 
 class Refused(RuntimeError):
@@ -226,9 +228,8 @@ class _Mirror:
         from tessera.tracking import registry
 
         run = client.get_run(self.sent.run_id)
-        shown = ("mlflow.source.git.commit", "git.uncommitted", "dvc.experiment", "protocol", "tessera.system")
-        tags = {key: run.data.tags[key] for key in shown if key in run.data.tags}
-        figures = {key: f"{value:.6g}" for key, value in run.data.metrics.items() if key.startswith("generation/")}
+        tags = {key: run.data.tags[key] for key in VERSION_TAGS if key in run.data.tags}
+        figures = {key: f"{value:.4g}" for key, value in run.data.metrics.items() if VERSION_FIGURES.fullmatch(key)}
         try:
             done = registry.register(client, self.sent.run_id, self.journal.parent, root, offer, tags | figures)
         except ArtifactError as error:  # sending it again would not help
@@ -346,7 +347,10 @@ def _experiment(client: Any, root: Path, name: str) -> str:
     if experiment is None:
         # Without a server there is no one else to choose an absolute place for files
         place = None if _is_server(tracking_uri(root)) else (root.resolve() / "mlruns" / name).as_uri()
-        return client.create_experiment(name, artifact_location=place)
+        kind = {
+            "mlflow.experimentKind": "custom_model_development"
+        }  # else its page shows traces and judges of chats first
+        return client.create_experiment(name, artifact_location=place, tags=kind)
     if experiment.lifecycle_stage == "deleted":
         raise Refused(
             f"experiment {name} was deleted in MLflow: bring it back with "

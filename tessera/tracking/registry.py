@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,11 +37,11 @@ def register(client: Any, run_id: str, journal: Path, root: Path, offer: dict[st
     version = _version(client, offer)
     if version is None:
         folders = {role: _folder(journal, root, offer, role, path) for role, path in offer["parts"].items()}
-        with _patience():
+        with _environment(client.tracking_uri):
             model_id = _log_model(client, run_id, offer, folders)
-        _require_registered_model(client, offer["name"])
-        source = f"models:/{model_id}"
-        client.create_model_version(offer["name"], source, run_id, tags, await_creation_for=60, model_id=model_id)
+            _require_registered_model(client, offer["name"])
+            source = f"models:/{model_id}"
+            client.create_model_version(offer["name"], source, run_id, tags, await_creation_for=60, model_id=model_id)
         version = _version(client, offer)
         done = f"{offer['name']} version {version.version} was registered"
     else:
@@ -112,12 +113,13 @@ def _log_model(client: Any, run_id: str, offer: dict[str, Any], folders: dict[st
         ColSpec(DataType.long, "seed"),
         ColSpec(DataType.double, "guidance_scale", required=False),
     ]
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # MLflow would like to infer the signature that it is given
         place, code = Path(temporary) / "model", Path(temporary) / "tessera"
         shutil.copytree(PACKAGE, code, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
         mlflow.pyfunc.save_model(
             place,
-            python_model=str(SERVED_MODEL),
+            python_model=str(code / SERVED_MODEL.relative_to(PACKAGE)),
             artifacts={role: str(folder) for role, folder in folders.items()},
             code_paths=[str(code)],
             signature=ModelSignature(Schema(inputs), Schema(outputs)),
@@ -132,16 +134,19 @@ def _log_model(client: Any, run_id: str, offer: dict[str, Any], folders: dict[st
 
 
 @contextmanager
-def _patience() -> Iterator[None]:
-    """Weights take longer than a line of a journal; only the uploader waits."""
-    before = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")
-    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(UPLOAD_SECONDS, int(before or 0)))
+def _environment(tracking_uri: str) -> Iterator[None]:
+    """For an upload: weights take longer than a line of a journal, and MLflow looks "models:/..." up where this says."""
+    timeout = max(UPLOAD_SECONDS, int(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", 0)))
+    wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout), "MLFLOW_TRACKING_URI": tracking_uri}
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        os.environ.pop("MLFLOW_HTTP_REQUEST_TIMEOUT")
-        if before is not None:
-            os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = before
+        for key, value in before.items():
+            os.environ.pop(key)
+            if value is not None:
+                os.environ[key] = value
 
 
 def crown(client: Any, name: str, metric: str, lower: bool, threshold: float, dismiss: bool = False) -> int:
@@ -163,11 +168,11 @@ def crown(client: Any, name: str, metric: str, lower: bool, threshold: float, di
         if isinstance(measured, str):
             print(f"version {version.version} is left out: {measured}")
         else:
-            known[version.version] = measured
+            known[str(version.version)] = measured
     if not known:
         print(f"{name} has no version with the figure {metric}, so there is no champion by it.", file=sys.stderr)
         return 2
-    titles = {version.version: f"{version.tags.get(SYSTEM)} (version {version.version})" for version in versions}
+    titles = {str(version.version): f"{version.tags.get(SYSTEM)} (version {version.version})" for version in versions}
     newest = next(iter(known))
     alike = {}
     for number, measured in known.items():
@@ -221,7 +226,8 @@ def crown(client: Any, name: str, metric: str, lower: bool, threshold: float, di
 
 
 def _champion(client: Any, name: str) -> str | None:
-    return client.get_registered_model(name).aliases.get(CHAMPION)
+    version = client.get_registered_model(name).aliases.get(CHAMPION)
+    return None if version is None else str(version)  # a database says it as a number, a server as text
 
 
 def _first(estimates: dict[str, Any], lower: bool) -> str:

@@ -8,6 +8,7 @@ import base64
 import io
 import logging
 import math
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ class ServedImages(PythonModel):
         self.source = ImageGenerator(Path(context.artifacts["tokenizer"]), Path(context.artifacts["prior"]))
         self.settings = dict(context.model_config["sampling"])  # those that were evaluated
         parse(self.source.module.Sampling, self.settings)
+        if "mlflow.pyfunc.scoring_server.app" in sys.modules:
+            _keep_traces_here()
         self.turn = threading.Lock()  # a batch uses all cores; two at a time would be slower and take twice the memory
 
     def predict(self, context, model_input, params=None):  # with type hints MLflow would want a list of requests
@@ -80,6 +83,17 @@ class ServedImages(PythonModel):
                 raise Refused(f"guidance_scale is {scale:g}, expected 0 to {LARGEST_GUIDANCE:g}")
             sampling["guidance_scale"] = scale
         return labels, seed, sampling
+
+
+def _keep_traces_here() -> None:
+    """MLflow's server sends the trace of what fails outside of the model, such as the parsing of a table, to the client."""
+    answer = MlflowException.serialize_as_json
+
+    def without_trace(self: MlflowException) -> str:
+        self.json_kwargs.pop("stack_trace", None)
+        return answer(self)
+
+    MlflowException.serialize_as_json = without_trace
 
 
 def _whole(value: Any, name: str, largest: int) -> int:
