@@ -1,7 +1,8 @@
 """Judge the samples of one system against the test images; `real` judges training images instead, the floor.
 
     python -m stages.evaluate vqgan-flow --images data/images --features data/features --reference data/reference \
-        --samples data/samples/vqgan-flow --tokenizer-metrics data/metrics/tokenizers/vqgan.json \
+        --samples data/samples/vqgan-flow --tokenizer data/tokenizers/vqgan --prior data/priors/vqgan-flow \
+        --tokenizer-metrics data/metrics/tokenizers/vqgan.json \
         --prior-metrics data/metrics/priors/vqgan-flow.json --picture data/pictures/samples/vqgan-flow.png \
         --neighbors data/pictures/neighbors/vqgan-flow.png --metrics data/metrics/systems/vqgan-flow.json
     python -m stages.evaluate real --images data/images --features data/features --reference data/reference \
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tessera import figures, pictures, seeding, stage_process
+from tessera import figures, pictures, seeding, stage_process, system_run
+from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import Images
 from tessera.artifacts.samples import Samples, floor_rows, quotas
@@ -21,7 +23,6 @@ from tessera.judge import spread
 from tessera.metrics import copy_rate
 from tessera.panel import Panel
 from tessera.params import Pipeline
-from tessera.tracking import journal
 
 SUSPICIOUS_COPIES = 3 * copy_rate.HELD_OUT_SHARE
 SHOWN_SAMPLES, SHOWN_NEIGHBORS = 10, 5
@@ -36,6 +37,8 @@ def run(
     metrics: Path,
     job: stage_process.Job,
     samples: Path | None = None,
+    tokenizer: Path | None = None,
+    prior: Path | None = None,
     tokenizer_metrics: Path | None = None,
     prior_metrics: Path | None = None,
     picture: Path | None = None,
@@ -49,6 +52,8 @@ def run(
         found.measured().write(metrics)
     else:
         drawn = Samples(samples, params.sample_images.num_images)
+        parts = {"tokenizer": tokenizer, "prior": prior}
+        _require_made_by(drawn, samples, parts)
         kept = panel.distances(drawn.pixels, drawn.labels)
         panel.inception_score(drawn.pixels, splits["test"].spec.channels)
         panel.agreement(drawn.pixels, drawn.labels, "generation", "label_agreement", "samples")
@@ -58,7 +63,10 @@ def run(
         _gaps(panel, found.measured(drawn.meta, beside))
         measured = found.measured(drawn.meta, beside)
         measured.write(metrics)
-        publish(params, name, measured, {"metrics.json": metrics, "samples.png": picture, "neighbors.png": neighbors})
+        files = {"metrics.json": metrics, "samples.png": picture, "neighbors.png": neighbors}
+        system_run.publish(
+            params, name, measured, files, images, {role: path for role, path in parts.items() if path is not None}
+        )
     job.say("  ".join(f"{key} {_shown(one)}" for key, one in found.groups["generation"].items()))
 
 
@@ -130,25 +138,14 @@ def _gaps(panel: Panel, measured: Measured) -> None:
         panel.found.add("generation", f"gap_{judge.frechet_name}", gap, protocol, error)
 
 
-def publish(params: Pipeline, name: str, measured: Measured, files: dict[str, Path | None]) -> None:
-    """The one run per system that people compare in the tracker: both stages' params, all figures, the pictures."""
-    with journal.open_run(
-        name,
-        experiment=f"tessera-{params.dataset.name}",
-        root=stage_process.ROOT,
-        state=None,
-        params=params.describe(f"system@{name}"),
-        tags={"tessera.system": name},
-        kind="system",
-    ) as run:
-        for group, some in measured.groups.items():
-            run.figures({f"{group}/{key}": one.value for key, one in some.items()})
-            if group == "generation":  # what differences between systems are weighed by
-                errors = {key: one.standard_error for key, one in some.items() if one.standard_error is not None}
-                run.figures({f"{group}/{key}_standard_error": error for key, error in errors.items()})
-        for file_name, file in files.items():
-            if file is not None:
-                run.attach(file, file_name)
+def _require_made_by(drawn: Samples, samples: Path, parts: dict[str, Path | None]) -> None:
+    """Raise unless the samples were drawn from these artifacts: figures of others would be told of them."""
+    for role, path in parts.items():
+        if path is not None and artifact.fingerprint(path) != drawn.meta[f"{role}_fingerprint"]:
+            raise ValueError(
+                f"{samples} was drawn from another {role} ({drawn.meta[f'{role}_fingerprint'][:12]}) than {path} "
+                f"({artifact.fingerprint(path)[:12]}). Draw the samples again: dvc repro sample_images@{samples.name}"
+            )
 
 
 def _shown(figure: Figure) -> str:

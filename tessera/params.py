@@ -6,7 +6,7 @@ Each stage reads it whole before its work, so that a mistake anywhere is told be
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import AfterValidator, Field, model_validator
@@ -175,30 +175,62 @@ class Pipeline(Params):
         entry = self.systems[system]
         return parse(load("priors", entry.prior.kind).Sampling, entry.sampling, f"systems.{system}.sampling")
 
-    def describe(self, stage: str) -> dict[str, Any]:
-        """The flat params that a stage depends on, as a tracker shows them."""
+    def describe(self, stage: str) -> "Description":
+        """What a stage depends on, as a tracker shows it, by these rules.
+
+        A param is what params.yaml sets for a tokenizer, a prior or its sampling, and for any of their kind; what nobody
+        sets is the default of all. What is the same for the whole run (seed, data set) or set alike in all systems is a
+        tag, because as a column it would tell nothing. A hash of 64 digits is neither. `settings` has everything.
+        """
         action, _, name = stage.partition("@")
-        sections: dict[str, Any] = {"seed": self.seed, "dataset": self.dataset}
+        whole: dict[str, Any] = {"seed": self.seed, "dataset": self.dataset}
+        own: dict[str, Any] = {}
         tokenizer = self.systems[name].tokenizer if name in self.systems else name
         if tokenizer in self.tokenizers:
-            sections["tokenizer"] = self.tokenizers[tokenizer]
+            own["tokenizer"] = self.tokenizers[tokenizer]
         if name in self.systems:
-            sections |= {"prior": self.systems[name].prior, "sampling": self.systems[name].sampling}
+            own |= {"prior": self.systems[name].prior, "sampling": self.sampling(name)}
         if action in ("train_features", "reference_stats"):
-            sections["features"] = self.features[name]
+            own["features"] = self.features[name]
         if action == "train_prior":
-            sections["follow_training"] = self.follow_training
-        return _flat(sections)
+            whole["follow_training"] = self.follow_training
+        cells = [
+            {"tokenizer": self.tokenizers[system.tokenizer], "prior": system.prior, "sampling": self.sampling(key)}
+            for key, system in self.systems.items()
+        ]
+        is_set = set().union(*(_flat(cell, only_set=True) for cell in [*cells, own, whole]))
+        alike = set()
+        if len(cells) > 1:
+            flat = [_flat(cell) for cell in cells]
+            alike = {key for key in flat[0] if all(key in one and one[key] == flat[0][key] for one in flat)}
+        settings = _flat(own) | ({"tokenizer": tokenizer} if name in self.systems else {})
+        shown = {key: value for key, value in settings.items() if key in is_set | {"tokenizer"} and not _is_hash(value)}
+        params = {key: value for key, value in shown.items() if key not in alike}
+        tags = {key: value for key, value in _flat(whole).items() if key in is_set and not _is_hash(value)}
+        tags |= {key: value for key, value in shown.items() if key in alike}
+        return Description(params, tags, _flat(whole) | settings)
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+class Description(NamedTuple):
+    """Flat params of a stage: {"prior.width": 96, ...}."""
+
+    params: dict[str, Any]  # worth a column of a table of systems
+    tags: dict[str, Any]  # the same in all rows of it
+    settings: dict[str, Any]  # everything, defaults included
+
+
+def _is_hash(value: Any) -> bool:
+    return bool(re.fullmatch(r"[0-9a-f]{64}", str(value)))
+
+
+def _flat(value: Any, prefix: str = "", only_set: bool = False) -> dict[str, Any]:
     if isinstance(value, Params):
-        value = value.model_dump(mode="json")
+        value = value.model_dump(mode="json", exclude_unset=only_set)
     if not isinstance(value, dict):
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key), only_set)
     return flat
 
 

@@ -117,16 +117,16 @@ def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool)
     params = all_params.read(Path("params.yaml"))
     state = STATE / name.replace("@", "-")
     state.mkdir(parents=True, exist_ok=True)
-    section = params.describe(name)
+    described = params.describe(name)._asdict()
     with (
-        journal.open_run(
-            name, root=ROOT, state=state, params=section, tags={}, experiment=f"tessera-{params.dataset.name}"
-        )
+        journal.open_run(name, root=ROOT, state=state, experiment=f"tessera-{params.dataset.name}", **described)
         if is_main
         else _Nothing() as tracked
     ):
         if is_main:
             journal.start_uploader(ROOT)
+            if "images" in arguments and (arguments["images"] / artifact.MANIFEST).is_file():
+                track_dataset(tracked, params.dataset.name, arguments["images"], name.split("@")[0])
         job = Job(name, state, tracked)
         for number in STOP_SIGNALS:
             signal.signal(number, _end)
@@ -135,12 +135,19 @@ def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool)
             return
         figures = {**job.figures, **figures, "seconds": time.monotonic() - began}
         tracked.figures(figures)
+        if "out" in arguments and (arguments["out"] / artifact.MANIFEST).is_file():
+            tracked.tag({"tessera.artifact": artifact.fingerprint(arguments["out"])})  # who asks for it finds this run
     if os.environ.get("DVC_STAGE"):
         TIMINGS.mkdir(parents=True, exist_ok=True)
         artifact.write_json(TIMINGS / f"{name}.json", {key: round(value, 3) for key, value in figures.items()})
     _remove_state(state)
     speed = figures.get("images_per_second")
     progress.say(f"{name}  done in {figures['seconds']:.1f}s" + (f", {speed:,.0f} images/s" if speed else ""))
+
+
+def track_dataset(run: journal.Run, name: str, images: Path, context: str) -> None:
+    """Tell the tracker which images artifact goes into a run."""
+    run.dataset(name, artifact.fingerprint(images), images.as_posix(), context)
 
 
 class _Nothing:

@@ -32,11 +32,13 @@ def open_run(
     state: Path | None,
     params: dict[str, Any],
     tags: dict[str, str],
+    settings: dict[str, Any] | None = None,
     kind: str = "stage",
 ) -> "Run":
     """Open the journal of one execution of a stage, or go on with the one that `state` (its resume folder) names.
 
-    It goes on only with the same params, and only if that execution did not finish.
+    It goes on only with the same settings (all that params were chosen from; default: the params), and only if that
+    execution did not finish.
     kind "system" is for the one row per system that people compare. Never fails for want of disk or server.
     """
     run = Run(stage)
@@ -44,7 +46,8 @@ def open_run(
         return run
     root = root.resolve()  # a stage may change its working directory
     flat = _flat(params)
-    uid = _unfinished(root, state, flat) or uuid.uuid4().hex
+    all_settings = _flat(params if settings is None else settings)
+    uid = _unfinished(root, state, all_settings) or uuid.uuid4().hex
     run._start(folder_of(root) / uid)
     if state is not None:
         run._guard(lambda: replace_json(state / "run.json", {"run_uid": uid}))
@@ -58,6 +61,7 @@ def open_run(
         pid=os.getpid(),
         started=process_start(os.getpid()),
         params=flat,
+        settings=all_settings,
         tags={key: redact(str(value)) for key, value in tags.items()},
     )
     return run
@@ -96,6 +100,33 @@ class Run:
 
     def param(self, values: dict[str, Any]) -> None:
         self._append("param", values=_flat(values))
+
+    def dataset(self, name: str, digest: str, path: str, context: str) -> None:
+        """Name the images that go in: by their artifact's fingerprint, and where it lies in the checkout."""
+        self._append("dataset", name=name, digest=digest, path=path, context=context)
+
+    def made_by(self, fingerprints: dict[str, str]) -> None:
+        """Name the artifacts, by role, whose making led to this run: the runs that made them are its own."""
+        self._append("made_by", fingerprints=fingerprints)
+
+    def offer_model(
+        self, name: str, parts: dict[str, Path], prints: dict[str, str], sampling: dict[str, Any], digest: str
+    ) -> None:
+        """Offer artifact folders, by role, to the registry. Their files are linked, so that nothing later changes them.
+
+        `prints`: the folders' fingerprints; `digest`: one hash of all that makes two models the same.
+        """
+        place = f"models/{digest[:16]}"
+        if self.folder is None or not _registry_enabled():
+            return
+        if self._guard(lambda: [_link_folder(path, self.folder / place / role) for role, path in parts.items()]):
+            paths = {role: path.as_posix() for role, path in parts.items()}
+            self._append("model", name=name, digest=digest, place=place, parts=paths, prints=prints, sampling=sampling)
+
+    def attach_json(self, value: Any, name: str) -> None:
+        """Write a value as a JSON file beside the journal."""
+        if self.folder is not None and self._guard(lambda: replace_json(self.folder / "files" / name, value, 1)):
+            self._append("attach", name=name)
 
     def attach(self, path: Path, name: str | None = None) -> None:
         """Copy a small file (a grid, a table) beside the journal; `name` may hold folders."""
@@ -203,25 +234,29 @@ def start_uploader(root: Path) -> None:
 _uploader: subprocess.Popen[bytes] | None = None  # kept, because Python warns when a running Popen is forgotten
 
 
-def _enabled() -> bool:
-    value = os.environ.get("TESSERA_TRACKING", "on")
+def _enabled(switch: str = "TESSERA_TRACKING") -> bool:
+    value = os.environ.get(switch, "on")
     if value not in ("on", "off"):
-        raise ValueError(f"TESSERA_TRACKING is {value!r}: expected on or off; correct it in the environment or in .env")
+        raise ValueError(f"{switch} is {value!r}: expected on or off; correct it in the environment or in .env")
     return value == "on"
+
+
+def _registry_enabled() -> bool:
+    return _enabled("TESSERA_REGISTRY")
 
 
 def folder_of(root: Path) -> Path:
     return root / ".state" / "tracking"
 
 
-def _unfinished(root: Path, state: Path | None, params: dict[str, str]) -> str | None:
-    """The run that `state` names, unless it came to its end or had other params: then this is another run."""
+def _unfinished(root: Path, state: Path | None, settings: dict[str, str]) -> str | None:
+    """The run that `state` names, unless it came to its end or had other settings: then this is another run."""
     if state is None or not (state / "run.json").is_file():
         return None
     try:
         uid = json.loads((state / "run.json").read_text(encoding="utf-8"))["run_uid"]
         ends = [event for _, event in events_of(folder_of(root) / uid / JOURNAL) if event["event"] in ("open", "close")]
-        others = any(event["event"] == "open" and event["params"] != params for event in ends)
+        others = any(event["event"] == "open" and event.get("settings") != settings for event in ends)
     except FileNotFoundError:  # the journal was thrown away, the run in MLflow was not
         return uid
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -245,6 +280,17 @@ def events_of(journal: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, A
             yield offset, event if isinstance(event, dict) and "event" in event else {"event": "nothing"}
 
 
+def append_load(journal: Path, seconds: int, values: dict[str, float]) -> None:
+    """Add what somebody else measured of the stage; one whole line by one system call, as the stage itself writes."""
+    event = {"event": "log", "time": time.time_ns() // 1_000_000, "step": seconds, "values": values}
+    with contextlib.suppress(OSError):
+        descriptor = os.open(journal, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(descriptor, f"\n{json.dumps(event)}\n".encode())  # the stage may have left half a line
+        finally:
+            os.close(descriptor)
+
+
 def _flat(params: dict[str, Any], above: str = "") -> dict[str, str]:
     """Nested params as MLflow wants them: {"prior": {"width": 8}} becomes {"prior.width": "8"}."""
     flat: dict[str, str] = {}
@@ -261,10 +307,10 @@ def redact(text: str) -> str:
     return CREDENTIALS.sub("", text)
 
 
-def replace_json(path: Path, value: Any) -> None:
+def replace_json(path: Path, value: Any, indent: int | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -273,6 +319,18 @@ def _copy(source: Path, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.copyfile(source, temporary)
     temporary.replace(target)  # the uploader may be reading the previous one
+
+
+def _link_folder(source: Path, target: Path) -> None:
+    """The same files under another name, which costs no time and no space; copies where a link cannot be."""
+    shutil.rmtree(target, ignore_errors=True)
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file.resolve(), place)
+        except OSError:
+            shutil.copyfile(file, place)
 
 
 def process_start(pid: int) -> int:

@@ -1,7 +1,7 @@
 """Mirrors the journals of a checkout into MLflow: live while stages run, later what an outage held back.
 
-MLflow is imported here and nowhere else. What a server has is remembered beside each journal, so that sending again
-makes no duplicate.
+MLflow is imported in this folder and nowhere else. What a server has is remembered beside each journal, so that sending
+again makes no duplicate.
 """
 
 import argparse
@@ -17,8 +17,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tessera.artifacts.folder import ArtifactError
+from tessera.tracking import load
 from tessera.tracking.journal import (
     JOURNAL,
+    append_load,
     events_of,
     folder_of,
     is_alive,
@@ -33,6 +36,9 @@ LONGEST_PAUSE_SECONDS = 30.0
 DOUBT_SECONDS = 3.0
 CHUNK_BYTES = 256_000
 LOG_BYTES = 1_000_000
+CHAMPION = "champion"
+VERSION_TAGS = ("tessera.system", "mlflow.source.git.commit", "git.uncommitted", "dvc.experiment", "protocol")
+VERSION_FIGURES = re.compile(r"generation/(fid|fd_[a-z0-9]+|label_agreement|precision|recall|copy_rate)")
 
 
 class Refused(RuntimeError):
@@ -70,6 +76,9 @@ class _Chunk:
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    datasets: list[dict[str, Any]] = field(default_factory=list)
+    models: list[dict[str, Any]] = field(default_factory=list)
+    made_by: dict[str, str] = field(default_factory=dict)
     opened: bool = False
 
 
@@ -87,6 +96,7 @@ class _Mirror:
         self._known = False  # whether the run's existence and params were looked up by this process
         self._doubt = False  # whether a request to create the run went unanswered, and may be carried out later
         self._params: dict[str, str] = {}
+        self._load: load.Watch | None = None
 
     def alive(self) -> bool:
         """Whether a process may still write to the journal, be it sent or not."""
@@ -95,6 +105,16 @@ class _Mirror:
             self._ahead.follow(event)
             self._ahead.offset = offset
         return self._ahead.runs()
+
+    def watch_load(self) -> None:
+        """Note in the journal how much of the machine its process takes, now and then; it costs that process nothing."""
+        if not self.alive():
+            self._load = None
+            return
+        if self._load is None:
+            self._load = load.Watch(self._ahead.pid)
+        if values := self._load.due():
+            append_load(self.journal, (time.time_ns() // 1_000_000 - self.order[0]) // 1000, values)
 
     def pending(self) -> bool:
         """Whether MLflow lacks something."""
@@ -112,7 +132,7 @@ class _Mirror:
         if not self._known and not self._meet(client, root):
             return
         while chunk := self._read():
-            self._send(client, chunk)
+            self._send(client, chunk, root)
             self.sent.offset = chunk.offset
             self._save()
         if self.sent.status == "RUNNING" and not self.sent.runs():
@@ -149,11 +169,17 @@ class _Mirror:
                     chunk.tags |= event["values"]
                 case "attach":
                     chunk.files.append(event["name"])
+                case "dataset":
+                    chunk.datasets.append(event)
+                case "made_by":
+                    chunk.made_by |= event["fingerprints"]
+                case "model":
+                    chunk.models.append(event)
             if offset - self.sent.offset > CHUNK_BYTES:
                 break
         return chunk
 
-    def _send(self, client: Any, chunk: _Chunk) -> None:
+    def _send(self, client: Any, chunk: _Chunk, root: Path) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
         run_id = self.sent.run_id
@@ -172,12 +198,43 @@ class _Mirror:
         for name in dict.fromkeys(chunk.files):
             folder = str(PurePosixPath(name).parent)
             client.log_artifact(run_id, str(self.journal.parent / "files" / name), None if folder == "." else folder)
+        if chunk.datasets:
+            client.log_inputs(run_id, [_dataset_input(event) for event in chunk.datasets])
+        if chunk.made_by:
+            self._adopt(client, chunk.made_by)
+        for offer in chunk.models:
+            self._register(client, root, offer)
         if self.sent.status == "RUNNING" and chunk.opened:
             client.update_run(run_id, status="RUNNING")  # a killed run that goes on
         elif self.sent.status != "RUNNING":
             client.set_terminated(run_id, self.sent.status, self.sent.time)
             if twins := self._search(client, client.get_run(run_id).info.experiment_id):
                 self._drop_twins(client, twins)
+
+    def _adopt(self, client: Any, fingerprints: dict[str, str]) -> None:
+        """Name the runs that made a system's artifacts in its description; what made its prior, it alone has below it."""
+        experiment = client.get_run(self.sent.run_id).info.experiment_id
+        lines = []
+        for role, fingerprint in fingerprints.items():
+            for run in client.search_runs([experiment], f"tags.`tessera.artifact` = '{fingerprint}'"):
+                lines.append(f"- {role}: [{run.info.run_name}](#/experiments/{experiment}/runs/{run.info.run_id})")
+                if role == "prior" and run.data.tags.get("tessera.in_group"):
+                    client.set_tag(run.info.run_id, "mlflow.parentRunId", self.sent.run_id)
+                    client.delete_tag(run.info.run_id, "tessera.in_group")
+        if lines:
+            client.set_tag(self.sent.run_id, "mlflow.note.content", "\n".join(["Made by", *dict.fromkeys(lines)]))
+
+    def _register(self, client: Any, root: Path, offer: dict[str, Any]) -> None:
+        from tessera.tracking import registry
+
+        run = client.get_run(self.sent.run_id)
+        tags = {key: run.data.tags[key] for key in VERSION_TAGS if key in run.data.tags}
+        figures = {key: f"{value:.4g}" for key, value in run.data.metrics.items() if VERSION_FIGURES.fullmatch(key)}
+        try:
+            done = registry.register(client, self.sent.run_id, self.journal.parent, root, offer, tags | figures)
+        except ArtifactError as error:  # sending it again would not help
+            done = f"the model of run {self.sent.run_id} is not registered: {error}"
+        _note(self.journal.parents[1], done)
 
     def _meet(self, client: Any, root: Path) -> bool:
         """Find or create the journal's run; False if there is none to write to any more."""
@@ -223,8 +280,12 @@ class _Mirror:
             "tessera.stage": opening["stage"],
             "mlflow.source.name": opening["stage"],
         }
-        if opening["parent"]:
+        if opening["kind"] == "system":
+            pass  # the rows that people compare are nobody's children, because MLflow folds those away
+        elif opening["parent"]:
             tags["mlflow.parentRunId"] = _run_id(client, experiment, opening["parent"])
+        elif opening["kind"] == "stage" and (group := _group(client, experiment)):
+            tags |= {"mlflow.parentRunId": group, "tessera.in_group": "true"}
         self._doubt = True
         return client.create_run(experiment, opening["time"], tags, run_name=opening["stage"])
 
@@ -258,12 +319,38 @@ def _run_id(client: Any, experiment: str, parent: str) -> str:
     return found[0].info.run_id if found else parent
 
 
+def _group(client: Any, experiment: str) -> str | None:
+    """The run `stages`, below which the stages' runs are folded away; None if somebody deleted it."""
+    from mlflow.entities import ViewType
+
+    found = client.search_runs([experiment], "tags.`tessera.kind` = 'group'", ViewType.ALL)
+    if not found:
+        run = client.create_run(experiment, tags={"tessera.kind": "group"}, run_name="stages")
+        client.set_terminated(run.info.run_id)
+        return run.info.run_id
+    left = sorted(run.info.run_id for run in found if run.info.lifecycle_stage != "deleted")
+    return left[0] if left else None
+
+
+def _dataset_input(event: dict[str, Any]) -> Any:
+    """An images artifact as MLflow's own data set entity, which needs no import of what made it."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = json.dumps({"uri": event["path"]})
+    digest = event["digest"][:32]  # MLflow takes at most 36 characters
+    dataset = Dataset(event["name"], digest, "local", source, schema=None, profile=None)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", event["context"])])
+
+
 def _experiment(client: Any, root: Path, name: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         # Without a server there is no one else to choose an absolute place for files
         place = None if _is_server(tracking_uri(root)) else (root.resolve() / "mlruns" / name).as_uri()
-        return client.create_experiment(name, artifact_location=place)
+        kind = {
+            "mlflow.experimentKind": "custom_model_development"
+        }  # else its page shows traces and judges of chats first
+        return client.create_experiment(name, artifact_location=place, tags=kind)
     if experiment.lifecycle_stage == "deleted":
         raise Refused(
             f"experiment {name} was deleted in MLflow: bring it back with "
@@ -344,6 +431,8 @@ def upload(root: Path, idle_seconds: float) -> None:
                 return
             while time.monotonic() < busy_until:
                 mirrors = _mirrors(root, known)
+                for mirror in mirrors:
+                    mirror.watch_load()
                 pending = any(mirror.pending() for mirror in mirrors)
                 client, trouble = _push_all(root, mirrors, client)
                 if trouble != last_trouble:
@@ -404,6 +493,21 @@ def _note(folder: Path, text: str) -> None:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{os.getpid()}] {redact(text)}\n")
 
 
+def champion(arguments: argparse.Namespace) -> int:
+    """Send what MLflow lacks, then let the registry decide. Codes: 0 decided, 1 MLflow does not answer, 2 refused."""
+    if replay(arguments.root, 120.0):
+        return 1
+    from tessera.tracking import registry
+
+    name = f"tessera-{arguments.dataset}"
+    try:
+        client = _connect(arguments.root)
+        return registry.crown(client, name, arguments.metric, arguments.lower, arguments.threshold, arguments.dismiss)
+    except Exception as error:  # MLflow raises its own, requests', SQLAlchemy's and the operating system's errors
+        print(f"{redact(tracking_uri(arguments.root))} did not answer about {name}: {_shorten(error)}", file=sys.stderr)
+        return 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tessera.tracking", description="Mirror the journals into MLflow.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -414,7 +518,18 @@ def main() -> int:
     live = commands.add_parser("upload", help="mirror the journals live (stages start this by themselves)")
     live.add_argument("--root", type=Path, required=True)
     live.add_argument("--idle-seconds", type=float, default=20.0, help="exit this long after the last stage ended")
+    best = commands.add_parser(CHAMPION, help="give the alias champion to the best version of a registered model")
+    best.add_argument("--metric", required=True, help="a figure of systems, such as generation/fd_classifier")
+    better = best.add_mutually_exclusive_group(required=True)
+    better.add_argument("--lower", action="store_true", help="lower is better")
+    better.add_argument("--higher", action="store_true", help="higher is better")
+    best.add_argument("--threshold", type=float, required=True, help="what a champion has to beat in any case")
+    best.add_argument("--dataset", default="digits", help="the model is called tessera-DATASET")
+    best.add_argument("--dismiss", action="store_true", help="take the alias from a champion of another protocol")
+    best.add_argument("--root", type=Path, default=Path())
     arguments = parser.parse_args()
+    if arguments.command == CHAMPION:
+        return champion(arguments)
     if arguments.command == "replay":
         code = replay(arguments.root, arguments.timeout, arguments.all)
         if folder_of(arguments.root).is_dir() and any(mirror.alive() for mirror in _mirrors(arguments.root, {})):

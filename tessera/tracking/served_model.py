@@ -1,0 +1,115 @@
+"""What `mlflow models serve` answers with: images for labels, as PNG in base64. MLflow copies this file into each model.
+
+Request: {"inputs": {"labels": [3, 5], "seed": 1, "guidance_scale": 2.0}}; only the labels are required. Equal requests get
+equal bytes, on one machine and number of threads; an image depends on its place among the labels.
+"""
+
+import base64
+import io
+import logging
+import math
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from mlflow.exceptions import MlflowException
+from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
+from mlflow.pyfunc import PythonModel
+
+MOST_LABELS = 64  # in one request
+LARGEST_SEED = 2**32 - 1
+LARGEST_GUIDANCE = 20.0
+
+
+class Refused(MlflowException):
+    """Answered to the client as it is; MLflow would put the whole request before the sentence."""
+
+    message = property(lambda self: self.args[0], lambda self, value: None)
+
+    def __init__(self, sentence: str, code: int = INVALID_PARAMETER_VALUE):
+        super().__init__(sentence, error_code=code)
+
+
+class ServedImages(PythonModel):
+    def load_context(self, context: Any) -> None:
+        from tessera.components import parse
+        from tessera.generation import ImageGenerator
+
+        self.source = ImageGenerator(Path(context.artifacts["tokenizer"]), Path(context.artifacts["prior"]))
+        self.settings = dict(context.model_config["sampling"])  # those that were evaluated
+        parse(self.source.module.Sampling, self.settings)
+        if "mlflow.pyfunc.scoring_server.app" in sys.modules:
+            _keep_traces_here()
+        self.turn = threading.Lock()  # a batch uses all cores; two at a time would be slower and take twice the memory
+
+    def predict(self, context, model_input, params=None):  # with type hints MLflow would want a list of requests
+        """model_input: a table of one row -> {"images": [base64 PNG, ...], "seed": ..., "guidance_scale": ...}"""
+        try:
+            labels, seed, sampling = self._read(model_input)
+            return self._draw(labels, seed, sampling)
+        except MlflowException:
+            raise
+        except Exception:  # the client gets no trace of our code, the server's log does
+            logging.getLogger(__name__).exception("drawing failed")
+            raise Refused("The images could not be drawn; the server's log says why", INTERNAL_ERROR) from None
+
+    def _draw(self, labels: list[int], seed: int, sampling: dict[str, Any]) -> dict[str, Any]:
+        import numpy as np
+
+        from tessera import seeding
+        from tessera.components import parse
+
+        settings = parse(self.source.module.Sampling, sampling)
+        with self.turn:
+            images = self.source.draw(np.array(labels), settings, seeding.generator(seed, "serve"))
+        return {"images": [_png(one) for one in images], "seed": seed, "guidance_scale": sampling.get("guidance_scale")}
+
+    def _read(self, table: Any) -> tuple[list[int], int, dict[str, Any]]:
+        if len(table) != 1:
+            raise Refused(f"Got {len(table)} requests in one, expected one: put all labels into one list")
+        given = {key: value for key, value in table.iloc[0].to_dict().items() if value is not None}
+        labels = [_whole(label, "labels", self.source.spec.num_classes - 1) for label in given["labels"]]
+        if not 1 <= len(labels) <= MOST_LABELS:
+            raise Refused(f"labels has {len(labels)} entries, expected 1 to {MOST_LABELS}")
+        seed = _whole(given.get("seed", 0), "seed", LARGEST_SEED)
+        sampling = dict(self.settings)
+        if "guidance_scale" in given:
+            scale = float(given["guidance_scale"])
+            if "guidance_scale" not in self.source.module.Sampling.model_fields:
+                raise Refused("guidance_scale was given, but this model has no guidance: leave it out")
+            if not 0 <= scale <= LARGEST_GUIDANCE:  # also what is no number
+                raise Refused(f"guidance_scale is {scale:g}, expected 0 to {LARGEST_GUIDANCE:g}")
+            sampling["guidance_scale"] = scale
+        return labels, seed, sampling
+
+
+def _keep_traces_here() -> None:
+    """MLflow's server sends the trace of what fails outside of the model, such as the parsing of a table, to the client."""
+    answer = MlflowException.serialize_as_json
+
+    def without_trace(self: MlflowException) -> str:
+        self.json_kwargs.pop("stack_trace", None)
+        return answer(self)
+
+    MlflowException.serialize_as_json = without_trace
+
+
+def _whole(value: Any, name: str, largest: int) -> int:
+    number = float(value)
+    if not math.isfinite(number) or number != int(number) or not 0 <= number <= largest:
+        raise Refused(f"{name}: {number:g} was given, expected a whole number from 0 to {largest}")
+    return int(number)
+
+
+def _png(image: Any) -> str:
+    """(C, H, W) uint8, gray or RGB -> a PNG in base64."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, "png")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+set_model(ServedImages())
