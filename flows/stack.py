@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
+from flows.devices import devices
 from tessera.tracking.journal import is_alive, process_start, redact, replace_json
 
 POOL = "gpu"
@@ -66,8 +67,7 @@ class Settings:
     admin_password: str = field(repr=False)  # MLflow's, or ""
 
     def url(self, member: str) -> str:
-        address = "127.0.0.1" if self.host in ("0.0.0.0", "localhost") else self.host
-        return f"http://{address}:{self.ports[member]}"
+        return f"http://{self.host}:{self.ports[member]}"
 
     def public(self) -> dict[str, Any]:
         """What must stay the same while a member runs, without secrets."""
@@ -89,8 +89,10 @@ def read_settings(root: Path, environ: Mapping[str, str]) -> Settings:
     }
     if ports["prefect"] == ports["mlflow"]:
         raise ValueError(f"both servers have port {ports['mlflow']}: set TESSERA_PREFECT_PORT or TESSERA_MLFLOW_PORT")
-    if ":" in host or "/" in host:
-        raise ValueError(f"TESSERA_HOST is {host!r}: expected an IPv4 address or the name of a host, without a port")
+    if ":" in host or "/" in host or host == "0.0.0.0":
+        raise ValueError(
+            f"TESSERA_HOST is {host!r}: expected one IPv4 address of this machine, or its name, by which others reach it"
+        )
     seconds = environ.get("TESSERA_STACK_SECONDS") or "120"
     if not seconds.isdecimal() or int(seconds) == 0:
         raise ValueError(f"TESSERA_STACK_SECONDS is {seconds!r}: expected whole seconds, e.g. 120; correct it")
@@ -165,16 +167,15 @@ def _database(url: str) -> SplitResult | None:
 # What is started ------------------------------------------------------------------------------------------------------
 
 
-def command(settings: Settings, member: str) -> list[str]:
-    if member == "prefect":
-        address = ["--host", settings.host, "--port", str(settings.ports[member])]
-        return [sys.executable, "-m", "prefect", "server", "start", *address]
+def command(settings: Settings, member: str, limit: int) -> list[str]:
+    """limit: how many runs the worker takes at a time."""
     if member == "worker":
-        return [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"] + [
-            "--name",
-            platform.node(),
-        ]
-    line = [sys.executable, "-m", "mlflow", "server", "--host", settings.host, "--port", str(settings.ports[member])]
+        line = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
+        return line + ["--name", platform.node(), "--limit", str(limit)]
+    address = ["--host", settings.host, "--port", str(settings.ports[member])]
+    if member == "prefect":
+        return [sys.executable, "-m", "prefect", "server", "start", *address]
+    line = [sys.executable, "-m", "mlflow", "server", *address]
     line += ["--workers", "1" if _is_loopback(settings.host) else "4", "--uvicorn-opts", "--no-access-log"]
     if settings.artifacts:
         line += ["--artifacts-destination", settings.artifacts]
@@ -203,7 +204,11 @@ def environment(settings: Settings, member: str, environ: Mapping[str, str]) -> 
         kept |= {"PREFECT_SERVER_API_AUTH_STRING": settings.auth_string} if settings.auth_string else {}
         kept |= _access(settings, "PREFECT_SERVER_DATABASE_CONNECTION_URL", "asyncpg")
     elif member == "mlflow":
-        kept |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # nothing here uses them, and they are 4 processes
+        kept |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # nothing here uses jobs
+        if not _is_loopback(settings.host):  # of others it takes only private addresses, and only reading
+            local = f"localhost:{settings.ports['mlflow']},127.0.0.1:{settings.ports['mlflow']}"
+            kept.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", f"{settings.host}:{settings.ports['mlflow']},{local}")
+            kept.setdefault("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", settings.url("mlflow"))
         kept |= _access(settings, "MLFLOW_BACKEND_STORE_URI", "psycopg2")
         if settings.admin_password:
             kept |= {
@@ -325,7 +330,7 @@ def processes_of(root: Path, member: str) -> list[int]:
     return found
 
 
-def start(settings: Settings, member: str) -> tuple[subprocess.Popen[bytes], int]:
+def start(settings: Settings, member: str, limit: int = 1) -> tuple[subprocess.Popen[bytes], int]:
     """Start a member. Returns it, and where in its log it begins to write."""
     folder = folder_of(settings.root)
     log = folder / f"{member}.log"
@@ -334,7 +339,7 @@ def start(settings: Settings, member: str) -> tuple[subprocess.Popen[bytes], int
     with open(log, "ab", opener=_private) as output:  # noqa: PTH123  Path.open takes no opener
         offset = output.seek(0, os.SEEK_END)
         process = subprocess.Popen(
-            command(settings, member),
+            command(settings, member, limit),
             cwd=settings.root,
             env=environment(settings, member, os.environ),
             stdin=subprocess.DEVNULL,
@@ -478,14 +483,14 @@ def up(settings: Settings) -> None:
         for member in missing:
             if member != "worker":
                 started[member] = start(settings, member)
-        limit = _count_gpus()  # while the servers come up
+        limit = max(1, len(devices()))
         if "prefect" in started:
             _wait(settings, "prefect", *started["prefect"], lambda: answers(settings, "prefect"))
         make_pool(settings, limit)
         since = time.time()
         if "worker" in missing:
             _say_lost(end_lost_runs(settings))
-            started["worker"] = start(settings, "worker")
+            started["worker"] = start(settings, "worker", limit)
         if "mlflow" in started:
             _wait(settings, "mlflow", *started["mlflow"], lambda: answers(settings, "mlflow"))
         if settings.admin_password:
@@ -521,12 +526,6 @@ def _refuse_used_port(settings: Settings, member: str) -> None:
                 f"{MEMBERS[member]} cannot listen on {settings.host}:{port} ({error.strerror}): expected a free port; "
                 f"stop what uses it, or set TESSERA_{member.upper()}_PORT to another"
             ) from None
-
-
-def _count_gpus() -> int:
-    from flows.reproduce import devices  # imports Prefect, which takes seconds
-
-    return max(1, len(devices()))
 
 
 def _wait(
