@@ -24,7 +24,7 @@ import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -358,11 +358,11 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def stop(root: Path, member: str) -> int:
+def stop(root: Path, member: str, spared: Collection[int] = ()) -> int:
     """SIGTERM to every process of a member, SIGKILL after the grace period. Returns how many there were."""
     told: set[int] = set()
     began = time.monotonic()
-    while left := processes_of(root, member):
+    while left := [pid for pid in processes_of(root, member) if pid not in spared]:
         spent = time.monotonic() - began
         if spent > GRACE_SECONDS + KILL_SECONDS:
             raise Trouble(f"{MEMBERS[member]} does not end, not even by SIGKILL: process {left[0]} may wait for a disk")
@@ -478,6 +478,7 @@ def up(settings: Settings) -> None:
     if settings.database is not None:
         make_databases(settings)
     started: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
+    work = processes_of(root, "worker")  # of a worker that was killed, if it is missing
     try:
         _write_files(settings)
         for member in missing:
@@ -498,8 +499,8 @@ def up(settings: Settings) -> None:
         if "worker" in started:
             _wait(settings, "worker", *started["worker"], lambda: worker_is_online(settings, since))
     except BaseException:
-        for member in reversed(started):
-            stop(root, member)
+        for member in reversed(missing):
+            stop(root, member, work if member == "worker" else ())
         raise
     show(settings)
 
@@ -673,6 +674,9 @@ def main() -> int:
             up(settings)
     except (Trouble, ValueError) as error:
         print(f"the stack is not {'down' if what == 'down' else 'up'}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that belongs to somebody else
+        print(f"the stack is not up: {error.filename or root}: {error.strerror}; correct that first", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

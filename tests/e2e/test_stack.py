@@ -165,14 +165,15 @@ def code_of(url: str, login: str = "", body: bytes | None = None) -> int:
 
 
 def check_listeners(checkout: Checkout) -> None:
-    """Each server listens on its port of 127.0.0.1, and nothing of the stack listens elsewhere."""
+    """Each server listens on its port and on no other, the worker on what it needs for itself, all of it on 127.0.0.1."""
     found = [
         (process.environ()["TESSERA_STACK"].partition(":")[0], connection.laddr.ip, connection.laddr.port)
         for process in checkout.processes()
         for connection in process.net_connections(kind="inet")
         if connection.status == psutil.CONN_LISTEN
     ]
-    assert set(found) == {(member, "127.0.0.1", port) for member, port in checkout.ports.items()}
+    assert {address for _, address, _ in found} == {"127.0.0.1"}
+    assert {(member, port) for member, _, port in found if member != "worker"} == set(checkout.ports.items())
 
 
 def check_private(checkout: Checkout) -> None:
@@ -270,6 +271,10 @@ def test_what_fails_is_told_in_a_sentence_and_leaves_nothing_running(checkout: C
     error = fails(f"the database of DATABASE_URL (postgresql://127.0.0.1:{nobody}/name) refuses", DATABASE_URL=url)
     assert "canary" not in error
     fails("Prefect's server is not up after 1 s (TESSERA_STACK_SECONDS); .stack/prefect.log", TESSERA_STACK_SECONDS="1")
+    (checkout.folder / ".stack" / "env").unlink()
+    (checkout.folder / ".stack" / "env").symlink_to("/dev/full")  # every write says that no space is left
+    fails("No space left on device; correct that first")
+    (checkout.folder / ".stack" / "env").unlink()
     error = fails("Prefect's server ended with exit code 1", PREFECT_SERVER_LOGGING_LEVEL="NOISE")
     assert "NOISE" in error.partition("ends with:\n")[2]
 
