@@ -393,14 +393,18 @@ def ask(url: str, login: str = "", body: dict[str, Any] | None = None) -> tuple[
     request.add_header("Content-Type", "application/json")
     if login:
         request.add_header("Authorization", f"Basic {b64encode(login.encode()).decode()}")
-    try:
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
-            text = answer.read()
-            return answer.status, json.loads(text) if text[:1] in (b"{", b"[") else None
-    except urllib.error.HTTPError as error:
-        return error.code, None
-    except (OSError, ValueError):
-        return 0, None
+    for pause in (0.5, 1.0, 2.0, None):
+        try:
+            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+                text = answer.read()
+                return answer.status, json.loads(text) if text[:1] in (b"{", b"[") else None
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or pause is None:
+                return error.code, None
+            time.sleep(pause)  # Prefect's server says so while another of its services writes to SQLite
+        except (OSError, ValueError):
+            return 0, None
+    raise AssertionError
 
 
 def answers(settings: Settings, member: str) -> bool:

@@ -291,7 +291,8 @@ def begin_run(checkout: Checkout) -> int:
     _, made = stack.ask(
         f"{api}/deployments/", body={**deployment, "path": str(checkout.folder), "work_pool_name": "gpu"}
     )
-    assert stack.ask(f"{api}/deployments/{made['id']}/create_flow_run", body={"state": {"type": "SCHEDULED"}})[0] == 201
+    run = f"{api}/deployments/{made['id']}/create_flow_run"
+    wait_for("a run is made", lambda: stack.ask(run, body={"state": {"type": "SCHEDULED"}})[0] == 201, 60)
     wait_for("the worker runs a flow", (checkout.folder / "child.pid").exists, 60)
     return int((checkout.folder / "child.pid").read_text())
 
