@@ -397,18 +397,22 @@ def test_on_postgres_with_passwords_nobody_gets_in_without_and_no_file_has_one(
     assert len(commands) >= 3
     worker = " ".join(checkout.processes("worker")[0].environ().values())
     assert "pg-canary" not in worker and "mlflow-canary" in worker  # it has what it needs
+    basic = [base64.b64encode(login.encode()) for login in (PREFECT_LOGIN, f"some-admin:{MLFLOW_PASSWORD}")]
+    assert [line for line in commands if any(secret.decode() in line for secret in (b"canary", *basic))] == []
+
+    def leaks() -> list[Path]:
+        written = [path for top in (checkout.folder, folder) for path in top.rglob("*") if path.is_file()]
+        contents = {path: path.read_bytes() for path in written}
+        users = [path for path, content in contents.items() if b"some-admin" in content]
+        assert any(folder in path.parents for path in users)  # what is stored can be found
+        return [path for path in written if any(secret in contents[path] for secret in (b"canary", *basic))]
+
+    assert (checkout.folder / ".stack" / "basic_auth.ini").exists()
+    assert leaks() == []
     done = checkout("down", DATABASE_URL=url, **SECURE)
     assert done.returncode == 0, done.stderr
     assert checkout.processes() == []
-    written = [path for top in (checkout.folder, folder) for path in top.rglob("*") if path.is_file()]
-    contents = {path: path.read_bytes() for path in written}
-    assert any(
-        b"some-admin" in content for path, content in contents.items() if folder in path.parents
-    )  # it would show
-    basic = [base64.b64encode(login.encode()) for login in (PREFECT_LOGIN, f"some-admin:{MLFLOW_PASSWORD}")]
-    for canary in (b"canary", *basic):
-        assert [path for path, content in contents.items() if canary in content] == []
-        assert [line for line in commands if canary.decode() in line] == []
+    assert leaks() == []
 
 
 # In containers --------------------------------------------------------------------------------------------------------
