@@ -8,7 +8,7 @@ export PREFECT_HOME := $(CURDIR)/.prefect
 # Every stage is a process: where this is set, each would compile all that it imports anew, for seconds
 unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test check ui flow bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
+.PHONY: help setup repro test check ui flow stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -37,6 +37,15 @@ ui: setup  ## MLflow on http://127.0.0.1:5000 with every run
 
 flow: setup  ## the same pipeline through Prefect
 	python -m flows.reproduce
+
+stack: setup  ## Prefect, MLflow and a worker in the background; what does not run is started
+	@python -m flows.stack up
+
+stack-down: setup  ## stop them, and the runs of the worker
+	@python -m flows.stack down
+
+stack-status: setup  ## which of them run, and where
+	@python -m flows.stack status
 
 bench: setup  ## our parts beside their peers', in one run
 	python -m benchmarks.quantizer && python -m benchmarks.sampling && python -m benchmarks.frechet

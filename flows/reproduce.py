@@ -9,7 +9,6 @@ needed: Prefect starts one for the run, on the loopback interface, with its file
 import argparse
 import os
 import queue
-import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from prefect.futures import wait  # noqa: E402
 from prefect.states import Completed, Failed, State  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
+from flows.devices import devices  # noqa: E402
 from flows.stage_process import StageProcesses, Stopped  # noqa: E402
 
 GRACE_SECONDS = 10.0
@@ -143,18 +143,6 @@ def read_plan(targets: list[str], force: bool) -> Plan:
         if not upstream:
             raise ValueError(f"{repo.root_dir} has no stages: expected some in dvc.yaml, see https://dvc.org/doc")
         return Plan(Path(repo.root_dir), upstream, set() if force else set(repo.status()) & set(upstream), force)
-
-
-def devices() -> list[str]:
-    """The GPUs that this process may use, found without importing torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
-    names = [line for line in listing.stdout.splitlines() if line.startswith("GPU ")] if listing.returncode == 0 else []
-    return [str(index) for index in range(len(names))]
 
 
 def slots() -> "queue.Queue[dict[str, str]]":
