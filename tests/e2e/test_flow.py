@@ -1,7 +1,6 @@
 """The flow against real DVC and Prefect's own server, on a diamond of four stages: prepare -> left, right -> join."""
 
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import reproduce, stage_process
+from flows import board, locks, reproduce, stage_process
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).parents[2]
@@ -67,8 +66,19 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "DVC_NO_ANALYTICS": "true"}
 
 
+@pytest.fixture(autouse=True)
+def device_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Tests of two pytest processes, and flows that run beside them, must not wait for each other's devices."""
+    folder = tmp_path / "devices"
+    folder.mkdir()
+    monkeypatch.setenv("TESSERA_DEVICE_LOCKS", str(folder))
+    return folder
+
+
 @pytest.fixture
-def launch(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def launch(
+    toy: Path, device_locks: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     home = tmp_path_factory.getbasetemp() / "prefect"  # shared: creating its database takes seconds
     started: list[subprocess.Popen[str]] = []
 
@@ -76,7 +86,7 @@ def launch(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.reproduce", *arguments],
             cwd=toy,
-            env={**environment(), "PREFECT_HOME": str(home)},
+            env={**environment(), "PREFECT_HOME": str(home), "TESSERA_DEVICE_LOCKS": str(device_locks)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -132,13 +142,12 @@ def plan(
     toy: Path, monkeypatch: pytest.MonkeyPatch, targets: tuple[str, ...] = (), force: bool = False
 ) -> reproduce.Plan:
     monkeypatch.chdir(toy)
-    return reproduce.read_plan(list(targets), force)
+    return reproduce.read_plan(toy, list(targets), force)
 
 
 def carry_out(plan: reproduce.Plan) -> list[str]:
     """What the flow's tasks do, one after the other and without Prefect."""
-    places: queue.Queue[dict[str, str]] = queue.Queue()
-    places.put({})
+    places = reproduce.Places()
     return [plan.reproduce(stage, lambda line: None, places).what for stage in plan.upstream]
 
 
@@ -186,25 +195,128 @@ def test_a_target_is_reproduced_with_what_it_depends_on_and_a_wrong_one_is_refus
     assert "TESSERA_PARALLEL is 'two': expected" in capsys.readouterr().err
 
 
+UUIDS = ["GPU-aaaaaaaa-0000", "GPU-bbbbbbbb-1111"]
+
+
 @pytest.mark.parametrize(
-    ("visible", "parallel", "expected"),
+    ("visible", "parallel", "expected", "turns"),
     [
-        ("", None, [""]),
-        ("-1", "2", ["", ""]),
-        ("0,3", None, ["0", "3"]),
-        ("3", None, [""]),
-        ("0,1", "3", ["0", "1", "0"]),
+        ("", None, {"cpu": ""}, 1),
+        ("-1", "2", {"cpu": "", "cpu-share-2": ""}, 2),
+        ("0,3", None, {"gpu-0": "0", "gpu-3": "3"}, 2),
+        ("0,3", "1", {"gpu-0": "0", "gpu-3": "3"}, 1),  # any of them, one at a time
+        ("3", None, {"gpu-3": "3"}, 1),
+        ("0,1", "3", {"gpu-0": "0", "gpu-1": "1", "gpu-0-share-2": "0"}, 3),
+        (UUIDS[1], None, {"gpu-1": "1"}, 1),  # the same lock as that of who says 1
+        (None, None, {"gpu-0": "0", "gpu-1": "1"}, 2),
     ],
 )
-def test_stages_side_by_side_have_a_gpu_each(
-    monkeypatch: pytest.MonkeyPatch, visible: str, parallel: str | None, expected: list[str]
+def test_each_stage_has_a_gpu_of_its_own_with_one_lock_whatever_it_is_called(
+    device_locks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str | None,
+    parallel: str | None,
+    expected: dict[str, str],
+    turns: int,
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    listing = "\n".join(f"GPU {index}: NVIDIA H100 (UUID: {uuid})" for index, uuid in enumerate(UUIDS))
+    program.write_text(f"#!/bin/sh\ncat <<END\n{listing}\nEND\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("TESSERA_PARALLEL", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     if parallel:
         monkeypatch.setenv("TESSERA_PARALLEL", parallel)
-    places = reproduce.slots()
-    assert [places.get_nowait().get("CUDA_VISIBLE_DEVICES", "") for _ in range(places.qsize())] == expected
+    places = reproduce.Places()
+    found = {path.stem: added.get("CUDA_VISIBLE_DEVICES", "") for path, added in places.environments.items()}
+    assert found == expected
+    assert {path.parent for path in places.environments} == {device_locks}
+    assert places.number == turns
+
+
+HOLDER = """
+import os, subprocess, sys
+from pathlib import Path
+from flows import locks
+lock = locks.take(Path(sys.argv[1]), "a test")
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[lock.descriptor])
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+def test_a_device_is_taken_until_the_last_process_of_its_stage_is_gone_even_by_kill_9(device_locks: Path) -> None:
+    path = device_locks / "cpu.lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    assert locks.take(path, "another") is None
+    assert path.read_text() == f"process {holder.pid}: a test\n"
+    holder.kill()
+    holder.wait()
+    assert locks.take(path, "another") is None  # the stage still runs
+    os.kill(child, signal.SIGKILL)
+    wait_for("the device is free", lambda: not alive(child), 5)
+    lock = locks.take(path, "another")
+    assert lock is not None
+    assert locks.take(path, "a third") is None  # in one process too
+    lock.release()
+
+
+def test_who_waits_for_a_device_hears_whom_for_and_can_be_stopped(device_locks: Path) -> None:
+    lock = locks.take(device_locks / "cpu.lock", "train_prior@toy in /somewhere")
+    said: list[str] = []
+    asked = iter(range(3))
+
+    def give_up() -> None:
+        if next(asked) == 2:
+            raise stage_process.Stopped
+
+    with (
+        pytest.raises(stage_process.Stopped),
+        locks.one_of([device_locks / "cpu.lock"], "another", said.append, give_up),
+    ):
+        raise AssertionError("two have it")
+    assert said == [f"waiting for cpu, which has process {os.getpid()}: train_prior@toy in /somewhere"]
+    assert lock is not None
+    lock.release()
+    with locks.one_of([device_locks / "cpu.lock"], "another", said.append):
+        assert locks.take(device_locks / "cpu.lock", "a third") is None
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "percent"),
+    [
+        ("train_prior@vqgan-flow  step  35/700  loss 2.1  eta 4s", 5.0),
+        ("train_prior@vqgan-flow  step 700/700  loss 2.1", 100.0),
+        ("sample_images@gan  30/40  eta 4s", 75.0),
+        ("sample_images@gan  done in 3.1s, 12 images/s", None),
+        ("Running stage 'train_prior@gan':", None),
+        ("> exec python -m stages.train_prior --images data/1/2", None),
+    ],
+)
+def test_progress_is_read_from_the_lines_of_stages(line: str, percent: float | None) -> None:
+    assert board.progress_of(line) == percent
+
+
+def test_keys_of_artifacts_are_as_prefect_demands() -> None:
+    assert board.key_of("train_prior@vqgan-flow", "progress") == "train-prior-vqgan-flow-progress"
+
+
+def test_importing_the_flows_takes_two_seconds_and_a_half_and_no_torch() -> None:
+    code = "import time, sys; import flows.sweep; print(time.process_time(), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    seconds, has_torch = done.stdout.split()
+    assert has_torch == "False"
+    assert float(seconds) < 2.5  # of the processor: the wall clock is that of whoever else is at work
 
 
 def test_a_group_that_ignores_sigterm_is_killed_after_the_grace_period(
