@@ -49,6 +49,13 @@ STATE = Path(".state")
 INTERRUPTED = "Interrupted"
 RETRY_SECONDS = 3.0  # a process that was told to end by the death of its parent may still be saving
 GRACE_SECONDS = 20.0
+HINTS = (  # dvc gives them after each stage
+    "To track the changes with git",
+    "git add ",
+    "To enable auto staging",
+    "dvc config core.autostage",
+    "Use `dvc push`",
+)
 SERVER_SECONDS = 5.0
 
 
@@ -99,7 +106,8 @@ class Plan:
             skipped = skipped or line.endswith("didn't change, skipping")
             if ended := re.search(r"exited with (-?\d+)$", line):
                 status = int(ended[1])
-            say(line)
+            if line.strip() and not line.strip().startswith(HINTS):
+                say(line)
 
         # First the stage, then a device: who waits for another run of the same stage keeps nobody from a device
         own = self.root / STATE / "locks" / f"flow-{stage}.lock"
@@ -283,8 +291,8 @@ def _carry_out(plan: Plan, targets: list[str]) -> State[Any]:
     prefixed = places.number > 1
     run = FlowRunContext.get()
     run_id = run.flow_run.id if run and run.flow_run else None
-    is_alone = run is not None and run.flow_run is not None and run.flow_run.parent_task_run_id is None
-    if is_alone and not _plan and _is_engine():
+    in_worker = is_engine()
+    if in_worker and run and run.flow_run and run.flow_run.parent_task_run_id is None:
         threading.Thread(target=_watch, args=(plan.finished, plan, plan.code), daemon=True).start()
     board = Board(run_id)
     _running.append(plan)
@@ -303,7 +311,8 @@ def _carry_out(plan: Plan, targets: list[str]) -> State[Any]:
         task_run_id = context.task_run.id if context else None
 
         def say(line: str) -> None:
-            print(f"{stage}: {line}" if prefixed else line, flush=True)
+            if not in_worker:  # which prints what is logged
+                print(f"{stage}: {line}" if prefixed else line, flush=True)
             logger.info(line)
             board.line(stage, line, task_run_id)
 
@@ -355,7 +364,17 @@ def stop_all() -> None:
         plan.processes.stop()
 
 
-def _is_engine() -> bool:
+def leave_later(code: int) -> None:
+    """End the process a grace period from now, for what may keep Prefect from doing so (see `_watch`)."""
+
+    def leave() -> None:
+        time.sleep(GRACE_SECONDS)
+        os._exit(code)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
+def is_engine() -> bool:
     """Whether a worker started this process for one flow run."""
     return getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "") == "prefect.engine"
 
