@@ -336,7 +336,8 @@ def _carry_out(plan: Plan, targets: list[str]) -> State[Any]:
     try:
         futures: dict[str, Any] = {}
         for stage, upstream in plan.upstream.items():
-            futures[stage] = reproduce_stage.submit(stage, wait_for=[futures[name] for name in sorted(upstream)])
+            named = reproduce_stage.with_options(name=stage)  # the page shows it while the stage waits for others
+            futures[stage] = named.submit(stage, wait_for=[futures[name] for name in sorted(upstream)])
         wait(list(futures.values()))
         if plan.experiment and plan.code() == 0:
             revision = experiments.keep(plan.experiment, list(plan.upstream) if targets else [], plan.unversioned)

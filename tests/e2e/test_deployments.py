@@ -25,7 +25,7 @@ import pytest
 pytestmark = pytest.mark.e2e
 TRAINING = "train_tokenizer@vqgan"
 OUT = "data/tokenizers/vqgan"
-STEPS = 60
+STEPS = 400
 
 
 class Team:
@@ -45,7 +45,7 @@ class Team:
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "DO_NOT_TRACK": "1",
             "TESSERA_DEVICE_LOCKS": str(self.devices),
-            "TESSERA_CHECKPOINT_SECONDS": "0",
+            "TESSERA_CHECKPOINT_SECONDS": "0.5",
             "CUDA_VISIBLE_DEVICES": "",
         }
         self.processes: dict[str, subprocess.Popen] = {}
@@ -135,7 +135,7 @@ class Team:
 
     def is_training(self) -> bool:
         state = self.clone.folder / ".state" / TRAINING.replace("@", "-")
-        return any(state.glob("*/step-*[3-9]/manifest.json")) and bool(self.stages())
+        return any(state.glob("*/step-*/manifest.json")) and bool(self.stages())
 
     def is_free(self) -> bool:
         from flows import locks
@@ -209,7 +209,7 @@ def test_a_cancelled_training_leaves_no_process_and_the_next_run_resumes_it(team
     run = team.submit(targets=[TRAINING])
     wait_for("it trains", team.is_training, 180)
     assert not team.is_free()
-    team.prefect("flow-run", "cancel", run)
+    team.ask("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})  # as the page and the command do
     seconds = wait_for("no process is left", lambda: not team.stages(), 10)
     team.ends(run, "Cancelled", 60)
     assert team.is_free()
@@ -217,7 +217,7 @@ def test_a_cancelled_training_leaves_no_process_and_the_next_run_resumes_it(team
     again = team.submit(targets=[TRAINING])
     team.ends(again)
     resumed = re.search(r"resumed step (\d+)", team.logs(again))
-    assert resumed and 3 <= int(resumed[1]) < STEPS, team.logs(again)
+    assert resumed and 1 <= int(resumed[1]) < STEPS, team.logs(again)
     print(f"cancelled: no process after {seconds:.1f} s")
 
 

@@ -1,6 +1,7 @@
 """The flow against real DVC and Prefect's own server, on a diamond of four stages: prepare -> left, right -> join."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
-from flows import board, locks, reproduce, stage_process
+from flows import board, experiments, locks, reproduce, stage_process, sweep
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).parents[2]
@@ -317,6 +319,109 @@ def test_importing_the_flows_takes_two_seconds_and_a_half_and_no_torch() -> None
     seconds, has_torch = done.stdout.split()
     assert has_torch == "False"
     assert float(seconds) < 2.5  # of the processor: the wall clock is that of whoever else is at work
+
+
+COPY = """
+  copy:
+    cmd: PYTHON -c "import sys; open('copy.txt', 'w').write(sys.argv[1] + open('raw/given.txt').read())" ${how.text}
+    params: [how.text]
+    deps: [raw/given.txt]
+    outs: [copy.txt]
+    metrics: [{made.json: {cache: false}}]
+"""
+
+
+@pytest.fixture
+def project(toy: Path) -> Path:
+    """The toy as a repository with a commit, params, a preset, and data that git ignores."""
+    (toy / "dvc.yaml").write_text((toy / "dvc.yaml").read_text() + COPY.replace("PYTHON", sys.executable))
+    text = (toy / "dvc.yaml").read_text().replace(" ${how.text}\n", " ${how.text} && echo {} > made.json\n")
+    (toy / "dvc.yaml").write_text(text)
+    (toy / "params.yaml").write_text("how: {text: plain}  # a remark\nsource: raw/given.txt\n")
+    (toy / "presets").mkdir()
+    (toy / "presets/loud.yaml").write_text("how: {text: LOUD}\nsource: raw/given.txt\n")
+    (toy / "raw").mkdir()
+    (toy / "raw/given.txt").write_text(" words")
+    (toy / ".gitignore").write_text("/raw\n/.state\n/*.txt\n!/seed.txt\n/order.log\n")
+    (toy / ".dvcignore").write_text(".state\n")
+    git(toy, "add", "--all")
+    git(toy, "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message=start")
+    return toy
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_run_with_other_params_is_an_experiment_and_the_checkout_stays_as_it_is(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("TESSERA_TRACKING", "off")
+    (project / "step.py").write_text(STEP + "# not committed\n")
+    before = git(project, "status", "--short"), (project / "params.yaml").read_text()
+    overrides = {"how.text": "bold"}
+    for attempt in ("interrupted", "whole", "again"):
+        with reproduce.opened(["copy"], False, None, overrides) as plan:
+            assert plan.experiment is not None and plan.root == plan.experiment.folder
+            assert plan.experiment.name.startswith("params-text-bold-")
+            assert re.match("how: {text: bold} +# a remark", (plan.root / "params.yaml").read_text())
+            assert (plan.root / "step.py").read_text().endswith("# not committed\n")
+            assert (plan.root / "left-over").exists() == (attempt == "whole")  # the interrupted one goes on there
+            if attempt == "interrupted":
+                (plan.root / "left-over").touch()
+                continue
+            (plan.root / "left-over").unlink(missing_ok=True)
+            assert carry_out(plan) == ["ran" if attempt == "whole" else "cached"]
+            assert (plan.root / "copy.txt").read_text() == "bold words"
+            revision = experiments.keep(plan.experiment, ["copy"], plan.unversioned)
+        assert not plan.root.exists()
+        assert experiments.file_of(project, revision, "made.json") == "{}"
+    assert (git(project, "status", "--short"), (project / "params.yaml").read_text()) == before
+    assert not (project / "copy.txt").exists()
+    listed = subprocess.run([sys.executable, "-m", "dvc", "exp", "list", "--name-only"], capture_output=True, text=True)
+    assert listed.stdout.split() == [plan.experiment.name]
+    assert git(project, "stash", "list") == ""
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "sentence"),
+    [
+        ("loud", ["how.txet=1"], "do not fit"),
+        ("laud", None, "there is no preset 'laud': expected one of loud"),
+        ("../params", None, "there is no preset"),
+    ],
+)
+def test_a_preset_or_override_that_is_not_there_is_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch, preset: str, overrides: list[str] | None, sentence: str
+) -> None:
+    monkeypatch.chdir(project)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        experiments.define(project, preset, overrides)
+
+
+def test_the_same_params_have_one_name_and_a_changed_file_gives_another(project: Path) -> None:
+    names = [experiments.define(project, "loud", overrides).name for overrides in (None, [], ["how.text=LOUD"])]
+    assert names[0] == names[1] and names[0].startswith("loud-")
+    (project / "step.py").write_text(STEP + "# another\n")
+    assert experiments.define(project, "loud", None).name not in names
+    assert experiments.define(project, None, None) is None
+    given = experiments.define(project, None, {"how.text": 'é "1"', "+more": {"list": [1, None, True, 2.5]}})
+    found = yaml.safe_load(given.params)
+    assert (found["how"]["text"], found["more"]) == ('é "1"', {"list": [1, None, True, 2.5]})
+
+
+def test_a_grid_has_every_combination_and_a_wrong_one_is_refused() -> None:
+    assert sweep.combinations({"a.b": [1, 2], "c": [3, 4]}) == [
+        {"a.b": 1, "c": 3},
+        {"a.b": 1, "c": 4},
+        {"a.b": 2, "c": 3},
+        {"a.b": 2, "c": 4},
+    ]
+    assert sweep.label_of({"systems.x.prior.depth": 6, "seed": 1}) == "depth=6, seed=1"
+    for cells in ({}, {"seed": []}, {"seed": 3}, [{}]):
+        with pytest.raises(ValueError, match="expected"):
+            sweep.combinations(cells)
 
 
 def test_a_group_that_ignores_sigterm_is_killed_after_the_grace_period(
