@@ -132,7 +132,7 @@ def _make(experiment: Experiment) -> None:
     from dvc.repo import Repo
 
     with Repo(str(checkout)) as repo:
-        cache = repo.cache.local.path
+        cache = repo.cache.local_cache_dir  # outputs, and which run made them
     local = checkout / ".dvc/config.local"
     if local.exists():
         shutil.copyfile(local, folder / ".dvc/config.local")

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from flows import board, experiments, locks, reproduce, stage_process, sweep
+from tessera.tracking import journal
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).parents[2]
@@ -140,7 +141,7 @@ def order(toy: Path) -> list[str]:
     return (toy / "order.log").read_text().split() if (toy / "order.log").exists() else []
 
 
-def plan(
+def plan_of(
     toy: Path, monkeypatch: pytest.MonkeyPatch, targets: tuple[str, ...] = (), force: bool = False
 ) -> reproduce.Plan:
     monkeypatch.chdir(toy)
@@ -156,17 +157,17 @@ def carry_out(plan: reproduce.Plan) -> list[str]:
 def test_a_second_run_starts_nothing_and_a_change_runs_what_depends_on_it(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = plan(toy, monkeypatch)
+    first = plan_of(toy, monkeypatch)
     assert first.upstream["join"] == {"left", "right"}
     assert carry_out(first) == ["ran"] * 4
     assert (order(toy)[0], set(order(toy)[1:3]), order(toy)[3]) == ("prepare", {"left", "right"}, "join")
 
-    second = plan(toy, monkeypatch)
+    second = plan_of(toy, monkeypatch)
     monkeypatch.setattr(second.processes, "run", None)  # any process would be an error
     assert carry_out(second) == ["cached"] * 4
 
     (toy / "left.txt.how").write_text("write ")  # left runs and writes what it wrote before: join has nothing to do
-    third = plan(toy, monkeypatch)
+    third = plan_of(toy, monkeypatch)
     assert dict(zip(third.upstream, carry_out(third), strict=True)) == {
         "prepare": "cached",
         "left": "ran",
@@ -177,7 +178,7 @@ def test_a_second_run_starts_nothing_and_a_change_runs_what_depends_on_it(
     assert not third.outcomes["join"].changed  # so that nothing after it would start a process
 
     (toy / "left.txt.how").write_text("sign")  # left writes something else: join was clean at the start, and is not now
-    fourth = plan(toy, monkeypatch)
+    fourth = plan_of(toy, monkeypatch)
     assert fourth.stale == {"left"}
     assert carry_out(fourth).count("ran") == 2
     assert order(toy)[5:] == ["left", "join"]
@@ -187,7 +188,7 @@ def test_a_second_run_starts_nothing_and_a_change_runs_what_depends_on_it(
 def test_a_target_is_reproduced_with_what_it_depends_on_and_a_wrong_one_is_refused(
     toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert set(plan(toy, monkeypatch, ("right",)).upstream) == {"prepare", "right"}
+    assert set(plan_of(toy, monkeypatch, ("right",)).upstream) == {"prepare", "right"}
     monkeypatch.setattr(sys, "argv", ["reproduce", "rihgt"])
     assert reproduce.main() == 2
     assert "cannot reproduce rihgt" in capsys.readouterr().err
@@ -309,6 +310,41 @@ def test_progress_is_read_from_the_lines_of_stages(line: str, percent: float | N
     assert board.progress_of(line) == percent
 
 
+def test_the_link_to_mlflow_is_that_of_the_stages_newest_run_once_it_was_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TESSERA_TRACKING", "on")
+    uids = {}
+    for stage in ("train_prior@a", "train_prior@b", "train_prior@a"):
+        run = journal.open_run(stage, experiment="toy", root=tmp_path, state=None, params={}, tags={})
+        run.close("FINISHED")
+        uids[stage] = run.uid
+        os.utime(run.folder / journal.JOURNAL, (1000.0 + len(uids), 1000.0 + len(uids)))
+        time.sleep(0.01)
+    newest = tmp_path / ".state/tracking" / uids["train_prior@a"]
+    os.utime(newest / journal.JOURNAL, (2000.0, 2000.0))
+    assert board.mlflow_run(tmp_path, "train_prior@a", 0.0) is None  # the uploader was not there yet
+    (newest / "sent-0123456789ab.json").write_text('{"run_id": "f00"}')
+    assert board.mlflow_run(tmp_path, "train_prior@a", 1500.0) == "f00"
+    assert board.mlflow_run(tmp_path, "train_prior@a", 2001.0) is None  # that was another flow run
+    assert board.mlflow_run(tmp_path, "train_prior@b", 0.0) is None
+
+
+def test_a_dead_server_costs_a_board_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**settings: object) -> None:
+        raise OSError("connection refused")
+
+    monkeypatch.setattr(board, "get_client", refuse)
+    monkeypatch.setattr(board, "INTERVAL_SECONDS", 0.1)
+    shown = board.Board(None)
+    shown.line("train_prior@a", "train_prior@a  step 1/2  loss 1", None)
+    shown.markdown("comparison", "| a |")
+    time.sleep(0.5)
+    began = time.monotonic()
+    shown.close()
+    assert time.monotonic() - began < 1.5
+
+
 def test_keys_of_artifacts_are_as_prefect_demands() -> None:
     assert board.key_of("train_prior@vqgan-flow", "progress") == "train-prior-vqgan-flow-progress"
 
@@ -359,10 +395,12 @@ def test_a_run_with_other_params_is_an_experiment_and_the_checkout_stays_as_it_i
     monkeypatch.chdir(project)
     monkeypatch.setenv("TESSERA_TRACKING", "off")
     (project / "step.py").write_text(STEP + "# not committed\n")
+    assert carry_out(plan_of(project, monkeypatch, ("prepare",))) == ["ran"]
+    git(project, "add", "dvc.lock")
     before = git(project, "status", "--short"), (project / "params.yaml").read_text()
     overrides = {"how.text": "bold"}
     for attempt in ("interrupted", "whole", "again"):
-        with reproduce.opened(["copy"], False, None, overrides) as plan:
+        with reproduce.opened(["copy", "prepare"], False, None, overrides) as plan:
             assert plan.experiment is not None and plan.root == plan.experiment.folder
             assert plan.experiment.name.startswith("params-text-bold-")
             assert re.match("how: {text: bold} +# a remark", (plan.root / "params.yaml").read_text())
@@ -372,9 +410,13 @@ def test_a_run_with_other_params_is_an_experiment_and_the_checkout_stays_as_it_i
                 (plan.root / "left-over").touch()
                 continue
             (plan.root / "left-over").unlink(missing_ok=True)
-            assert carry_out(plan) == ["ran" if attempt == "whole" else "cached"]
+            carry_out(plan)
+            assert {stage: outcome.what for stage, outcome in plan.outcomes.items()} == {
+                "copy": "ran" if attempt == "whole" else "cached",
+                "prepare": "cached",  # by the checkout
+            }
             assert (plan.root / "copy.txt").read_text() == "bold words"
-            revision = experiments.keep(plan.experiment, ["copy"], plan.unversioned)
+            revision = experiments.keep(plan.experiment, ["copy", "prepare"], plan.unversioned)
         assert not plan.root.exists()
         assert experiments.file_of(project, revision, "made.json") == "{}"
     assert (git(project, "status", "--short"), (project / "params.yaml").read_text()) == before
