@@ -22,7 +22,7 @@ from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from tessera.tracking import journal
 
 INTERVAL_SECONDS = 3.0
-LINK_SECONDS = 8.0  # the uploader to MLflow looks every two
+LINK_SECONDS = 15.0  # the uploader to MLflow takes some to start, and looks every two
 PICTURE_BYTES = 300_000  # pictures travel inside the artifact, since a browser cannot read the worker's disk
 PICTURE_PIXELS = 900
 STEP = re.compile(r"\s(?:step\s+)?(\d+)/(\d+)\s")

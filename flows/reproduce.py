@@ -48,7 +48,7 @@ from tessera.tracking import journal  # noqa: E402
 STATE = Path(".state")
 INTERRUPTED = "Interrupted"
 RETRY_SECONDS = 3.0  # a process that was told to end by the death of its parent may still be saving
-GRACE_SECONDS = 20.0
+GRACE_SECONDS = 25.0  # longer than the last artifacts take
 HINTS = (  # dvc gives them after each stage
     "To track the changes with git",
     "git add ",

@@ -84,7 +84,8 @@ class Team:
         try:
             with urllib.request.urlopen(request, timeout=20) as answer:
                 return json.loads(answer.read() or "null")
-        except (urllib.error.URLError, OSError):
+        except (urllib.error.URLError, OSError) as error:
+            print(f"{method} {path}: {error}")
             return None
 
     def prefect(self, *arguments: str) -> str:
@@ -94,8 +95,16 @@ class Team:
 
     def submit(self, deployment: str = "reproduce/reproduce", **parameters: Any) -> str:
         """The id of a new flow run."""
-        found = self.ask("GET", f"/deployments/name/{deployment}")
-        return self.ask("POST", f"/deployments/{found['id']}/create_flow_run", {"parameters": parameters})["id"]
+        found = self.insist("GET", f"/deployments/name/{deployment}")
+        return self.insist("POST", f"/deployments/{found['id']}/create_flow_run", {"parameters": parameters})["id"]
+
+    def insist(self, method: str, path: str, body: Any = None) -> Any:
+        """A server on SQLite that is busy may refuse once."""
+        for _ in range(10):
+            if (answer := self.ask(method, path, body)) is not None:
+                return answer
+            time.sleep(1)
+        raise AssertionError(f"the server refused {method} {path}: see {self.folder}/server.log")
 
     def state(self, run: str) -> str:
         found = self.ask("GET", f"/flow_runs/{run}")
@@ -108,16 +117,16 @@ class Team:
 
     def logs(self, run: str) -> str:
         query = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200, "sort": "TIMESTAMP_ASC"}
-        return "\n".join(line["message"] for line in self.ask("POST", "/logs/filter", query))
+        return "\n".join(line["message"] for line in self.insist("POST", "/logs/filter", query))
 
     def tasks(self, run: str) -> dict[str, str]:
         """{stage: state} of a flow run."""
-        found = self.ask("POST", "/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}, "limit": 200})
+        found = self.insist("POST", "/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}, "limit": 200})
         return {task["name"]: task["state"]["name"] for task in found}
 
     def artifacts(self, run: str) -> dict[str, Any]:
         query = {"artifacts": {"flow_run_id": {"any_": [run]}}, "limit": 100}
-        return {found["key"]: found for found in self.ask("POST", "/artifacts/filter", query)}
+        return {found["key"]: found for found in self.insist("POST", "/artifacts/filter", query)}
 
     def stages(self) -> list[int]:
         """The processes that work in the clone, but for the server, the worker and their flow runs."""
