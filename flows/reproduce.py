@@ -1,20 +1,21 @@
 """Runs the pipeline through Prefect: DVC's own graph, one task per stage, each of them `dvc repro --single-item STAGE`.
 
-    python -m flows.reproduce [TARGET ...] [--force]
+    python -m flows.reproduce [TARGET ...] [--force] [--preset NAME] [-S KEY=VALUE ...]
 
 DVC decides what is stale, Prefect when and where it runs and what people see. Without PREFECT_API_URL no server is
 needed: Prefect starts one for the run, on the loopback interface, with its files in .prefect.
 """
 
 import argparse
+import contextlib
 import os
-import queue
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -33,14 +34,28 @@ for _name, _value in {
 
 from prefect import flow, get_run_logger, task  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.context import FlowRunContext, TaskRunContext  # noqa: E402
 from prefect.futures import wait  # noqa: E402
 from prefect.states import Completed, Failed, State  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
+from flows import experiments, locks  # noqa: E402
+from flows.board import Board  # noqa: E402
 from flows.devices import devices  # noqa: E402
-from flows.stage_process import StageProcesses, Stopped  # noqa: E402
+from flows.stage_process import StageProcesses, Stopped, dvc, search_path  # noqa: E402
+from tessera.tracking import journal  # noqa: E402
 
-GRACE_SECONDS = 10.0
+STATE = Path(".state")
+INTERRUPTED = "Interrupted"
+RETRY_SECONDS = 3.0  # a process that was told to end by the death of its parent may still be saving
+GRACE_SECONDS = 25.0  # longer than the last artifacts take
+HINTS = (  # dvc gives them after each stage
+    "To track the changes with git",
+    "git add ",
+    "To enable auto staging",
+    "dvc config core.autostage",
+    "Use `dvc push`",
+)
 SERVER_SECONDS = 5.0
 
 
@@ -49,6 +64,7 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
     code: int = 0
     changed: bool = False  # whether its outputs may differ from those at the start
+    interrupted: bool = False  # by a signal that is not the flow's own, such as the one for want of memory
 
 
 @dataclass
@@ -57,50 +73,65 @@ class Plan:
 
     root: Path
     upstream: dict[str, set[str]]  # each stage's direct upstream stages, in an order in which they can run
+    outputs: dict[str, list[Path]]
+    unversioned: list[str]  # outputs that DVC's cache does not keep: metrics, which git does
     stale: set[str]
     force: bool
+    experiment: experiments.Experiment | None = None  # whose worktree `root` is
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    interrupted: set[str] = field(default_factory=set)  # stages that are run once more
     processes: StageProcesses = field(default_factory=StageProcesses)
     over: threading.Event = field(default_factory=threading.Event)  # reported: nothing more will run
 
-    def reproduce(self, stage: str, say: Callable[[str], None], slots: "queue.Queue[dict[str, str]]") -> Outcome:
-        """Run one stage, whose upstream stages have all come out well; a clean one costs no process."""
-        clean = stage not in self.stale and not any(self.outcomes[name].changed for name in self.upstream[stage])
-        if clean and not self.force:
-            self.outcomes[stage] = Outcome("cached")
-        else:
-            self.outcomes[stage] = self._run(stage, say, slots)
-        return self.outcomes[stage]
+    def reproduce(self, stage: str, say: Callable[[str], None], places: "Places") -> Outcome:
+        """Run one stage, whose upstream stages have all come out well; a clean one costs no process.
 
-    def _run(self, stage: str, say: Callable[[str], None], slots: "queue.Queue[dict[str, str]]") -> Outcome:
+        A stage that a signal has ended is not yet an outcome the first time: call again, and it resumes.
+        """
+        clean = stage not in self.stale and not any(self.outcomes[name].changed for name in self.upstream[stage])
+        outcome = Outcome("cached") if clean and not self.force else self._run(stage, say, places)
+        if outcome.interrupted and stage not in self.interrupted:
+            self.interrupted.add(stage)
+        else:
+            self.outcomes[stage] = outcome
+        return outcome
+
+    def _run(self, stage: str, say: Callable[[str], None], places: "Places") -> Outcome:
         ran = skipped = False
+        status = 0
 
         def listen(line: str) -> None:
-            nonlocal ran, skipped
+            nonlocal ran, skipped, status
             ran = ran or line.startswith("Running stage ")
             skipped = skipped or line.endswith("didn't change, skipping")
-            say(line)
+            if ended := re.search(r"exited with (-?\d+)$", line):
+                status = int(ended[1])
+            if line.strip() and not line.strip().startswith(HINTS):
+                say(line)
 
-        device = self._take(slots)
-        began = time.monotonic()
-        try:
-            command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
-            command += ["--force"] if self.force else []
-            code = self.processes.run(command, listen, self.root, {"DVC_NO_ANALYTICS": "true", **device})
-        finally:
-            slots.put(device)
-        seconds = time.monotonic() - began
+        # First the stage, then a device: who waits for another run of the same stage keeps nobody from a device
+        own = self.root / STATE / "locks" / f"flow-{stage}.lock"
+        with (
+            locks.one_of([own], stage, say, self._check_going_on) as mine,
+            places.one(f"{stage} in {self.root}", say, self._check_going_on) as (device, environment),
+        ):
+            if self.experiment:  # its stages would start an uploader for a folder that goes away
+                journal.start_uploader(self.experiment.checkout)
+                environment = environment | experiments.environment(self.experiment)
+            began = time.monotonic()
+            command = dvc("--wait-for-lock", "repro", "--single-item", stage, *(["--force"] if self.force else []))
+            environment = {"DVC_NO_ANALYTICS": "true", "PATH": search_path(), **environment}
+            keep = mine.descriptor, device.descriptor
+            code = self.processes.run(command, listen, self.root, environment, keep)
+            seconds = time.monotonic() - began
         if code:
-            return Outcome("failed", seconds, code if code > 0 else 128 - code, changed=True)
+            interrupted = (code < 0 or status < 0 or status > 128) and not self.processes.stopping.is_set()
+            return Outcome("failed", seconds, code if code > 0 else 128 - code, changed=True, interrupted=interrupted)
         return Outcome("ran" if ran else "cached", seconds, changed=ran or not skipped)
 
-    def _take(self, slots: "queue.Queue[dict[str, str]]") -> dict[str, str]:
-        while not self.processes.stopping.is_set():
-            try:
-                return slots.get(timeout=0.2)
-            except queue.Empty:
-                continue  # a wait without end could not be cancelled
-        raise Stopped("the flow is ending")
+    def _check_going_on(self) -> None:
+        if self.processes.stopping.is_set():
+            raise Stopped("the flow is ending")
 
     def settled(self) -> bool:
         """Whether every stage has come to its end, or never can because one before it failed."""
@@ -112,6 +143,11 @@ class Plan:
             elif not outcome:
                 return False
         return True
+
+    def finished(self) -> bool:
+        """Whether Prefect alone is still at work."""
+        settled = self.settled() and (self.experiment is None or self.code() != 0)  # an experiment is still to be kept
+        return settled or self.processes.stopping.is_set() or self.over.is_set()
 
     def code(self) -> int:
         """DVC's exit code of the first stage that failed; 1 if Prefect did not run them all."""
@@ -129,12 +165,14 @@ class Plan:
             print(f"{stage:<{width}}  {outcome.what:<7}  {outcome.seconds:8.1f} s", flush=True)
 
 
-def read_plan(targets: list[str], force: bool) -> Plan:
+def read_plan(root: Path, targets: list[str], force: bool, experiment: experiments.Experiment | None = None) -> Plan:
     """DVC's graph above the targets (all stages if there are none), and which of them are stale now."""
     import networkx
+    from dvc.lock import LockError
     from dvc.repo import Repo
 
-    with Repo(_wait_for_lock=True) as repo:
+    # DVC takes the names of stages relative to the working directory, of which a process has one
+    with _reading, contextlib.chdir(root), Repo(_wait_for_lock=True) as repo:
         graph = repo.index.graph  # its edges lead from a stage to what it depends on
         wanted = {stage for target in targets for stage in repo.stage.collect(target)} if targets else set(graph)
         wanted = wanted.union(*(networkx.descendants(graph, stage) for stage in wanted))
@@ -142,66 +180,197 @@ def read_plan(targets: list[str], force: bool) -> Plan:
         upstream = {stage.addressing: {above.addressing for above in graph.successors(stage)} for stage in order}
         if not upstream:
             raise ValueError(f"{repo.root_dir} has no stages: expected some in dvc.yaml, see https://dvc.org/doc")
-        return Plan(Path(repo.root_dir), upstream, set() if force else set(repo.status()) & set(upstream), force)
+        outputs = {stage.addressing: [Path(out.fs_path) for out in stage.outs] for stage in order}
+        unversioned = [os.path.relpath(out.fs_path) for stage in order for out in stage.outs if not out.use_cache]
+        try:
+            stale = set() if force else set(repo.status()) & set(upstream)
+        except LockError:  # another run is writing: ask dvc for each stage, when its turn comes
+            stale = set(upstream)
+        return Plan(Path(repo.root_dir), upstream, outputs, unversioned, stale, force, experiment)
 
 
-def slots() -> "queue.Queue[dict[str, str]]":
-    """One entry per stage that may run at a time: what to add to its environment."""
-    gpus = devices()
-    text = os.environ.get("TESSERA_PARALLEL") or str(max(1, len(gpus)))
-    if not text.isdecimal() or int(text) == 0:
-        raise ValueError(f"TESSERA_PARALLEL is {text!r}: expected how many stages may run at once, e.g. 1; correct it")
-    places: queue.Queue[dict[str, str]] = queue.Queue()
-    for index in range(int(text)):
-        # A stage that is alone may use every GPU; stages side by side get one each
-        places.put({"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus and int(text) > 1 else {})
-    return places
+_reading = threading.Lock()
 
 
-_plan: Plan | None = None  # read by `main` before Prefect starts, so that a wrong target is told in two seconds
+@contextlib.contextmanager
+def opened(targets: list[str], force: bool, preset: str | None, overrides: experiments.Overrides) -> Iterator[Plan]:
+    """The plan of a run: in the checkout, or with a preset or overrides in a worktree of its own, for its user alone."""
+    checkout = Path.cwd()
+    experiment = experiments.define(checkout, preset, overrides)
+    if experiment is None:
+        yield read_plan(checkout, targets, force)
+        return
+    with locks.one_of([experiment.lock], experiment.name, lambda line: print(line, flush=True)):
+        experiments.prepare(experiment)
+        print(f"{experiment.name} runs in {experiment.folder}", flush=True)
+        yield read_plan(experiment.folder, targets, force, experiment)
 
 
-# Every stage has a thread, nearly all of them waiting; how many work is the number of slots
+class Places:
+    """Where stages run: a lock for each device of the machine, and how many of them this flow run uses at a time."""
+
+    def __init__(self) -> None:
+        gpus = devices()
+        text = os.environ.get("TESSERA_PARALLEL") or str(max(1, len(gpus)))
+        if not text.isdecimal() or int(text) == 0:
+            raise ValueError(
+                f"TESSERA_PARALLEL is {text!r}: expected how many stages may run at once, e.g. 1; correct it"
+            )
+        self.number = int(text)
+        self._turns = threading.Semaphore(self.number)
+        folder = locks.folder()
+        self.environments: dict[Path, dict[str, str]] = {}
+        for index in range(max(self.number, len(gpus))):
+            names = gpus or ["cpu"]
+            device, share = names[index % len(names)], index // len(names)  # shared only if more are asked for
+            lock = folder / (f"{'gpu-' if gpus else ''}{device}" + (f"-share-{share + 1}" if share else "") + ".lock")
+            # The index is that of nvidia-smi, whichever GPU CUDA would call the first
+            gpu = {"CUDA_VISIBLE_DEVICES": device, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+            self.environments[lock] = gpu if gpus else {}
+
+    @contextlib.contextmanager
+    def one(
+        self, owner: str, say: Callable[[str], None], give_up: Callable[[], None]
+    ) -> Iterator[tuple[locks.Lock, dict[str, str]]]:
+        """Hold a place; what to add to the environment of the stage that has it."""
+        while not self._turns.acquire(timeout=locks.POLL_SECONDS):
+            give_up()  # a wait without end could not be cancelled
+        try:
+            with locks.one_of(list(self.environments), owner, say, give_up) as lock:
+                yield lock, self.environments[lock.path]
+        finally:
+            self._turns.release()
+
+
+_plan: Plan | None = None  # opened by `main` before Prefect starts, so that a wrong target is told in two seconds
+
+
+def _resumes(task: Any, run: Any, state: State[Any]) -> bool:
+    return state.name == INTERRUPTED
+
+
+# Every stage has a thread, nearly all of them waiting; how many work is the number of places
 @flow(name="reproduce", task_runner=ThreadPoolTaskRunner(max_workers=1000))
-def reproduce(targets: list[str] | None = None, force: bool = False) -> State[Any]:
-    """Bring the targets up to date, or everything. The flow fails if a stage fails; stages that can run, still do."""
-    plan = _plan or read_plan(targets or [], force)
-    places = slots()
-    prefixed = places.qsize() > 1
+def reproduce(
+    preset: str | None = None,
+    overrides: dict[str, Any] | list[str] | None = None,
+    targets: list[str] | None = None,
+    force: bool = False,
+) -> State[Any]:
+    """Bring the targets up to date, or everything. The flow fails if a stage fails; stages that can run, still do.
 
-    @task(name="stage", task_run_name="{stage}", cache_policy=NO_CACHE)
+    preset: the name of a file in presets/; without one, params.yaml as it is.
+    overrides: {"systems.vqgan-flow.prior.training.num_steps": 900}, or as `dvc exp run -S` takes them. With a preset or
+    overrides the run is a DVC experiment, in a folder of its own: the checkout stays as it is.
+    targets: stages such as train_prior@vqgan-flow; without any, all of them.
+    force: run the stages even if nothing changed.
+    """
+    with contextlib.nullcontext(_plan) if _plan else opened(targets or [], force, preset, overrides) as plan:
+        return _carry_out(plan, targets or [])
+
+
+def _carry_out(plan: Plan, targets: list[str]) -> State[Any]:
+    if _ending.is_set():
+        raise Stopped("the flow is ending")
+    places = Places()
+    prefixed = places.number > 1
+    run = FlowRunContext.get()
+    run_id = run.flow_run.id if run and run.flow_run else None
+    in_worker = is_engine()
+    if in_worker and run and run.flow_run and run.flow_run.parent_task_run_id is None:
+        threading.Thread(target=_watch, args=(plan.finished, plan, plan.code), daemon=True).start()
+    board = Board(run_id)
+    _running.append(plan)
+
+    @task(
+        name="stage",
+        task_run_name="{stage}",
+        cache_policy=NO_CACHE,
+        retries=1,
+        retry_delay_seconds=RETRY_SECONDS,
+        retry_condition_fn=_resumes,
+    )
     def reproduce_stage(stage: str) -> State[Any]:
         logger = get_run_logger()
+        context = TaskRunContext.get()
+        task_run_id = context.task_run.id if context else None
 
         def say(line: str) -> None:
-            print(f"{stage}: {line}" if prefixed else line, flush=True)
+            if not in_worker:  # which prints what is logged
+                print(f"{stage}: {line}" if prefixed else line, flush=True)
             logger.info(line)
+            board.line(stage, line, task_run_id)
 
+        began = time.time()
         outcome = plan.reproduce(stage, say, places)
+        if outcome.code and stage not in plan.outcomes:
+            say(
+                f"{stage} was ended by a signal, which is what want of memory does too; it continues from its checkpoint"
+            )
+            return Failed(name=INTERRUPTED, message="ended by a signal")
         if outcome.code:
             return Failed(message=f"dvc repro ended with exit code {outcome.code}")
+        if outcome.what == "ran":
+            board.done(stage, task_run_id)
+            board.link(stage, plan.experiment.checkout if plan.experiment else plan.root, began, task_run_id)
+        if outcome.what == "ran" or not any(stage in above for above in plan.upstream.values()):  # the table: always
+            board.outputs(stage, plan.outputs[stage], task_run_id)
         return Completed(name="Cached", message="nothing changed") if outcome.what == "cached" else Completed()
 
+    kept = None
     try:
         futures: dict[str, Any] = {}
         for stage, upstream in plan.upstream.items():
-            futures[stage] = reproduce_stage.submit(stage, wait_for=[futures[name] for name in sorted(upstream)])
+            named = reproduce_stage.with_options(name=stage)  # the page shows it while the stage waits for others
+            futures[stage] = named.submit(stage, wait_for=[futures[name] for name in sorted(upstream)])
         wait(list(futures.values()))
+        if plan.experiment and plan.code() == 0:
+            revision = experiments.keep(plan.experiment, list(plan.upstream) if targets else [], plan.unversioned)
+            kept = {"experiment": plan.experiment.name, "revision": revision, "metrics": plan.unversioned}
+            print(f"kept as experiment {plan.experiment.name}: see dvc exp show, dvc exp apply {plan.experiment.name}")
     except BaseException:  # a cancellation, a signal: the tasks' threads do not hear of it, their processes must
         plan.processes.stop()
         raise
     finally:
+        _running.remove(plan)
         plan.report()
+        board.close()
     failed = [stage for stage, outcome in plan.outcomes.items() if outcome.code]
-    return Failed(message=f"failed: {', '.join(failed)}") if failed else Completed()
+    return Failed(message=f"failed: {', '.join(failed)}") if failed else Completed(data=kept)
 
 
-def _watch(plan: Plan, code: Callable[[], int]) -> None:
+_running: list[Plan] = []
+_ending = threading.Event()
+
+
+def stop_all() -> None:
+    """End the stages of every run of this process, and begin no other."""
+    _ending.set()
+    for plan in list(_running):
+        plan.processes.stop()
+
+
+def leave_later(code: int) -> None:
+    """End the process a grace period from now, for what may keep Prefect from doing so (see `_watch`)."""
+
+    def leave() -> None:
+        time.sleep(GRACE_SECONDS)
+        os._exit(code)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
+def is_engine() -> bool:
+    """Whether a worker started this process for one flow run."""
+    return getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "") == "prefect.engine"
+
+
+def _watch(is_finished: Callable[[], bool], plan: Plan, code: Callable[[], int]) -> None:
     """End the process when its stages are done and Prefect is not, a grace period later.
 
     With a dead server Prefect goes on sending events for minutes, long after the last stage.
     """
-    while not (plan.settled() or plan.processes.stopping.is_set() or plan.over.is_set()):
+    while not is_finished():
         time.sleep(0.5)
     time.sleep(GRACE_SECONDS)
     print("Prefect does not come to its end (is its server gone?), so this process ends without it.", file=sys.stderr)
@@ -224,19 +393,30 @@ def _stop_server() -> None:
 
 
 def main() -> int:
-    global _plan
     parser = argparse.ArgumentParser(prog="python -m flows.reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", help="stages such as train_prior@vqgan-flow; without any, all of them")
     parser.add_argument("--force", action="store_true", help="run the stages even if nothing changed")
+    parser.add_argument("--preset", help="a file of presets/, without .yaml; default: params.yaml as it is")
+    parser.add_argument(
+        "-S", "--set", action="append", metavar="KEY=VALUE", help="other params, as `dvc exp run -S` takes them"
+    )
     arguments = parser.parse_args()
     from dvc.exceptions import DvcException
 
     try:
-        slots()
-        plan = _plan = read_plan(arguments.targets, arguments.force)
+        Places()
+        with contextlib.ExitStack() as stack:
+            opening = opened(arguments.targets, arguments.force, arguments.preset, arguments.set)
+            return _run(stack.enter_context(opening), arguments)
     except (DvcException, ValueError) as error:
         print(f"cannot reproduce {' '.join(arguments.targets) or 'the pipeline'}: {error}", file=sys.stderr)
         return 2
+
+
+def _run(plan: Plan, arguments: argparse.Namespace) -> int:
+    """The flow run of a plan in this process, with signals, and with an end even where Prefect finds none."""
+    global _plan
+    _plan = plan
     stopped = 0
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -249,11 +429,11 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    threading.Thread(target=_watch, args=(plan, code), daemon=True).start()
+    threading.Thread(target=_watch, args=(plan.finished, plan, code), daemon=True).start()
     if not os.environ.get("PREFECT_API_URL"):
         print("Prefect starts its server for this run, which takes some seconds.", flush=True)
     try:
-        reproduce(arguments.targets, arguments.force, return_state=True)
+        reproduce(arguments.preset, arguments.set, arguments.targets, arguments.force, return_state=True)
     except SystemExit:
         pass  # by `stop`
     except Exception as error:  # Prefect's own trouble is told, but the stages say whether the run was good

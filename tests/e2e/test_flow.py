@@ -1,7 +1,7 @@
 """The flow against real DVC and Prefect's own server, on a diamond of four stages: prepare -> left, right -> join."""
 
 import os
-import queue
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
-from flows import reproduce, stage_process
+from flows import board, experiments, locks, reproduce, stage_process, sweep
+from tessera.tracking import journal
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).parents[2]
@@ -67,8 +69,19 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "DVC_NO_ANALYTICS": "true"}
 
 
+@pytest.fixture(autouse=True)
+def device_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Tests of two pytest processes, and flows that run beside them, must not wait for each other's devices."""
+    folder = tmp_path / "devices"
+    folder.mkdir()
+    monkeypatch.setenv("TESSERA_DEVICE_LOCKS", str(folder))
+    return folder
+
+
 @pytest.fixture
-def launch(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def launch(
+    toy: Path, device_locks: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     home = tmp_path_factory.getbasetemp() / "prefect"  # shared: creating its database takes seconds
     started: list[subprocess.Popen[str]] = []
 
@@ -76,7 +89,7 @@ def launch(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.reproduce", *arguments],
             cwd=toy,
-            env={**environment(), "PREFECT_HOME": str(home)},
+            env={**environment(), "PREFECT_HOME": str(home), "TESSERA_DEVICE_LOCKS": str(device_locks)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -128,34 +141,33 @@ def order(toy: Path) -> list[str]:
     return (toy / "order.log").read_text().split() if (toy / "order.log").exists() else []
 
 
-def plan(
+def plan_of(
     toy: Path, monkeypatch: pytest.MonkeyPatch, targets: tuple[str, ...] = (), force: bool = False
 ) -> reproduce.Plan:
     monkeypatch.chdir(toy)
-    return reproduce.read_plan(list(targets), force)
+    return reproduce.read_plan(toy, list(targets), force)
 
 
 def carry_out(plan: reproduce.Plan) -> list[str]:
     """What the flow's tasks do, one after the other and without Prefect."""
-    places: queue.Queue[dict[str, str]] = queue.Queue()
-    places.put({})
+    places = reproduce.Places()
     return [plan.reproduce(stage, lambda line: None, places).what for stage in plan.upstream]
 
 
 def test_a_second_run_starts_nothing_and_a_change_runs_what_depends_on_it(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = plan(toy, monkeypatch)
+    first = plan_of(toy, monkeypatch)
     assert first.upstream["join"] == {"left", "right"}
     assert carry_out(first) == ["ran"] * 4
     assert (order(toy)[0], set(order(toy)[1:3]), order(toy)[3]) == ("prepare", {"left", "right"}, "join")
 
-    second = plan(toy, monkeypatch)
+    second = plan_of(toy, monkeypatch)
     monkeypatch.setattr(second.processes, "run", None)  # any process would be an error
     assert carry_out(second) == ["cached"] * 4
 
     (toy / "left.txt.how").write_text("write ")  # left runs and writes what it wrote before: join has nothing to do
-    third = plan(toy, monkeypatch)
+    third = plan_of(toy, monkeypatch)
     assert dict(zip(third.upstream, carry_out(third), strict=True)) == {
         "prepare": "cached",
         "left": "ran",
@@ -166,7 +178,7 @@ def test_a_second_run_starts_nothing_and_a_change_runs_what_depends_on_it(
     assert not third.outcomes["join"].changed  # so that nothing after it would start a process
 
     (toy / "left.txt.how").write_text("sign")  # left writes something else: join was clean at the start, and is not now
-    fourth = plan(toy, monkeypatch)
+    fourth = plan_of(toy, monkeypatch)
     assert fourth.stale == {"left"}
     assert carry_out(fourth).count("ran") == 2
     assert order(toy)[5:] == ["left", "join"]
@@ -176,7 +188,7 @@ def test_a_second_run_starts_nothing_and_a_change_runs_what_depends_on_it(
 def test_a_target_is_reproduced_with_what_it_depends_on_and_a_wrong_one_is_refused(
     toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert set(plan(toy, monkeypatch, ("right",)).upstream) == {"prepare", "right"}
+    assert set(plan_of(toy, monkeypatch, ("right",)).upstream) == {"prepare", "right"}
     monkeypatch.setattr(sys, "argv", ["reproduce", "rihgt"])
     assert reproduce.main() == 2
     assert "cannot reproduce rihgt" in capsys.readouterr().err
@@ -186,25 +198,272 @@ def test_a_target_is_reproduced_with_what_it_depends_on_and_a_wrong_one_is_refus
     assert "TESSERA_PARALLEL is 'two': expected" in capsys.readouterr().err
 
 
+UUIDS = ["GPU-aaaaaaaa-0000", "GPU-bbbbbbbb-1111"]
+
+
 @pytest.mark.parametrize(
-    ("visible", "parallel", "expected"),
+    ("visible", "parallel", "expected", "turns"),
     [
-        ("", None, [""]),
-        ("-1", "2", ["", ""]),
-        ("0,3", None, ["0", "3"]),
-        ("3", None, [""]),
-        ("0,1", "3", ["0", "1", "0"]),
+        ("", None, {"cpu": ""}, 1),
+        ("-1", "2", {"cpu": "", "cpu-share-2": ""}, 2),
+        ("0,3", None, {"gpu-0": "0", "gpu-3": "3"}, 2),
+        ("0,3", "1", {"gpu-0": "0", "gpu-3": "3"}, 1),  # any of them, one at a time
+        ("3", None, {"gpu-3": "3"}, 1),
+        ("0,1", "3", {"gpu-0": "0", "gpu-1": "1", "gpu-0-share-2": "0"}, 3),
+        (UUIDS[1], None, {"gpu-1": "1"}, 1),  # the same lock as that of who says 1
+        (None, None, {"gpu-0": "0", "gpu-1": "1"}, 2),
     ],
 )
-def test_stages_side_by_side_have_a_gpu_each(
-    monkeypatch: pytest.MonkeyPatch, visible: str, parallel: str | None, expected: list[str]
+def test_each_stage_has_a_gpu_of_its_own_with_one_lock_whatever_it_is_called(
+    device_locks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str | None,
+    parallel: str | None,
+    expected: dict[str, str],
+    turns: int,
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    listing = "\n".join(f"GPU {index}: NVIDIA H100 (UUID: {uuid})" for index, uuid in enumerate(UUIDS))
+    program.write_text(f"#!/bin/sh\ncat <<END\n{listing}\nEND\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("TESSERA_PARALLEL", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     if parallel:
         monkeypatch.setenv("TESSERA_PARALLEL", parallel)
-    places = reproduce.slots()
-    assert [places.get_nowait().get("CUDA_VISIBLE_DEVICES", "") for _ in range(places.qsize())] == expected
+    places = reproduce.Places()
+    found = {path.stem: added.get("CUDA_VISIBLE_DEVICES", "") for path, added in places.environments.items()}
+    assert found == expected
+    assert {path.parent for path in places.environments} == {device_locks}
+    assert places.number == turns
+
+
+HOLDER = """
+import os, subprocess, sys
+from pathlib import Path
+from flows import locks
+lock = locks.take(Path(sys.argv[1]), "a test")
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[lock.descriptor])
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+def test_a_device_is_taken_until_the_last_process_of_its_stage_is_gone_even_by_kill_9(device_locks: Path) -> None:
+    path = device_locks / "cpu.lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    assert locks.take(path, "another") is None
+    assert path.read_text() == f"process {holder.pid}: a test\n"
+    holder.kill()
+    holder.wait()
+    assert locks.take(path, "another") is None  # the stage still runs
+    os.kill(child, signal.SIGKILL)
+    wait_for("the device is free", lambda: not alive(child), 5)
+    lock = locks.take(path, "another")
+    assert lock is not None
+    assert locks.take(path, "a third") is None  # in one process too
+    lock.release()
+
+
+def test_who_waits_for_a_device_hears_whom_for_and_can_be_stopped(device_locks: Path) -> None:
+    lock = locks.take(device_locks / "cpu.lock", "train_prior@toy in /somewhere")
+    said: list[str] = []
+    asked = iter(range(3))
+
+    def give_up() -> None:
+        if next(asked) == 2:
+            raise stage_process.Stopped
+
+    with (
+        pytest.raises(stage_process.Stopped),
+        locks.one_of([device_locks / "cpu.lock"], "another", said.append, give_up),
+    ):
+        raise AssertionError("two have it")
+    assert said == [f"waiting for cpu, which has process {os.getpid()}: train_prior@toy in /somewhere"]
+    assert lock is not None
+    lock.release()
+    with locks.one_of([device_locks / "cpu.lock"], "another", said.append):
+        assert locks.take(device_locks / "cpu.lock", "a third") is None
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "percent"),
+    [
+        ("train_prior@vqgan-flow  step  35/700  loss 2.1  eta 4s", 5.0),
+        ("train_prior@vqgan-flow  step 700/700  loss 2.1", 100.0),
+        ("sample_images@gan  30/40  eta 4s", 75.0),
+        ("sample_images@gan  done in 3.1s, 12 images/s", None),
+        ("Running stage 'train_prior@gan':", None),
+        ("> exec python -m stages.train_prior --images data/1/2", None),
+    ],
+)
+def test_progress_is_read_from_the_lines_of_stages(line: str, percent: float | None) -> None:
+    assert board.progress_of(line) == percent
+
+
+def test_the_link_to_mlflow_is_that_of_the_stages_newest_run_once_it_was_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TESSERA_TRACKING", "on")
+    uids = {}
+    for stage in ("train_prior@a", "train_prior@b", "train_prior@a"):
+        run = journal.open_run(stage, experiment="toy", root=tmp_path, state=None, params={}, tags={})
+        run.close("FINISHED")
+        uids[stage] = run.uid
+        os.utime(run.folder / journal.JOURNAL, (1000.0 + len(uids), 1000.0 + len(uids)))
+        time.sleep(0.01)
+    newest = tmp_path / ".state/tracking" / uids["train_prior@a"]
+    os.utime(newest / journal.JOURNAL, (2000.0, 2000.0))
+    assert board.mlflow_run(tmp_path, "train_prior@a", 0.0) is None  # the uploader was not there yet
+    (newest / "sent-0123456789ab.json").write_text('{"run_id": "f00"}')
+    assert board.mlflow_run(tmp_path, "train_prior@a", 1500.0) == "f00"
+    assert board.mlflow_run(tmp_path, "train_prior@a", 2001.0) is None  # that was another flow run
+    assert board.mlflow_run(tmp_path, "train_prior@b", 0.0) is None
+
+
+def test_a_dead_server_costs_a_board_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**settings: object) -> None:
+        raise OSError("connection refused")
+
+    monkeypatch.setattr(board, "get_client", refuse)
+    monkeypatch.setattr(board, "INTERVAL_SECONDS", 0.1)
+    shown = board.Board(None)
+    shown.line("train_prior@a", "train_prior@a  step 1/2  loss 1", None)
+    shown.markdown("comparison", "| a |")
+    time.sleep(0.5)
+    began = time.monotonic()
+    shown.close()
+    assert time.monotonic() - began < 1.5
+
+
+def test_keys_of_artifacts_are_as_prefect_demands() -> None:
+    assert board.key_of("train_prior@vqgan-flow", "progress") == "train-prior-vqgan-flow-progress"
+
+
+def test_importing_the_flows_takes_two_seconds_and_a_half_and_no_torch() -> None:
+    code = "import time, sys; import flows.sweep; print(time.process_time(), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    seconds, has_torch = done.stdout.split()
+    assert has_torch == "False"
+    assert float(seconds) < 2.5  # of the processor: the wall clock is that of whoever else is at work
+
+
+COPY = """
+  copy:
+    cmd: PYTHON -c "import sys; open('copy.txt', 'w').write(sys.argv[1] + open('raw/given.txt').read())" ${how.text}
+    params: [how.text]
+    deps: [raw/given.txt]
+    outs: [copy.txt]
+    metrics: [{made.json: {cache: false}}]
+"""
+
+
+@pytest.fixture
+def project(toy: Path) -> Path:
+    """The toy as a repository with a commit, params, a preset, and data that git ignores."""
+    (toy / "dvc.yaml").write_text((toy / "dvc.yaml").read_text() + COPY.replace("PYTHON", sys.executable))
+    text = (toy / "dvc.yaml").read_text().replace(" ${how.text}\n", " ${how.text} && echo {} > made.json\n")
+    (toy / "dvc.yaml").write_text(text)
+    (toy / "params.yaml").write_text("how: {text: plain}  # a remark\nsource: raw/given.txt\n")
+    (toy / "presets").mkdir()
+    (toy / "presets/loud.yaml").write_text("how: {text: LOUD}\nsource: raw/given.txt\n")
+    (toy / "raw").mkdir()
+    (toy / "raw/given.txt").write_text(" words")
+    (toy / ".gitignore").write_text("/raw\n/.state\n/*.txt\n!/seed.txt\n/order.log\n")
+    (toy / ".dvcignore").write_text(".state\n")
+    git(toy, "add", "--all")
+    git(toy, "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message=start")
+    return toy
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_run_with_other_params_is_an_experiment_and_the_checkout_stays_as_it_is(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("TESSERA_TRACKING", "off")
+    (project / "step.py").write_text(STEP + "# not committed\n")
+    assert carry_out(plan_of(project, monkeypatch, ("prepare",))) == ["ran"]
+    git(project, "add", "dvc.lock")
+    before = git(project, "status", "--short"), (project / "params.yaml").read_text()
+    overrides = {"how.text": "bold"}
+    for attempt in ("interrupted", "whole", "again"):
+        with reproduce.opened(["copy", "prepare"], False, None, overrides) as plan:
+            assert plan.experiment is not None and plan.root == plan.experiment.folder
+            assert plan.experiment.name.startswith("params-text-bold-")
+            assert re.match("how: {text: bold} +# a remark", (plan.root / "params.yaml").read_text())
+            assert (plan.root / "step.py").read_text().endswith("# not committed\n")
+            assert (plan.root / "left-over").exists() == (attempt == "whole")  # the interrupted one goes on there
+            if attempt == "interrupted":
+                (plan.root / "left-over").touch()
+                continue
+            (plan.root / "left-over").unlink(missing_ok=True)
+            carry_out(plan)
+            assert {stage: outcome.what for stage, outcome in plan.outcomes.items()} == {
+                "copy": "ran" if attempt == "whole" else "cached",
+                "prepare": "cached",  # by the checkout
+            }
+            assert (plan.root / "copy.txt").read_text() == "bold words"
+            revision = experiments.keep(plan.experiment, ["copy", "prepare"], plan.unversioned)
+        assert not plan.root.exists()
+        assert experiments.file_of(project, revision, "made.json") == "{}"
+    assert (git(project, "status", "--short"), (project / "params.yaml").read_text()) == before
+    assert not (project / "copy.txt").exists()
+    listed = subprocess.run([sys.executable, "-m", "dvc", "exp", "list", "--name-only"], capture_output=True, text=True)
+    assert listed.stdout.split() == [plan.experiment.name]
+    assert git(project, "stash", "list") == ""
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "sentence"),
+    [
+        ("loud", ["how.txet=1"], "do not fit"),
+        ("laud", None, "there is no preset 'laud': expected one of loud"),
+        ("../params", None, "there is no preset"),
+    ],
+)
+def test_a_preset_or_override_that_is_not_there_is_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch, preset: str, overrides: list[str] | None, sentence: str
+) -> None:
+    monkeypatch.chdir(project)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        experiments.define(project, preset, overrides)
+
+
+def test_the_same_params_have_one_name_and_a_changed_file_gives_another(project: Path) -> None:
+    names = [experiments.define(project, "loud", overrides).name for overrides in (None, [], ["how.text=LOUD"])]
+    assert names[0] == names[1] and names[0].startswith("loud-")
+    (project / "step.py").write_text(STEP + "# another\n")
+    assert experiments.define(project, "loud", None).name not in names
+    assert experiments.define(project, None, None) is None
+    given = experiments.define(project, None, {"how.text": 'é "1"', "+more": {"list": [1, None, True, 2.5]}})
+    found = yaml.safe_load(given.params)
+    assert (found["how"]["text"], found["more"]) == ('é "1"', {"list": [1, None, True, 2.5]})
+
+
+def test_a_grid_has_every_combination_and_a_wrong_one_is_refused() -> None:
+    assert sweep.combinations({"a.b": [1, 2], "c": [3, 4]}) == [
+        {"a.b": 1, "c": 3},
+        {"a.b": 1, "c": 4},
+        {"a.b": 2, "c": 3},
+        {"a.b": 2, "c": 4},
+    ]
+    assert sweep.label_of({"systems.x.prior.depth": 6, "seed": 1}) == "depth=6, seed=1"
+    for cells in ({}, {"seed": []}, {"seed": 3}, [{}]):
+        with pytest.raises(ValueError, match="expected"):
+            sweep.combinations(cells)
 
 
 def test_a_group_that_ignores_sigterm_is_killed_after_the_grace_period(
@@ -245,7 +504,7 @@ def test_a_failing_stage_fails_the_flow_and_then_a_dead_server_does_not(
     os.kill(server, signal.SIGKILL)
     (toy / "go").touch()
     wait_for("join is made", (toy / "join.txt").exists, 60)
-    output, _ = process.communicate(timeout=30)  # Prefect alone would need minutes
+    output, _ = process.communicate(timeout=45)  # Prefect alone would need minutes
     assert process.returncode == 0, output
     assert "prepare  cached" in output
     assert (toy / "join.txt").read_text() == "joinleftprepare0rightprepare0"

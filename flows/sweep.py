@@ -1,0 +1,155 @@
+"""Runs a grid of params: each cell is a subflow run and a DVC experiment, and a table compares them at the end.
+
+    python -m flows.sweep systems.vqgan-flow.prior.training.num_steps=300,700 seed=0,1 [--preset NAME] [--target STAGE]
+
+Cells run side by side where devices allow; what they have in common is computed once, because DVC's cache is shared.
+"""
+
+import argparse
+import itertools
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from flows.reproduce import (
+    Places,
+    is_engine,
+    leave_later,
+    reproduce,
+    stop_all,
+)  # first: it sets what Prefect reads when it is imported
+
+# isort: split
+
+import yaml
+from prefect import allow_failure, flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
+from prefect.futures import wait
+from prefect.states import Completed, Failed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows import experiments
+from flows.board import Board
+
+Cells = dict[str, list[Any]] | list[dict[str, Any]]
+FIGURES = ("label_agreement", "precision", "recall", "test_loss")  # beside the distances, as far as they were measured
+
+
+def combinations(cells: Cells) -> list[dict[str, Any]]:
+    """The overrides of each cell: of a grid {key: [values]} every combination."""
+    if isinstance(cells, list):
+        found = cells
+    else:
+        wrong = [key for key, values in cells.items() if not isinstance(values, list) or not values]
+        if wrong:
+            raise ValueError(
+                f"the cells of {', '.join(wrong)} are no list of values: expected e.g. {{seed: [0, 1, 2]}}"
+            )
+        found = [dict(zip(cells, values, strict=True)) for values in itertools.product(*cells.values())]
+    if not any(found):
+        raise ValueError("there are no cells: expected {key: [values]}, e.g. {seed: [0, 1, 2]}, or a list of overrides")
+    return found
+
+
+def label_of(cell: dict[str, Any] | list[str]) -> str:
+    """A cell in short: seed=1, num_steps=300."""
+    return ", ".join(
+        setting.partition("=")[0].rpartition(".")[2] + "=" + setting.partition("=")[2]
+        for setting in experiments.as_list(cell)
+    )
+
+
+@flow(name="sweep", task_runner=ThreadPoolTaskRunner(max_workers=16))
+def sweep(
+    cells: dict[str, list[Any]] | list[dict[str, Any]], preset: str | None = None, targets: list[str] | None = None
+) -> State[Any]:
+    """Run an experiment for each cell and compare them. The sweep fails if a cell fails; the others still run.
+
+    cells: a grid {key: [values]}, of which every combination is run, or a list of overrides.
+    preset: the name of a file in presets/ that the overrides change; without one, params.yaml.
+    targets: stages such as evaluate@vqgan-flow; without any, all of them.
+    """
+    overrides = combinations(cells)
+    labels = [label_of(cell) for cell in overrides]
+    at_once = Places().number
+    run = FlowRunContext.get()
+    board = Board(run.flow_run.id if run and run.flow_run else None)
+
+    @task(name="cell", task_run_name="{label}", cache_policy=NO_CACHE)
+    def run_cell(label: str, overrides: dict[str, Any]) -> Any:
+        state = reproduce.with_options(flow_run_name=label)(preset, overrides, targets, return_state=True)
+        return state.result()
+
+    futures: list[Any] = []
+    try:
+        for number, (label, cell) in enumerate(zip(labels, overrides, strict=True)):
+            before = futures[number - at_once : number - at_once + 1] if number >= at_once else []
+            futures.append(run_cell.submit(label, cell, wait_for=[allow_failure(future) for future in before]))
+        wait(futures)
+    except BaseException:
+        stop_all()
+        raise
+    kept = {
+        label: future.result() for label, future in zip(labels, futures, strict=True) if future.state.is_completed()
+    }
+    text = compare(Path.cwd(), {label: kept[label] for label in kept})
+    print(text, flush=True)
+    board.markdown("comparison of cells", text)
+    board.close()
+    failed = [label for label in labels if label not in kept]
+    if is_engine():
+        leave_later(1 if failed else 0)
+    return Failed(message=f"failed: {'; '.join(failed)}") if failed else Completed()
+
+
+def compare(checkout: Path, kept: dict[str, dict[str, Any]]) -> str:
+    """Markdown: the systems of all cells in one table, and their order by each distance."""
+    from tessera import comparison, figures
+
+    texts: dict[str, dict[str, str]] = {}  # by system and cell
+    for label, cell in kept.items():
+        for path in cell["metrics"]:
+            if Path(path).parent.name == "systems":
+                texts.setdefault(Path(path).stem, {})[label] = experiments.file_of(checkout, cell["revision"], path)
+    systems: comparison.Systems = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, by_cell in sorted(texts.items(), key=lambda item: (item[0] != comparison.REAL, item[0])):
+            is_common = len(set(by_cell.values())) == 1 and len(kept) > 1  # these cells say nothing about it
+            for label, text in list(by_cell.items())[: 1 if is_common else None]:
+                path = Path(folder) / "figures.json"
+                path.write_text(text, encoding="utf-8")
+                systems[name if is_common else f"{name} ({label})"] = [figures.read(path)]
+    listed = "\n".join(f"- {label}: experiment `{cell['experiment']}`" for label, cell in kept.items())
+    if not systems:
+        return f"No cell has figures of systems to compare.\n\n{listed}"
+    try:
+        comparison.require_one_protocol(systems)
+    except comparison.MixedProtocols as error:
+        return f"Not comparable: {error}\n\n{listed}"
+    distances = comparison.distance_names(systems)
+    columns = dict.fromkeys([*FIGURES[:1], *distances, *FIGURES[1:]], "{:.3f}")
+    table = comparison.markdown(comparison.table(systems, columns, with_errors=distances))
+    rankings = "\n".join(f"- {key}, from the best: {comparison.ranking(systems, key)}" for key in distances)
+    return f"{table}\n\n{rankings}\n\n{listed}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m flows.sweep", description=__doc__.splitlines()[0])
+    parser.add_argument("cells", nargs="+", metavar="KEY=VALUE,VALUE", help="every combination is one cell")
+    parser.add_argument("--preset", help="a file of presets/, without .yaml; default: params.yaml as it is")
+    parser.add_argument("--target", action="append", help="a stage such as evaluate@vqgan-flow; default: all of them")
+    arguments = parser.parse_args()
+    grid = {}
+    for text in arguments.cells:
+        key, sign, values = text.partition("=")
+        if not sign:
+            parser.error(f"{text} is no cell: expected KEY=VALUE,VALUE, e.g. seed=0,1,2")
+        grid[key] = yaml.safe_load(f"[{values}]")
+    state = sweep(grid, arguments.preset, arguments.target, return_state=True)
+    return 0 if state.is_completed() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,318 @@
+"""Deployments on a real Prefect server: a worker, artifacts, queueing, cancelling, and what kills leave behind.
+
+The tests of this file share one server and one clone, and run in order. Each stage's bits are compared with those that
+plain dvc makes of the same params.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+TRAINING = "train_tokenizer@vqgan"
+OUT = "data/tokenizers/vqgan"
+STEPS = 400
+
+
+class Team:
+    """A Prefect server, a worker of pool gpu, and a clone that both of them and the tests use."""
+
+    def __init__(self, clone: Any, folder: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.clone, self.folder = clone, folder
+        self.devices = folder / "devices"
+        self.devices.mkdir()
+        self.environment = {
+            "PREFECT_HOME": str(folder),
+            "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "DO_NOT_TRACK": "1",
+            "TESSERA_DEVICE_LOCKS": str(self.devices),
+            "TESSERA_CHECKPOINT_SECONDS": "0.5",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        self.processes: dict[str, subprocess.Popen] = {}
+
+    def start(self, name: str, *command: str, **environment: str) -> subprocess.Popen:
+        log = (self.folder / f"{name}.log").open("a")
+        self.processes[name] = subprocess.Popen(
+            command,
+            cwd=self.clone.folder,
+            env={**self.clone.environment, **self.environment, **environment},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        return self.processes[name]
+
+    def start_server(self) -> None:
+        port = str(self.port)
+        self.start("server", sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port)
+        wait_for("the server answers", lambda: self.ask("GET", "/health") is True, 120)
+
+    def start_worker(self, limit: int = 1, **environment: str) -> None:
+        arguments = "worker", "start", "--pool", "gpu", "--limit", str(limit)
+        self.start("worker", sys.executable, "-m", "prefect", *arguments, **environment)
+
+    def kill(self, name: str) -> None:
+        """kill -9 of a process and of nothing below it, as the kernel does for want of memory."""
+        self.processes[name].kill()
+        self.processes[name].wait()
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"{self.environment['PREFECT_API_URL']}{path}", data, {"content-type": "application/json"}, method=method
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                return json.loads(answer.read() or "null")
+        except (urllib.error.URLError, OSError) as error:
+            print(f"{method} {path}: {error}")
+            return None
+
+    def prefect(self, *arguments: str) -> str:
+        done = self.clone.run(sys.executable, "-m", "prefect", *arguments, **self.environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def submit(self, deployment: str = "reproduce/reproduce", **parameters: Any) -> str:
+        """The id of a new flow run."""
+        found = self.insist("GET", f"/deployments/name/{deployment}")
+        return self.insist("POST", f"/deployments/{found['id']}/create_flow_run", {"parameters": parameters})["id"]
+
+    def insist(self, method: str, path: str, body: Any = None) -> Any:
+        """A server on SQLite that is busy may refuse once."""
+        for _ in range(10):
+            if (answer := self.ask(method, path, body)) is not None:
+                return answer
+            time.sleep(1)
+        raise AssertionError(f"the server refused {method} {path}: see {self.folder}/server.log")
+
+    def state(self, run: str) -> str:
+        found = self.ask("GET", f"/flow_runs/{run}")
+        return found["state"]["name"] if found else "unknown"
+
+    def ends(self, run: str, state: str = "Completed", seconds: float = 240) -> None:
+        ends = {"Completed", "Failed", "Crashed", "Cancelled"}
+        wait_for(f"run {run} ends", lambda: self.state(run) in ends, seconds)
+        assert self.state(run) == state, self.logs(run)
+
+    def logs(self, run: str) -> str:
+        query = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200, "sort": "TIMESTAMP_ASC"}
+        return "\n".join(line["message"] for line in self.insist("POST", "/logs/filter", query))
+
+    def tasks(self, run: str) -> dict[str, str]:
+        """{stage: state} of a flow run."""
+        found = self.insist("POST", "/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}, "limit": 200})
+        return {task["name"]: task["state"]["name"] for task in found}
+
+    def artifacts(self, run: str) -> dict[str, Any]:
+        query = {"artifacts": {"flow_run_id": {"any_": [run]}}, "limit": 100}
+        return {found["key"]: found for found in self.insist("POST", "/artifacts/filter", query)}
+
+    def stages(self) -> list[int]:
+        """The processes that work in the clone, but for the server, the worker and their flow runs."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (entry / "cmdline").read_bytes()
+                inside = str((entry / "cwd").readlink()).startswith(str(self.clone.folder))
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            if inside and state not in "ZX" and (b"stages." in command or b"repro" in command):
+                found.append(int(entry.name))
+        return found
+
+    def is_training(self) -> bool:
+        state = self.clone.folder / ".state" / TRAINING.replace("@", "-")
+        return any(state.glob("*/step-*/manifest.json")) and bool(self.stages())
+
+    def is_free(self) -> bool:
+        from flows import locks
+
+        lock = locks.take(self.devices / "cpu.lock", "the test")
+        if lock:
+            lock.release()
+        return lock is not None
+
+    def hashes(self) -> dict[str, str]:
+        return json.loads((self.clone.folder / OUT / "manifest.json").read_text())
+
+    def forget(self) -> None:
+        """Make the training run again, from its first step, and not come from DVC's cache."""
+        shutil.rmtree(self.clone.folder / OUT, ignore_errors=True)
+        shutil.rmtree(self.clone.folder / ".dvc/cache", ignore_errors=True)
+
+    def end(self) -> None:
+        for pid in self.stages():
+            kill_group(pid)
+        for process in self.processes.values():
+            kill_group(process.pid)
+            process.wait()
+
+
+def kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(os.getpgid(pid), signal.SIGKILL)
+
+
+def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> float:
+    """Wait until it is true; how long that took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() < began + seconds, f"{what}: not within {seconds:g} s"
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def team(clone: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+    params = clone.params()
+    params["systems"] = {"vqgan-flow": params["systems"]["vqgan-flow"]}
+    params["tokenizers"] = {"vqgan": params["tokenizers"]["vqgan"]}
+    params["tokenizers"]["vqgan"]["training"]["num_steps"] = STEPS
+    clone.write_params(params)
+    clone.git("commit", "--all", "--quiet", "--message=one system")
+    team = Team(clone, tmp_path_factory.mktemp("prefect"))
+    try:
+        team.start_server()
+        team.prefect("work-pool", "create", "gpu", "--type", "process")
+        yield team
+    finally:
+        team.end()
+
+
+def test_every_deployment_is_made_on_a_fresh_server_and_the_nightly_one_is_off(team: Team) -> None:
+    team.prefect("--no-prompt", "deploy", "--all")
+    found = {f"{made['name']}": made for made in team.ask("POST", "/deployments/filter", {})}
+    assert set(found) == {"reproduce", "sweep", "nightly"}
+    assert {made["work_pool_name"] for made in found.values()} == {"gpu"}
+    (schedule,) = found["nightly"]["schedules"]
+    assert (schedule["active"], schedule["schedule"]["cron"]) == (False, "0 2 * * *")
+    assert set(found["reproduce"]["parameter_openapi_schema"]["properties"]) == {
+        "preset", "overrides", "targets", "force"
+    }  # fmt: skip
+
+
+def test_a_cancelled_training_leaves_no_process_and_the_next_run_resumes_it(team: Team) -> None:
+    team.start_worker()
+    run = team.submit(targets=[TRAINING])
+    wait_for("it trains", team.is_training, 180)
+    assert not team.is_free()
+    team.ask("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})  # as the page and the command do
+    seconds = wait_for("no process is left", lambda: not team.stages(), 10)
+    team.ends(run, "Cancelled", 60)
+    assert team.is_free()
+    assert not (team.clone.folder / OUT).exists()
+    again = team.submit(targets=[TRAINING])
+    team.ends(again)
+    resumed = re.search(r"resumed step (\d+)", team.logs(again))
+    assert resumed and 1 <= int(resumed[1]) < STEPS, team.logs(again)
+    print(f"cancelled: no process after {seconds:.1f} s")
+
+
+def test_two_runs_at_once_wait_for_the_one_device_and_both_end_right(team: Team) -> None:
+    """The limit of the worker is two: what makes one wait is the lock of the device."""
+    whole = team.hashes()
+    team.kill("worker")
+    team.start_worker(limit=2)
+    team.forget()
+    runs = [team.submit(targets=targets) for targets in ([TRAINING], ["encode_tokens@vqgan"])]
+    most = 0
+    while any(team.state(run) not in ("Completed", "Failed", "Crashed") for run in runs):
+        trainings = [pid for pid in team.stages() if b"stages." in command_of(pid)]
+        most = max(most, len(trainings))
+        time.sleep(0.05)
+    for run in runs:
+        team.ends(run)
+    assert most == 1
+    assert team.hashes() == whole
+    logs = [team.logs(run) for run in runs]
+    assert sum(log.count(f"Running stage '{TRAINING}'") for log in logs) == 1  # the other one found it done
+    assert any("waiting for" in log for log in logs)
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_training_that_is_killed_goes_on_from_its_checkpoint_in_the_same_run(team: Team) -> None:
+    whole = team.hashes()
+    team.forget()
+    run = team.submit(targets=[TRAINING])
+    wait_for("it trains", team.is_training, 180)
+    (pid,) = [pid for pid in team.stages() if b"stages.train_tokenizer" in command_of(pid)]
+    os.kill(pid, signal.SIGKILL)
+    team.ends(run)
+    assert "continues from its checkpoint" in team.logs(run) and "resumed step" in team.logs(run)
+    assert team.hashes() == whole
+
+
+def test_kill_9_of_the_worker_and_of_the_server_harms_no_training(team: Team) -> None:
+    whole = team.hashes()
+    team.forget()
+    team.submit(targets=[TRAINING])
+    wait_for("it trains", team.is_training, 180)
+    flow = int(re.search(r"process (\d+)", (team.devices / "cpu.lock").read_text())[1])
+    team.kill("worker")
+    kill_group(team.processes["server"].pid)
+    assert team.stages()
+    wait_for("the training is done", lambda: (team.clone.folder / OUT / "manifest.json").exists(), 120)
+    wait_for("the device is free", team.is_free, 60)
+    assert team.hashes() == whole
+    seconds = wait_for("the flow's process is gone", lambda: not command_of(flow), 60)
+    print(f"without a server: the flow's process is gone after {seconds:.1f} s")
+    assert team.stages() == []
+    team.start_server()
+
+
+def test_a_run_shows_progress_pictures_and_the_table(team: Team) -> None:
+    team.start_worker()
+    run = team.submit(targets=["compare_systems"])
+    team.ends(run)
+    states = team.tasks(run)
+    assert states[TRAINING] == "Cached" and states["train_prior@vqgan-flow"] == "Completed"
+    artifacts = team.artifacts(run)
+    progress = artifacts["train-prior-vqgan-flow-progress"]
+    assert (progress["type"], progress["data"]) == ("progress", 100.0)
+    assert artifacts["sample-images-vqgan-flow-samples"]["data"].startswith("![vqgan-flow](data:image/png;base64,iVBOR")
+    assert "| vqgan-flow" in artifacts["comparison"]["data"]
+    assert f"step {STEPS}/{STEPS}" in team.logs(run) or "step 60/60" in team.logs(run)
+
+
+def test_a_sweep_makes_experiments_that_are_compared_and_the_checkout_stays_as_it_is(team: Team) -> None:
+    before = (team.clone.folder / "params.yaml").read_text(), team.clone.run("git", "status", "--short").stdout
+    run = team.submit("sweep/sweep", cells={"systems.vqgan-flow.sampling.guidance_scale": [1.0, 3.0]})
+    team.ends(run, seconds=400)
+    assert (team.clone.folder / "params.yaml").read_text() == before[0]
+    assert team.clone.run("git", "status", "--short").stdout == before[1]
+    table = team.artifacts(run)["comparison-of-cells"]["data"]
+    assert "vqgan-flow (guidance_scale=1.0)" in table and "vqgan-flow (guidance_scale=3.0)" in table
+    shown = team.clone.run(sys.executable, "-m", "dvc", "exp", "list", "--name-only").stdout.split()
+    assert [name.rpartition("-")[0] for name in sorted(shown)] == [
+        "params-guidance-scale-1-0", "params-guidance-scale-3-0"
+    ]  # fmt: skip
+    assert not list((team.clone.folder / ".state/runs").glob("params-*/"))
+    assert all("Running stage 'train_" not in team.logs(run) for run in [run])
