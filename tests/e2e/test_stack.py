@@ -340,6 +340,9 @@ def test_the_stack_comes_up_mends_what_was_killed_and_goes_down_without_a_trace(
     assert not set(pids.values()) & {checkout.pid(member) for member in MEMBERS}
     check_listeners(checkout)  # the killed MLflow's other process does not hold the port any more
     assert psutil.pid_exists(child)  # the work of a killed worker is not lost
+    _, (run,) = stack.ask(checkout.url("prefect", "/api/flow_runs/filter"), body={})
+    assert run["state"]["type"] == "RUNNING"
+    os.kill(int(run["infrastructure_pid"]), signal.SIGKILL)  # neither it nor its worker can tell of its end
 
     began = time.monotonic()
     done = checkout("down")
