@@ -95,7 +95,7 @@ def sweep(
         label: future.result() for label, future in zip(labels, futures, strict=True) if future.state.is_completed()
     }
     text = compare(Path.cwd(), {label: kept[label] for label in kept})
-    print(text, flush=True)
+    tell(text)
     board.markdown("comparison of cells", text)
     board.close()
     failed = [label for label in labels if label not in kept]

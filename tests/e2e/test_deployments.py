@@ -282,7 +282,7 @@ def test_kill_9_of_the_worker_and_of_the_server_harms_no_training(team: Team) ->
     wait_for("the training is done", lambda: (team.clone.folder / OUT / "manifest.json").exists(), 120)
     wait_for("the device is free", team.is_free, 60)
     assert team.hashes() == whole
-    seconds = wait_for("the flow's process is gone", lambda: not command_of(flow), 60)
+    seconds = wait_for("the flow's process is gone", lambda: not command_of(flow), 45)
     print(f"without a server: the flow's process is gone after {seconds:.1f} s")
     assert team.stages() == []
     team.start_server()
