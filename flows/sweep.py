@@ -12,13 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from flows.reproduce import (
-    Places,
-    is_engine,
-    leave_later,
-    reproduce,
-    stop_all,
-)  # first: it sets what Prefect reads when it is imported
+# First: it sets what Prefect reads when it is imported
+from flows.reproduce import Places, is_engine, leave_later, reproduce, stop_all, tell
 
 # isort: split
 
