@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 pytestmark = pytest.mark.e2e
 TRAINING = "train_tokenizer@vqgan"
@@ -163,7 +164,10 @@ class Team:
     def forget(self) -> None:
         """Make the training run again, from its first step, and not come from DVC's cache."""
         shutil.rmtree(self.clone.folder / OUT, ignore_errors=True)
-        shutil.rmtree(self.clone.folder / ".dvc/cache", ignore_errors=True)
+        shutil.rmtree(self.clone.folder / ".dvc/cache/runs", ignore_errors=True)
+        lock = yaml.safe_load((self.clone.folder / "dvc.lock").read_text())["stages"]
+        for out in lock.get(TRAINING, {"outs": []})["outs"]:
+            (self.clone.folder / ".dvc/cache/files/md5" / out["md5"][:2] / out["md5"][2:]).unlink(missing_ok=True)
 
     def end(self) -> None:
         for pid in self.stages():
