@@ -59,6 +59,12 @@ HINTS = (  # dvc gives them after each stage
 SERVER_SECONDS = 5.0
 
 
+def tell(line: str) -> None:
+    """Print a line; where nobody reads any more, because the worker was killed, the run goes on."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
 class Outcome(NamedTuple):
     what: str  # ran, cached, failed or not run
     seconds: float = 0.0
@@ -162,7 +168,7 @@ class Plan:
         width = max(len(stage) for stage in self.upstream)
         for stage in self.upstream:
             outcome = self.outcomes.get(stage, Outcome("not run"))
-            print(f"{stage:<{width}}  {outcome.what:<7}  {outcome.seconds:8.1f} s", flush=True)
+            tell(f"{stage:<{width}}  {outcome.what:<7}  {outcome.seconds:8.1f} s")
 
 
 def read_plan(root: Path, targets: list[str], force: bool, experiment: experiments.Experiment | None = None) -> Plan:
@@ -200,9 +206,9 @@ def opened(targets: list[str], force: bool, preset: str | None, overrides: exper
     if experiment is None:
         yield read_plan(checkout, targets, force)
         return
-    with locks.one_of([experiment.lock], experiment.name, lambda line: print(line, flush=True)):
+    with locks.one_of([experiment.lock], experiment.name, tell):
         experiments.prepare(experiment)
-        print(f"{experiment.name} runs in {experiment.folder}", flush=True)
+        tell(f"{experiment.name} runs in {experiment.folder}")
         yield read_plan(experiment.folder, targets, force, experiment)
 
 
@@ -297,7 +303,7 @@ def _carry_out(plan: Plan, targets: list[str]) -> State[Any]:
 
         def say(line: str) -> None:
             if not in_worker:  # which prints what is logged
-                print(f"{stage}: {line}" if prefixed else line, flush=True)
+                tell(f"{stage}: {line}" if prefixed else line)
             logger.info(line)
             board.line(stage, line, task_run_id)
 
@@ -327,7 +333,7 @@ def _carry_out(plan: Plan, targets: list[str]) -> State[Any]:
         if plan.experiment and plan.code() == 0:
             revision = experiments.keep(plan.experiment, list(plan.upstream) if targets else [], plan.unversioned)
             kept = {"experiment": plan.experiment.name, "revision": revision, "metrics": plan.unversioned}
-            print(f"kept as experiment {plan.experiment.name}: see dvc exp show, dvc exp apply {plan.experiment.name}")
+            tell(f"kept as experiment {plan.experiment.name}: see dvc exp show, dvc exp apply {plan.experiment.name}")
     except BaseException:  # a cancellation, a signal: the tasks' threads do not hear of it, their processes must
         plan.processes.stop()
         raise
@@ -373,7 +379,7 @@ def _watch(is_finished: Callable[[], bool], plan: Plan, code: Callable[[], int])
     while not is_finished():
         time.sleep(0.5)
     time.sleep(GRACE_SECONDS)
-    print("Prefect does not come to its end (is its server gone?), so this process ends without it.", file=sys.stderr)
+    tell("Prefect does not come to its end (is its server gone?), so this process ends without it.")
     plan.processes.stop()
     plan.report()
     _stop_server()

@@ -12,13 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from flows.reproduce import (
-    Places,
-    is_engine,
-    leave_later,
-    reproduce,
-    stop_all,
-)  # first: it sets what Prefect reads when it is imported
+# First: it sets what Prefect reads when it is imported
+from flows.reproduce import Places, is_engine, leave_later, reproduce, stop_all, tell
 
 # isort: split
 
@@ -95,7 +90,7 @@ def sweep(
         label: future.result() for label, future in zip(labels, futures, strict=True) if future.state.is_completed()
     }
     text = compare(Path.cwd(), {label: kept[label] for label in kept})
-    print(text, flush=True)
+    tell(text)
     board.markdown("comparison of cells", text)
     board.close()
     failed = [label for label in labels if label not in kept]
