@@ -347,10 +347,7 @@ def _experiment(client: Any, root: Path, name: str) -> str:
     if experiment is None:
         # Without a server there is no one else to choose an absolute place for files
         place = None if _is_server(tracking_uri(root)) else (root.resolve() / "mlruns" / name).as_uri()
-        kind = {
-            "mlflow.experimentKind": "custom_model_development"
-        }  # else its page shows traces and judges of chats first
-        return client.create_experiment(name, artifact_location=place, tags=kind)
+        return client.create_experiment(name, artifact_location=place)
     if experiment.lifecycle_stage == "deleted":
         raise Refused(
             f"experiment {name} was deleted in MLflow: bring it back with "
