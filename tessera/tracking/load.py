@@ -4,6 +4,7 @@ The names begin with "system/", below which MLflow shows them on a page of their
 """
 
 import contextlib
+import os
 import shutil
 import subprocess
 import time
@@ -46,7 +47,7 @@ def _family(pid: int) -> list[psutil.Process]:
     """A process and those that it started; none if it is gone."""
     try:
         main = psutil.Process(pid)
-        return [main, *main.children(recursive=True)]
+        return [main, *(one for one in main.children(recursive=True) if one.pid != os.getpid())]  # but not the uploader
     except psutil.Error:
         return []
 
