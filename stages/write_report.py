@@ -47,7 +47,7 @@ def run(
     as_runs = {name: [measured] for name, measured in systems.items()}
     distances = comparison.distance_names(as_runs)
     histories = training_curves.read(curves)
-    reference = training_curves.reference_of(params.dataset.name, reference_curves)
+    reference = training_curves.reference_of(params, reference_curves)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         dataset=params.dataset.name,
@@ -80,7 +80,10 @@ def run(
         drawn={name: systems[name].drawn for name in params.systems},
         system_tokenizers={name: system.tokenizer for name, system in params.systems.items()},
         curves={stage: training_curves.svg(history, reference.get(stage)) for stage, history in histories.items()},
-        has_reference={stage: stage in reference for stage in histories},
+        reference={
+            stage: None if stage not in reference else "these" if reference[stage].has_these_settings else "other"
+            for stage in histories
+        },
         protocols={
             name: {key: protocol.model_dump() for key, protocol in measured.protocols.items()}
             for name, measured in (systems | {f"tokenizer {name}": one for name, one in tokenizers.items()}).items()

@@ -297,7 +297,7 @@ def two_systems(place) -> Place:
 
 def test_the_report_shows_every_figure_and_picture_in_a_browser(two_systems, browser, tmp_path):
     place = two_systems
-    reference = training_curves.thinned(training_curves.read(place.folder / "curves"))
+    reference = training_curves.thinned(training_curves.read(place.folder / "curves"), place.params)
     reference.to_csv(tmp_path / "digits.csv", index=False)
     out = place.folder / "reports" / "report.html"
     write_report.run(
@@ -337,6 +337,21 @@ def test_the_report_shows_every_figure_and_picture_in_a_browser(two_systems, bro
                 assert float(text.split("±")[0]) == pytest.approx(figure.value, rel=1e-3, abs=1e-12)
     assert not shown  # nothing that is not in the files
     page.close()
+
+
+def test_a_reference_curve_knows_whether_the_settings_were_the_same(place, tmp_path):
+    runs = training_curves.read(place.folder / "curves")
+    training_curves.thinned(runs, place.params).to_csv(tmp_path / "digits.csv", index=False)
+    found = training_curves.reference_of(place.params, tmp_path)
+    assert {stage: one.has_these_settings for stage, one in found.items()} == dict.fromkeys(runs, True)
+    for stage, one in found.items():
+        assert len(one.history) <= training_curves.ROWS
+        assert one.history.step.iloc[-1] == runs[stage].step.iloc[-1]
+    poor = place.params.tokenizers["poor"]
+    others = {**place.params.tokenizers, "poor": poor.model_copy(update={"channels": 99})}
+    changed = training_curves.reference_of(place.params.model_copy(update={"tokenizers": others}), tmp_path)
+    assert [stage for stage, one in changed.items() if not one.has_these_settings] == ["train_tokenizer@poor"]
+    assert training_curves.reference_of(place.params, tmp_path / "nowhere") == {}
 
 
 def test_the_table_names_floors_noise_and_bottlenecks_and_refuses_other_protocols(two_systems):
