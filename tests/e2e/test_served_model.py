@@ -143,6 +143,9 @@ class Client:
 def client(root: Path) -> Client:
     sent = track(root, "replay", "--timeout", "200")
     assert sent.returncode == 0 and sent.stdout.endswith("; 0 left\n"), sent.stderr
+    logged = [path for path in (root / "mlruns").rglob("*") if path.is_file()]
+    assert {"weights.safetensors", "served_model.py"} <= {path.name for path in logged}
+    assert not [path for path in logged if path.suffix in (".pkl", ".pickle", ".pyc", ".pt")]
     crowned = track(root, "champion", "--metric", "generation/fd_classifier", "--lower", "--threshold", "1e9")
     assert crowned.returncode == 0, crowned.stderr
     assert "flow (version 1) is champion of tessera-digits" in crowned.stdout
@@ -249,4 +252,5 @@ def test_sending_everything_again_makes_no_second_version(root: Path, client: Cl
 
     found = MlflowClient(f"sqlite:///{root}/mlflow.db").search_model_versions("name = 'tessera-digits'")
     assert [str(version.version) for version in found] == ["1"]
-    assert not [path for path in (root / "mlruns").rglob("*") if path.suffix in (".pkl", ".pickle", ".pyc", ".pt")]
+    # .pyc: the server, which runs the code where it lies; what is logged has none, see `client`
+    assert not [path for path in (root / "mlruns").rglob("*") if path.suffix in (".pkl", ".pickle", ".pt")]

@@ -17,6 +17,7 @@ from tessera.artifacts import images as image_artifact
 from tessera.components import load, parse
 from tessera.contracts import ImageBatch, ImageSpec
 from tessera.health import Health, Watch
+from tessera.params import Description
 from tessera.quantizers import lfq, residual, vector
 from tessera.stage_process import Job, Stopped
 from tessera.training import Unhealthy, fit
@@ -291,7 +292,7 @@ def test_stop_ends_the_stage_with_the_sentence_and_looser_bounds_go_on_from_its_
         quantizer = {**COLLAPSES, "commitment_weight": 0.0}
         settings = config(quantizer=quantizer, health={"min_codebook_usage": 0.9, "start_step": 8, **health})
         params = SimpleNamespace(seed=0, tokenizers={"one": settings}, dataset=SimpleNamespace(name="x"))
-        params.describe = lambda name: {}
+        params.describe = lambda name: Description({}, {}, {})
         monkeypatch.setattr(stage_process.all_params, "read", lambda path: params)
         monkeypatch.setattr("sys.argv", ["x", "one", "--images", "i", "--out", "out", "--history", "curve.csv"])
         stage_process.main(train_tokenizer.run)
