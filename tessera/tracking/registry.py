@@ -128,8 +128,6 @@ def _log_model(client: Any, run_id: str, offer: dict[str, Any], folders: dict[st
             model_config={"sampling": offer["sampling"]},
             mlflow_model=Model(model.artifact_location, run_id, model_id=model.model_id, model_uuid=model.model_id),
         )
-        for cache in list(place.rglob("__pycache__")):  # MLflow has run the code to try the example
-            shutil.rmtree(cache)
         client.log_model_artifacts(model.model_id, str(place))
     client.finalize_logged_model(model.model_id, "READY")
     return model.model_id
