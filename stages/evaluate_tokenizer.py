@@ -29,6 +29,7 @@ from tessera.metrics import brightness, codebook, frechet, reconstruction
 from tessera.nn.image_losses import Lpips
 from tessera.params import Evaluate, Pipeline
 
+SMALLEST_LPIPS = 16  # pixels
 SHOWN = 50  # originals in the picture, each beside its reconstruction
 
 
@@ -54,7 +55,7 @@ def run(
     device = next(iter(judges.values())).device
     model, _, _ = checkpoints.load_model(tokenizer, "tokenizers")
     model.to(device)
-    lpips = _lpips(settings, device)
+    lpips = _lpips(settings, min(spec.height, spec.width), device)
     found = Recorder()
 
     def reconstruct(originals: Tensor) -> Tensor:
@@ -184,9 +185,14 @@ def _count_codes(found: Recorder, tokens: Path, codebook_size: int, dataset: str
     return counts
 
 
-def _lpips(settings: Evaluate, device: torch.device) -> Lpips | None:
+def _lpips(settings: Evaluate, shortest_side: int, device: torch.device) -> Lpips | None:
     if not settings.lpips_weights:
         return None
+    if shortest_side < SMALLEST_LPIPS:
+        raise ValueError(
+            f"evaluate.lpips_weights: images of {shortest_side} pixels are too small for LPIPS, whose network halves them four "
+            f"times, expected at least {SMALLEST_LPIPS}: leave lpips_weights out"
+        )
     keys = ("evaluate.lpips_weights", "evaluate.lpips_sha256")
     remedy = "Without lpips_weights there is no such figure"
     path = Path(settings.lpips_weights)

@@ -247,6 +247,12 @@ def test_a_kernel_subset_larger_than_a_set_is_an_error_and_not_a_smaller_subset(
         place.judge("subsets", *place.train(place.rows()))
 
 
+def test_lpips_of_images_that_its_network_cannot_halve_is_refused_in_a_sentence(place, monkeypatch):
+    monkeypatch.setattr(place, "params", pipeline(lpips_weights="vgg.safetensors", lpips_sha256="0" * 64))
+    with pytest.raises(ValueError, match="images of 8 pixels are too small for LPIPS.*at least 16"):
+        place.make_tokenizer("poor")
+
+
 def test_a_poor_tokenizer_with_a_perfect_prior_is_named_the_bottleneck(place):
     rows = place.rows()
     found = place.judge("poor", place.decoded("poor", rows), place.train(rows)[1], tokenizer="poor")
