@@ -25,6 +25,7 @@ INTERVAL_SECONDS = 3.0
 LINK_SECONDS = 15.0  # the uploader to MLflow takes some to start, and looks every two
 PICTURE_BYTES = 300_000  # pictures travel inside the artifact, since a browser cannot read the worker's disk
 PICTURE_PIXELS = 900
+FIGURES = "figures-of-systems"
 STEP = re.compile(r"\s(?:step\s+)?(\d+)/(\d+)\s")
 
 
@@ -78,6 +79,10 @@ class Board:
 
     def markdown(self, key: str, text: str) -> None:
         self._post(key_of(key), "markdown", lambda: text, None)
+
+    def figures(self, kept: dict[str, Any]) -> None:
+        """What a run has kept, for the sweep that it is a cell of: that may wait for it on another machine."""
+        self._post(FIGURES, "json", lambda: json.dumps(kept), None)
 
     def link(self, stage: str, checkout: Path, since: float, task_run_id: UUID | None) -> None:
         """A link to the MLflow run of a stage that began after `since`, as soon as the uploader has made it."""

@@ -83,8 +83,8 @@ def as_list(overrides: Overrides) -> list[str]:
     return list(overrides or [])
 
 
-def keep(experiment: Experiment, targets: list[str], unversioned: list[str]) -> str:
-    """Save what the worktree holds as a DVC experiment, remove the worktree, return the experiment's commit.
+def keep(experiment: Experiment, targets: list[str], unversioned: list[str]) -> None:
+    """Save what the worktree holds as a DVC experiment, and remove the worktree.
 
     `unversioned` are outputs that git keeps, not DVC's cache: metrics.
     """
@@ -100,10 +100,7 @@ def keep(experiment: Experiment, targets: list[str], unversioned: list[str]) -> 
             raise RuntimeError(
                 f"the experiment could not be saved ({done.stderr.strip()[-500:]}); its results stay in {experiment.folder}"
             )
-        refs = _git(experiment.checkout, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines()
-        revision = next(ref.split()[0] for ref in refs if ref.endswith(f"/{experiment.name}"))
         _git(experiment.checkout, "worktree", "remove", "--force", str(experiment.folder))
-    return revision
 
 
 def environment(experiment: Experiment) -> dict[str, str]:
@@ -113,9 +110,12 @@ def environment(experiment: Experiment) -> dict[str, str]:
     return {"MLFLOW_TRACKING_URI": tracking_uri(experiment.checkout)}
 
 
-def file_of(checkout: Path, revision: str, path: str) -> str:
-    """The text of a file in a commit, such as an experiment's metrics."""
-    return _git(checkout, "show", f"{revision}:{path}")
+def shared_lock(experiment: Experiment, recipe: str) -> Path:
+    """The lock of one computation in all experiments of the checkout: who comes second finds its result in DVC's cache.
+
+    The files are few, whatever is tried: two computations that share one wait for each other, and that is all.
+    """
+    return experiment.checkout / RUNS / "locks" / f"recipe-{recipe[:3]}.lock"
 
 
 def _make(experiment: Experiment) -> None:

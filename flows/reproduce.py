@@ -1,6 +1,6 @@
 """Runs the pipeline through Prefect: DVC's own graph, one task per stage, each of them `dvc repro --single-item STAGE`.
 
-    python -m flows.reproduce [TARGET ...] [--force] [--preset NAME] [-S KEY=VALUE ...]
+    python -m flows.reproduce [TARGET ...] [--force] [--preset NAME] [-S KEY=VALUE ...] [--champion "FIGURE < NUMBER"]
 
 DVC decides what is stale, Prefect when and where it runs and what people see. Without PREFECT_API_URL no server is
 needed: Prefect starts one for the run, on the loopback interface, with its files in .prefect.
@@ -8,6 +8,8 @@ needed: Prefect starts one for the run, on the loopback interface, with its file
 
 import argparse
 import contextlib
+import hashlib
+import json
 import os
 import re
 import signal
@@ -39,6 +41,7 @@ from prefect.futures import wait  # noqa: E402
 from prefect.states import Completed, Failed, State  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
+from flows import champion as champions  # noqa: E402
 from flows import experiments, locks  # noqa: E402
 from flows.board import Board  # noqa: E402
 from flows.devices import devices  # noqa: E402
@@ -84,6 +87,9 @@ class Plan:
     stale: set[str]
     force: bool
     experiment: experiments.Experiment | None = None  # whose worktree `root` is
+    recipes: dict[str, str] = field(default_factory=dict)  # of an experiment's stages: equal ones compute the same
+    afterwards: bool = False  # whether there is something to do when all stages have come out well
+    champion_code: int = 0  # the exit code of the step that chooses the champion
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     interrupted: set[str] = field(default_factory=set)  # stages that are run once more
     processes: StageProcesses = field(default_factory=StageProcesses)
@@ -116,18 +122,20 @@ class Plan:
                 say(line)
 
         # First the stage, then a device: who waits for another run of the same stage keeps nobody from a device
-        own = self.root / STATE / "locks" / f"flow-{stage}.lock"
-        with (
-            locks.one_of([own], stage, say, self._check_going_on) as mine,
-            places.one(f"{stage} in {self.root}", say, self._check_going_on) as (device, environment),
-        ):
+        owner = f"{stage} in {self.root}"
+        single = [self.root / STATE / "locks" / f"flow-{stage}.lock"]
+        if self.experiment:  # another one may be computing the same, and this one takes it from the cache
+            single.append(experiments.shared_lock(self.experiment, self.recipes[stage]))
+        with contextlib.ExitStack() as held:
+            mine = [held.enter_context(locks.one_of([path], owner, say, self._check_going_on)) for path in single]
+            device, environment = held.enter_context(places.one(owner, say, self._check_going_on))
             if self.experiment:  # its stages would start an uploader for a folder that goes away
                 journal.start_uploader(self.experiment.checkout)
                 environment = environment | experiments.environment(self.experiment)
             began = time.monotonic()
             command = dvc("--wait-for-lock", "repro", "--single-item", stage, *(["--force"] if self.force else []))
             environment = {"DVC_NO_ANALYTICS": "true", "PATH": search_path(), **environment}
-            keep = mine.descriptor, device.descriptor
+            keep = [lock.descriptor for lock in (*mine, device)]
             code = self.processes.run(command, listen, self.root, environment, keep)
             seconds = time.monotonic() - began
         if code:
@@ -152,7 +160,7 @@ class Plan:
 
     def finished(self) -> bool:
         """Whether Prefect alone is still at work."""
-        settled = self.settled() and (self.experiment is None or self.code() != 0)  # an experiment is still to be kept
+        settled = self.settled() and (not self.afterwards or self.code() != 0)
         return settled or self.processes.stopping.is_set() or self.over.is_set()
 
     def code(self) -> int:
@@ -192,7 +200,21 @@ def read_plan(root: Path, targets: list[str], force: bool, experiment: experimen
             stale = set() if force else set(repo.status()) & set(upstream)
         except LockError:  # another run is writing: ask dvc for each stage, when its turn comes
             stale = set(upstream)
-        return Plan(Path(repo.root_dir), upstream, outputs, unversioned, stale, force, experiment)
+        recipes = _recipes(order, graph) if experiment else {}
+        return Plan(Path(repo.root_dir), upstream, outputs, unversioned, stale, force, experiment, recipes)
+
+
+def _recipes(order: list[Any], graph: Any) -> dict[str, str]:
+    """A digest of what each stage computes: its command, its params, and what the stages before it compute."""
+    from dvc.dependency.param import ParamsDependency
+
+    recipes: dict[str, str] = {}
+    for stage in order:
+        params = [dep.read_params() for dep in stage.deps if isinstance(dep, ParamsDependency)]
+        above = sorted(recipes[before.addressing] for before in graph.successors(stage))
+        text = json.dumps([stage.cmd, params, above], sort_keys=True, default=str)
+        recipes[stage.addressing] = hashlib.sha256(text.encode()).hexdigest()
+    return recipes
 
 
 _reading = threading.Lock()
@@ -262,6 +284,7 @@ def reproduce(
     overrides: dict[str, Any] | list[str] | None = None,
     targets: list[str] | None = None,
     force: bool = False,
+    champion: str | None = None,
 ) -> State[Any]:
     """Bring the targets up to date, or everything. The flow fails if a stage fails; stages that can run, still do.
 
@@ -270,12 +293,16 @@ def reproduce(
     overrides the run is a DVC experiment, in a folder of its own: the checkout stays as it is.
     targets: stages such as train_prior@vqgan-flow; without any, all of them.
     force: run the stages even if nothing changed.
+    champion: "generation/fd_classifier < 0.5" gives MLflow's alias champion to the best registered system by this figure
+    when all stages have come out well, if it is below (or with >, above) the number.
     """
+    if champion:
+        champions.arguments(champion)  # a wrong one is told before the work
     with contextlib.nullcontext(_plan) if _plan else opened(targets or [], force, preset, overrides) as plan:
-        return _carry_out(plan, targets or [])
+        return _carry_out(plan, targets or [], champion)
 
 
-def _carry_out(plan: Plan, targets: list[str]) -> State[Any]:
+def _carry_out(plan: Plan, targets: list[str], champion: str | None) -> State[Any]:
     if _ending.is_set():
         raise Stopped("the flow is ending")
     places = Places()
@@ -283,9 +310,10 @@ def _carry_out(plan: Plan, targets: list[str]) -> State[Any]:
     run = FlowRunContext.get()
     run_id = run.flow_run.id if run and run.flow_run else None
     in_worker = is_engine()
-    if in_worker and run and run.flow_run and run.flow_run.parent_task_run_id is None:
+    if run and str(run_id) == os.environ.get("PREFECT__FLOW_RUN_ID"):  # it has this process for itself
         threading.Thread(target=_watch, args=(plan.finished, plan, plan.code), daemon=True).start()
     board = Board(run_id)
+    plan.afterwards = bool(plan.experiment or champion)
     _running.append(plan)
 
     @task(
@@ -323,6 +351,19 @@ def _carry_out(plan: Plan, targets: list[str]) -> State[Any]:
             board.outputs(stage, plan.outputs[stage], task_run_id)
         return Completed(name="Cached", message="nothing changed") if outcome.what == "cached" else Completed()
 
+    @task(name="champion", cache_policy=NO_CACHE)
+    def choose_champion(condition: str) -> State[Any]:
+        logger = get_run_logger()
+
+        def say(line: str) -> None:
+            if not in_worker:
+                tell(line)
+            logger.info(line)
+
+        tracker = experiments.environment(plan.experiment) if plan.experiment else {}
+        plan.champion_code = plan.processes.run(champions.command(condition), say, plan.root, tracker)
+        return Failed(message=champions.REFUSED[plan.champion_code]) if plan.champion_code else Completed()
+
     kept = None
     try:
         futures: dict[str, Any] = {}
@@ -330,18 +371,24 @@ def _carry_out(plan: Plan, targets: list[str]) -> State[Any]:
             named = reproduce_stage.with_options(name=stage)  # the page shows it while the stage waits for others
             futures[stage] = named.submit(stage, wait_for=[futures[name] for name in sorted(upstream)])
         wait(list(futures.values()))
+        if champion and plan.code() == 0:
+            choose_champion(champion, return_state=True)
         if plan.experiment and plan.code() == 0:
-            revision = experiments.keep(plan.experiment, list(plan.upstream) if targets else [], plan.unversioned)
-            kept = {"experiment": plan.experiment.name, "revision": revision, "metrics": plan.unversioned}
+            systems = [plan.root / path for path in plan.unversioned if Path(path).parent.name == "systems"]
+            kept = {"experiment": plan.experiment.name, "figures": {path.stem: path.read_text() for path in systems}}
+            experiments.keep(plan.experiment, list(plan.upstream) if targets else [], plan.unversioned)
+            board.figures(kept)
             tell(f"kept as experiment {plan.experiment.name}: see dvc exp show, dvc exp apply {plan.experiment.name}")
     except BaseException:  # a cancellation, a signal: the tasks' threads do not hear of it, their processes must
         plan.processes.stop()
         raise
     finally:
         _running.remove(plan)
+        plan.afterwards = False
         plan.report()
         board.close()
     failed = [stage for stage, outcome in plan.outcomes.items() if outcome.code]
+    failed += ["champion"] if plan.champion_code else []
     return Failed(message=f"failed: {', '.join(failed)}") if failed else Completed(data=kept)
 
 
@@ -403,6 +450,7 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", help="stages such as train_prior@vqgan-flow; without any, all of them")
     parser.add_argument("--force", action="store_true", help="run the stages even if nothing changed")
     parser.add_argument("--preset", help="a file of presets/, without .yaml; default: params.yaml as it is")
+    parser.add_argument("--champion", help='choose the champion, e.g. by "generation/fd_classifier < 0.5"')
     parser.add_argument(
         "-S", "--set", action="append", metavar="KEY=VALUE", help="other params, as `dvc exp run -S` takes them"
     )
@@ -411,6 +459,8 @@ def main() -> int:
 
     try:
         Places()
+        if arguments.champion:
+            champions.arguments(arguments.champion)
         with contextlib.ExitStack() as stack:
             opening = opened(arguments.targets, arguments.force, arguments.preset, arguments.set)
             return _run(stack.enter_context(opening), arguments)
@@ -431,7 +481,7 @@ def _run(plan: Plan, arguments: argparse.Namespace) -> int:
         raise SystemExit(stopped)
 
     def code() -> int:
-        return stopped or plan.code()
+        return stopped or plan.code() or plan.champion_code
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -439,7 +489,8 @@ def _run(plan: Plan, arguments: argparse.Namespace) -> int:
     if not os.environ.get("PREFECT_API_URL"):
         print("Prefect starts its server for this run, which takes some seconds.", flush=True)
     try:
-        reproduce(arguments.preset, arguments.set, arguments.targets, arguments.force, return_state=True)
+        given = arguments.preset, arguments.set, arguments.targets, arguments.force, arguments.champion
+        reproduce(*given, return_state=True)
     except SystemExit:
         pass  # by `stop`
     except Exception as error:  # Prefect's own trouble is told, but the stages say whether the run was good

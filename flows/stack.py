@@ -1,4 +1,4 @@
-"""The servers behind the pipeline on one machine: Prefect's, MLflow's, and one worker of the work pool `gpu`.
+"""The servers behind the pipeline on one machine: Prefect's, MLflow's, and the workers of its two work pools.
 
     python -m flows.stack up | down | status        (make stack, make stack-down, make stack-status)
 
@@ -27,6 +27,7 @@ from base64 import b64encode
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
@@ -34,8 +35,14 @@ from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 from flows.devices import devices
 from tessera.tracking.journal import is_alive, process_start, redact, replace_json
 
-POOL = "gpu"
-MEMBERS = {"prefect": "Prefect's server", "mlflow": "MLflow's server", "worker": f"the worker of pool {POOL}"}
+# Sweeps only wait for their cells: in the pool of the cells, they would take the slots that those wait for
+POOLS = {"worker": "gpu", "control": "control"}
+MEMBERS = {
+    "prefect": "Prefect's server",
+    "mlflow": "MLflow's server",
+    **{member: f"the worker of pool {pool}" for member, pool in POOLS.items()},
+}
+SWEEPS = 10  # at a time: each is a process of 200 MB that waits
 MARK = "TESSERA_STACK"
 GRACE_SECONDS = 20.0  # a training saves its state within it
 KILL_SECONDS = 5.0
@@ -167,11 +174,10 @@ def _database(url: str) -> SplitResult | None:
 # What is started ------------------------------------------------------------------------------------------------------
 
 
-def command(settings: Settings, member: str, limit: int) -> list[str]:
-    """limit: how many runs the worker takes at a time."""
-    if member == "worker":
-        line = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
-        return line + ["--name", platform.node(), "--limit", str(limit)]
+def command(settings: Settings, member: str) -> list[str]:
+    if member in POOLS:
+        line = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOLS[member], "--type", "process"]
+        return line + ["--name", platform.node(), "--limit", str(slots(member))]
     address = ["--host", settings.host, "--port", str(settings.ports[member])]
     if member == "prefect":
         return [sys.executable, "-m", "prefect", "server", "start", *address]
@@ -182,6 +188,11 @@ def command(settings: Settings, member: str, limit: int) -> list[str]:
     else:  # the same files with and without the server
         line += ["--default-artifact-root", str(settings.root / "mlruns")]
     return line + (["--app-name", "basic-auth"] if settings.admin_password else [])
+
+
+def slots(member: str) -> int:
+    """How many runs a worker takes at a time."""
+    return max(1, len(devices())) if member == "worker" else SWEEPS
 
 
 def environment(settings: Settings, member: str, environ: Mapping[str, str]) -> dict[str, str]:
@@ -330,7 +341,7 @@ def processes_of(root: Path, member: str) -> list[int]:
     return found
 
 
-def start(settings: Settings, member: str, limit: int = 1) -> tuple[subprocess.Popen[bytes], int]:
+def start(settings: Settings, member: str) -> tuple[subprocess.Popen[bytes], int]:
     """Start a member. Returns it, and where in its log it begins to write."""
     folder = folder_of(settings.root)
     log = folder / f"{member}.log"
@@ -339,14 +350,14 @@ def start(settings: Settings, member: str, limit: int = 1) -> tuple[subprocess.P
     with open(log, "ab", opener=_private) as output:  # noqa: PTH123  Path.open takes no opener
         offset = output.seek(0, os.SEEK_END)
         process = subprocess.Popen(
-            command(settings, member, limit),
+            command(settings, member),
             cwd=settings.root,
             env=environment(settings, member, os.environ),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            umask=-1 if member == "worker" else 0o077,  # the servers' databases are private, data are as the user likes
+            umask=-1 if member in POOLS else 0o077,  # the servers' databases are private, data are as the user likes
         )
     record = {"pid": process.pid, "started": process_start(process.pid), "settings": settings.public()}
     replace_json(folder / f"{member}.json", record)
@@ -412,12 +423,13 @@ def answers(settings: Settings, member: str) -> bool:
     return ask(settings.url(member) + path)[0] == 200
 
 
-def make_pool(settings: Settings, limit: int) -> None:
-    """Create the work pool; one that exists keeps its limit, which people may have changed."""
-    body = {"name": POOL, "type": "process", "concurrency_limit": limit, "base_job_template": {}}
-    status, _ = ask(f"{settings.url('prefect')}/api/work_pools/", settings.auth_string, body)
-    if status not in (201, 409):
-        raise Trouble(f"Prefect's server did not create the work pool {POOL}: it answered {status or 'nothing'}")
+def make_pools(settings: Settings) -> None:
+    """Create the work pools; one that exists keeps its limit, which people may have changed."""
+    for member, pool in POOLS.items():
+        body = {"name": pool, "type": "process", "concurrency_limit": slots(member), "base_job_template": {}}
+        status, _ = ask(f"{settings.url('prefect')}/api/work_pools/", settings.auth_string, body)
+        if status not in (201, 409):
+            raise Trouble(f"Prefect's server did not create the work pool {pool}: it answered {status or 'nothing'}")
 
 
 def check_login(settings: Settings) -> None:
@@ -431,21 +443,22 @@ def check_login(settings: Settings) -> None:
         )
 
 
-def worker_is_online(settings: Settings, since: float) -> bool:
-    status, found = ask(f"{settings.url('prefect')}/api/work_pools/{POOL}/workers/filter", settings.auth_string, {})
+def worker_is_online(settings: Settings, member: str, since: float) -> bool:
+    url = f"{settings.url('prefect')}/api/work_pools/{POOLS[member]}/workers/filter"
+    status, found = ask(url, settings.auth_string, {})
     beats = [worker["last_heartbeat_time"] for worker in found or [] if worker["name"] == platform.node()]
     return status == 200 and any(datetime.fromisoformat(beat).timestamp() >= since for beat in beats if beat)
 
 
-def end_lost_runs(settings: Settings) -> int:
-    """Tell Prefect which runs of this machine's worker have no process any more; returns how many.
+def end_lost_runs(settings: Settings, member: str) -> int:
+    """Tell Prefect which runs of this machine's worker of a pool have no process any more; returns how many.
 
     It would keep them as running for ever, each with a slot of the pool: with one GPU nothing would ever start again.
     """
     url, login = f"{settings.url('prefect')}/api/flow_runs", settings.auth_string
     states = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
-    _, found = ask(f"{url}/filter", login, {"work_pools": {"name": {"any_": [POOL]}}, "flow_runs": states})
-    alive = {str(pid) for pid in processes_of(settings.root, "worker")}
+    _, found = ask(f"{url}/filter", login, {"work_pools": {"name": {"any_": [POOLS[member]]}}, "flow_runs": states})
+    alive = {str(pid) for pid in processes_of(settings.root, member)}
     count = 0
     for run in found or []:
         pid = run["infrastructure_pid"]
@@ -476,35 +489,35 @@ def up(settings: Settings) -> None:
         show(settings)
         return
     for member in missing:
-        if member != "worker":  # the runs of a killed worker are work: they go on, and the servers know them
+        if member not in POOLS:  # the runs of a killed worker are work: they go on, and the servers know them
             stop(root, member)
             _refuse_used_port(settings, member)
     if settings.database is not None:
         make_databases(settings)
     started: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
-    work = processes_of(root, "worker")  # of a worker that was killed, if it is missing
+    work = {member: processes_of(root, member) for member in POOLS}  # of a worker that was killed, if it is missing
     try:
         _write_files(settings)
         for member in missing:
-            if member != "worker":
+            if member not in POOLS:
                 started[member] = start(settings, member)
-        limit = max(1, len(devices()))
         if "prefect" in started:
             _wait(settings, "prefect", *started["prefect"], lambda: answers(settings, "prefect"))
-        make_pool(settings, limit)
+        make_pools(settings)
         since = time.time()
-        if "worker" in missing:
-            _say_lost(end_lost_runs(settings))
-            started["worker"] = start(settings, "worker", limit)
+        workers = [member for member in missing if member in POOLS]
+        for member in workers:
+            _say_lost(end_lost_runs(settings, member))
+            started[member] = start(settings, member)
         if "mlflow" in started:
             _wait(settings, "mlflow", *started["mlflow"], lambda: answers(settings, "mlflow"))
         if settings.admin_password:
             check_login(settings)
-        if "worker" in started:
-            _wait(settings, "worker", *started["worker"], lambda: worker_is_online(settings, since))
+        for member in workers:
+            _wait(settings, member, *started[member], partial(worker_is_online, settings, member, since))
     except BaseException:
         for member in reversed(missing):
-            stop(root, member, work if member == "worker" else ())
+            stop(root, member, work.get(member, ()))
         raise
     show(settings)
 
@@ -589,7 +602,7 @@ def show(settings: Settings) -> None:
     print(
         f"Prefect  {settings.url('prefect')}  (API: {settings.url('prefect')}/api)\n"
         f"MLflow   {settings.url('mlflow')}\n"
-        f"worker   takes runs from the work pool {POOL}\n"
+        f"workers  take runs from the work pools {' and '.join(POOLS.values())}\n"
         "Point a shell at them with:  . .stack/env\n"
         "Stop them with:  make stack-down",
         flush=True,
@@ -601,9 +614,9 @@ def down(root: Path, environ: Mapping[str, str]) -> None:
     for member in reversed(MEMBERS):
         count = stop(root, member)
         print(f"{member:<8} {'stopped' if count else 'did not run'}", flush=True)
-        if member == "worker" and runs(root, "prefect"):
+        if member in POOLS and runs(root, "prefect"):
             with contextlib.suppress(ValueError):  # without the right password the next start tells it
-                _say_lost(end_lost_runs(_as_recorded(read_settings(root, environ), "prefect")))
+                _say_lost(end_lost_runs(_as_recorded(read_settings(root, environ), "prefect"), member))
     (folder_of(root) / "env").unlink(missing_ok=True)
     (folder_of(root) / "basic_auth.ini").unlink(missing_ok=True)
 
@@ -634,7 +647,7 @@ def status(settings: Settings) -> bool:
             good = False
         else:
             text = f"runs, process {record['pid']}, {memory_mb(pids)} MB in {len(pids)} processes"
-            if member != "worker":
+            if member not in POOLS:
                 at = _as_recorded(settings, member)
                 text += f", {at.url(member)}"
                 if not answers(at, member):

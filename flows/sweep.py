@@ -2,15 +2,18 @@
 
     python -m flows.sweep systems.vqgan-flow.prior.training.num_steps=300,700 seed=0,1 [--preset NAME] [--target STAGE]
 
-Cells run side by side where devices allow; what they have in common is computed once, because DVC's cache is shared.
+What cells have in common is computed once. Without a worker they run here, side by side where devices allow. A sweep that
+a worker runs leaves them to the workers of the pool where `reproduce` is deployed: each free one takes the next cell.
 """
 
 import argparse
 import itertools
+import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 # First: it sets what Prefect reads when it is imported
 from flows.reproduce import Places, is_engine, leave_later, reproduce, stop_all, tell
@@ -18,18 +21,26 @@ from flows.reproduce import Places, is_engine, leave_later, reproduce, stop_all,
 # isort: split
 
 import yaml
+from httpx import HTTPStatusError, TransportError
 from prefect import allow_failure, flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas import filters
+from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
 from prefect.futures import wait
-from prefect.states import Completed, Failed, State
+from prefect.states import Cancelling, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import experiments
-from flows.board import Board
+from flows.board import FIGURES, Board
 
 Cells = dict[str, list[Any]] | list[dict[str, Any]]
-FIGURES = ("label_agreement", "precision", "recall", "test_loss")  # beside the distances, as far as they were measured
+CELL = "reproduce/reproduce"  # the deployment of a cell, where workers share them
+POLL_SECONDS = 5.0
+COLUMNS = ("label_agreement", "precision", "recall", "test_loss")  # beside the distances, as far as they were measured
 
 
 def combinations(cells: Cells) -> list[dict[str, Any]]:
@@ -56,7 +67,7 @@ def label_of(cell: dict[str, Any] | list[str]) -> str:
     )
 
 
-@flow(name="sweep", task_runner=ThreadPoolTaskRunner(max_workers=16))
+@flow(name="sweep", task_runner=ThreadPoolTaskRunner(max_workers=1000))
 def sweep(
     cells: dict[str, list[Any]] | list[dict[str, Any]], preset: str | None = None, targets: list[str] | None = None
 ) -> State[Any]:
@@ -68,12 +79,23 @@ def sweep(
     """
     overrides = combinations(cells)
     labels = [label_of(cell) for cell in overrides]
-    at_once = Places().number
-    run = FlowRunContext.get()
-    board = Board(run.flow_run.id if run and run.flow_run else None)
+    context = FlowRunContext.get()
+    run = context.flow_run if context else None
+    is_shared = run is not None and _workers_share_cells(run)
+    at_once = len(labels) if is_shared else Places().number
+    board = Board(run.id if run else None)
 
-    @task(name="cell", task_run_name="{label}", cache_policy=NO_CACHE)
+    @task(
+        name="cell",
+        task_run_name="{label}",
+        cache_policy=NO_CACHE,
+        retries=5,
+        retry_delay_seconds=10,
+        retry_condition_fn=_is_unanswered,
+    )
     def run_cell(label: str, overrides: dict[str, Any]) -> Any:
+        if run and is_shared:
+            return _left_to_workers(run.id, label, {"preset": preset, "overrides": overrides, "targets": targets})
         state = reproduce.with_options(flow_run_name=label)(preset, overrides, targets, return_state=True)
         return state.result()
 
@@ -85,11 +107,13 @@ def sweep(
         wait(futures)
     except BaseException:
         stop_all()
+        if run and is_shared:
+            _cancel_cells(run.id)
         raise
     kept = {
         label: future.result() for label, future in zip(labels, futures, strict=True) if future.state.is_completed()
     }
-    text = compare(Path.cwd(), {label: kept[label] for label in kept})
+    text = compare({label: kept[label] for label in kept})
     tell(text)
     board.markdown("comparison of cells", text)
     board.close()
@@ -99,15 +123,63 @@ def sweep(
     return Failed(message=f"failed: {'; '.join(failed)}") if failed else Completed()
 
 
-def compare(checkout: Path, kept: dict[str, dict[str, Any]]) -> str:
+def _is_unanswered(task: Any, run: Any, state: State[Any]) -> bool:
+    """Whether the server was away or busy while a cell was waited for: it goes on meanwhile, and is found again."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, TransportError) or (isinstance(error, HTTPStatusError) and error.response.is_server_error)
+
+
+def _workers_share_cells(run: FlowRun) -> bool:
+    """Whether the cells have a pool of their own. In the sweep's pool they could wait for ever for the sweep's slot."""
+    if not is_engine() or not run.work_pool_name:
+        return False
+    with get_client(sync_client=True) as client:
+        try:
+            deployment = client.read_deployment_by_name(CELL)
+        except ObjectNotFound:
+            return False
+    return deployment.work_pool_name not in (None, run.work_pool_name)
+
+
+def _left_to_workers(sweep_id: UUID, label: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """What a cell has kept, once some worker has run it. The same cell of the same sweep is one run, however often asked."""
+    key = f"{sweep_id}: {label}"
+    run = run_deployment(
+        CELL, parameters=parameters, flow_run_name=label, poll_interval=POLL_SECONDS, idempotency_key=key
+    )
+    if run.state is None or not run.state.is_completed():
+        name = run.state.name if run.state else "unknown"
+        raise RuntimeError(f"the run of cell {label} is {name}: its own page says why")
+    with get_client(sync_client=True) as client:
+        wanted = filters.ArtifactFilter(
+            flow_run_id=filters.ArtifactFilterFlowRunId(any_=[run.id]),
+            key=filters.ArtifactFilterKey(any_=[FIGURES]),
+        )
+        found = client.read_artifacts(artifact_filter=wanted)
+    if not found:
+        raise RuntimeError(
+            f"cell {label} is done and kept, but Prefect has no figures of it: compare it by dvc exp show"
+        )
+    return json.loads(found[0].data)
+
+
+def _cancel_cells(sweep_id: UUID) -> None:
+    """Cells that wait are taken back, those that run are cancelled by their workers."""
+    parent = filters.FlowRunFilterParentFlowRunId(any_=[sweep_id])
+    with get_client(sync_client=True) as client:
+        for cell in client.read_flow_runs(flow_run_filter=filters.FlowRunFilter(parent_flow_run_id=parent)):
+            if cell.state is None or not cell.state.is_final():
+                client.set_flow_run_state(cell.id, Cancelling())
+
+
+def compare(kept: dict[str, dict[str, Any]]) -> str:
     """Markdown: the systems of all cells in one table, and their order by each distance."""
     from tessera import comparison, figures
 
     texts: dict[str, dict[str, str]] = {}  # by system and cell
     for label, cell in kept.items():
-        for path in cell["metrics"]:
-            if Path(path).parent.name == "systems":
-                texts.setdefault(Path(path).stem, {})[label] = experiments.file_of(checkout, cell["revision"], path)
+        for name, text in cell["figures"].items():
+            texts.setdefault(name, {})[label] = text
     systems: comparison.Systems = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, by_cell in sorted(texts.items(), key=lambda item: (item[0] != comparison.REAL, item[0])):
@@ -124,7 +196,7 @@ def compare(checkout: Path, kept: dict[str, dict[str, Any]]) -> str:
     except comparison.MixedProtocols as error:
         return f"Not comparable: {error}\n\n{listed}"
     distances = comparison.distance_names(systems)
-    columns = dict.fromkeys([*FIGURES[:1], *distances, *FIGURES[1:]], "{:.3f}")
+    columns = dict.fromkeys([*COLUMNS[:1], *distances, *COLUMNS[1:]], "{:.3f}")
     table = comparison.markdown(comparison.table(systems, columns, with_errors=distances))
     rankings = "\n".join(f"- {key}, from the best: {comparison.ranking(systems, key)}" for key in distances)
     return f"{table}\n\n{rankings}\n\n{listed}"

@@ -494,9 +494,15 @@ def champion(arguments: argparse.Namespace) -> int:
     """Send what MLflow lacks, then let the registry decide. Codes: 0 decided, 1 MLflow does not answer, 2 refused."""
     if replay(arguments.root, 120.0):
         return 1
+    from tessera.params import InvalidParams, read
     from tessera.tracking import registry
 
-    name = f"tessera-{arguments.dataset}"
+    try:
+        dataset = arguments.dataset or read(arguments.root / "params.yaml").dataset.name
+    except InvalidParams as error:
+        print(f"{error}; name the data set by --dataset", file=sys.stderr)
+        return 2
+    name = f"tessera-{dataset}"
     try:
         client = _connect(arguments.root)
         return registry.crown(client, name, arguments.metric, arguments.lower, arguments.threshold, arguments.dismiss)
@@ -521,7 +527,7 @@ def main() -> int:
     better.add_argument("--lower", action="store_true", help="lower is better")
     better.add_argument("--higher", action="store_true", help="higher is better")
     best.add_argument("--threshold", type=float, required=True, help="what a champion has to beat in any case")
-    best.add_argument("--dataset", default="digits", help="the model is called tessera-DATASET")
+    best.add_argument("--dataset", help="the model is called tessera-DATASET; default: that of params.yaml")
     best.add_argument("--dismiss", action="store_true", help="take the alias from a champion of another protocol")
     best.add_argument("--root", type=Path, default=Path())
     arguments = parser.parse_args()

@@ -5,6 +5,7 @@ plain dvc makes of the same params.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from flows import champion
 
 pytestmark = pytest.mark.e2e
 TRAINING = "train_tokenizer@vqgan"
@@ -69,11 +72,11 @@ class Team:
         self.start("server", sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port)
         wait_for("the server answers", lambda: self.ask("GET", "/health") is True, 120)
 
-    def start_worker(self, limit: int = 1) -> None:
-        if "worker" in self.processes and self.processes["worker"].poll() is None:
-            self.kill("worker")
-        arguments = "worker", "start", "--pool", "gpu", "--limit", str(limit)
-        self.start("worker", sys.executable, "-m", "prefect", *arguments)
+    def start_worker(self, limit: int = 1, name: str = "worker", pool: str = "gpu", **environment: str) -> None:
+        if name in self.processes and self.processes[name].poll() is None:
+            self.kill(name)
+        arguments = "worker", "start", "--pool", pool, "--name", name, "--limit", str(limit)
+        self.start(name, sys.executable, "-m", "prefect", *arguments, **environment)
 
     def kill(self, name: str) -> None:
         """kill -9 of a process and of nothing below it, as the kernel does for want of memory."""
@@ -205,7 +208,8 @@ def team(clone: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]
         assert plain.returncode == 0, plain.stdout + plain.stderr
         team.whole = team.hashes()
         team.start_server()
-        team.prefect("work-pool", "create", "gpu", "--type", "process")
+        for pool in ("gpu", "control"):
+            team.prefect("work-pool", "create", pool, "--type", "process")
         team.prefect("--no-prompt", "deploy", "--all")
         yield team
     finally:
@@ -215,11 +219,13 @@ def team(clone: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]
 def test_every_deployment_is_made_on_a_fresh_server_and_the_nightly_one_is_off(team: Team) -> None:
     found = {f"{made['name']}": made for made in team.ask("POST", "/deployments/filter", {})}
     assert set(found) == {"reproduce", "sweep", "nightly"}
-    assert {made["work_pool_name"] for made in found.values()} == {"gpu"}
+    assert {name: made["work_pool_name"] for name, made in found.items()} == {
+        "reproduce": "gpu", "nightly": "gpu", "sweep": "control"
+    }  # fmt: skip
     (schedule,) = found["nightly"]["schedules"]
     assert (schedule["active"], schedule["schedule"]["cron"]) == (False, "0 2 * * *")
     assert set(found["reproduce"]["parameter_openapi_schema"]["properties"]) == {
-        "preset", "overrides", "targets", "force"
+        "preset", "overrides", "targets", "force", "champion"
     }  # fmt: skip
 
 
@@ -312,10 +318,14 @@ def test_a_run_shows_progress_pictures_and_the_table(team: Team) -> None:
     assert "train_prior@vqgan-flow  step 60/60" in team.logs(run)
 
 
-def test_a_sweep_makes_experiments_that_are_compared_and_the_checkout_stays_as_it_is(team: Team) -> None:
+def test_a_sweep_in_the_pool_of_its_cells_runs_them_itself_and_the_checkout_stays_as_it_is(team: Team) -> None:
     team.start_worker()
     before = (team.clone.folder / "params.yaml").read_text(), team.clone.run("git", "status", "--short").stdout
-    run = team.submit("sweep/sweep", cells={"systems.vqgan-flow.sampling.guidance_scale": [1.0, 3.0]})
+    deployment = team.insist("GET", "/deployments/name/sweep/sweep")
+    body = {"parameters": {"cells": {"systems.vqgan-flow.sampling.guidance_scale": [1.0, 3.0]}}}
+    moved = {key: deployment[key] for key in ("flow_id", "entrypoint", "path", "pull_steps")}
+    here = team.insist("POST", "/deployments/", moved | {"name": "sweep-here", "work_pool_name": "gpu"})
+    run = team.insist("POST", f"/deployments/{here['id']}/create_flow_run", body)["id"]
     team.ends(run, seconds=400)
     assert (team.clone.folder / "params.yaml").read_text() == before[0]
     assert team.clone.run("git", "status", "--short").stdout == before[1]
@@ -326,3 +336,65 @@ def test_a_sweep_makes_experiments_that_are_compared_and_the_checkout_stays_as_i
         "params-guidance-scale-1-0", "params-guidance-scale-3-0"
     ]  # fmt: skip
     assert not list((team.clone.folder / ".state/runs").glob("params-*/"))
+
+
+def test_three_workers_share_a_sweep_of_six_cells_and_train_nothing_twice(team: Team) -> None:
+    """Each cell is one run of one worker, and the two priors that the six cells need are trained once each."""
+    workers = {"worker", "second", "third"}
+    for name in workers:
+        team.start_worker(name=name, TESSERA_PARALLEL="3")
+    team.start_worker(name="control", pool="control")
+    own = "systems.vqgan-flow"
+    cells = {f"{own}.prior.training.num_steps": [40, 50], f"{own}.sampling.guidance_scale": [1.5, 2.0, 2.5]}
+    sweep = team.submit("sweep/sweep", cells=cells, targets=["evaluate@vqgan-flow"])
+    team.ends(sweep, seconds=600)
+    parents = {"flow_runs": {"parent_flow_run_id": {"any_": [sweep]}}}
+    runs = team.insist("POST", "/flow_runs/filter", parents)
+    labels = [f"num_steps={steps}, guidance_scale={scale}" for steps in (40, 50) for scale in (1.5, 2.0, 2.5)]
+    assert sorted(run["name"] for run in runs) == labels
+    assert {run["state"]["type"] for run in runs} == {"COMPLETED"}
+    assert {run["run_count"] for run in runs} == {1}
+    assert {run["labels"]["prefect.worker.name"] for run in runs} == workers
+    logs = "\n".join(team.logs(run["id"]) for run in runs)
+    for stage, count in (("train_prior@vqgan-flow", 2), ("sample_images@vqgan-flow", 6), ("evaluate@vqgan-flow", 6)):
+        assert logs.count(f"Running stage '{stage}'") == count, stage
+    table = team.artifacts(sweep)["comparison-of-cells"]["data"]
+    assert all(f"vqgan-flow ({label})" in table for label in labels)
+    spans = sorted((run["start_time"], run["end_time"]) for run in runs)
+    assert any(later < end for (_, end), (later, _) in itertools.pairwise(spans))  # side by side
+    for name in workers - {"worker"}:
+        team.kill(name)
+
+
+def test_a_cancelled_sweep_takes_back_the_cells_that_wait_and_cancels_those_that_run(team: Team) -> None:
+    team.start_worker()
+    team.start_worker(name="control", pool="control")
+    steps = {"tokenizers.vqgan.training.num_steps": [STEPS + 1, STEPS + 2]}
+    sweep = team.submit("sweep/sweep", cells=steps, targets=[TRAINING])
+    wait_for("a cell works", lambda: bool(team.stages()), 180)
+    parents = {"flow_runs": {"parent_flow_run_id": {"any_": [sweep]}}}
+    wait_for("both cells are there", lambda: len(team.insist("POST", "/flow_runs/filter", parents)) == 2, 60)
+    team.ask("POST", f"/flow_runs/{sweep}/set_state", {"state": {"type": "CANCELLING"}})
+    wait_for("no process is left", lambda: not team.stages(), 60)
+    team.ends(sweep, "Cancelled", 60)
+    for run in team.insist("POST", "/flow_runs/filter", parents):
+        team.ends(run["id"], "Cancelled", 60)
+
+
+@pytest.mark.parametrize("text", ["fd < 0.5", "generation/fd_classifier = 1", "generation/fd_classifier <"])
+def test_a_condition_of_champions_that_is_none_is_refused_before_the_work(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a figure of systems, < or >, and a number"):
+        champion.arguments(text)
+
+
+def test_a_run_ends_with_a_champion_or_fails_with_the_reason(team: Team) -> None:
+    team.start_worker()
+    tracked = {"TESSERA_TRACKING": "on", "MLFLOW_TRACKING_URI": f"sqlite:///{team.folder}/mlflow.db"}
+    command = sys.executable, "-m", "flows.reproduce", "evaluate@vqgan-flow", "--force", "--champion"
+    given = {**team.environment, **tracked}
+    good = team.clone.run(*command, "generation/fd_classifier < 1000000", **given)
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "tessera-digits" in good.stdout and "champion" in good.stdout
+    poor = team.clone.run(*command[:-2], "--champion", "generation/fd_classifier < 0.000001", **given)
+    assert poor.returncode == 2, poor.stdout + poor.stderr
+    assert "evaluate@vqgan-flow  cached" in poor.stdout  # what was computed stays

@@ -416,9 +416,10 @@ def test_a_run_with_other_params_is_an_experiment_and_the_checkout_stays_as_it_i
                 "prepare": "cached",  # by the checkout
             }
             assert (plan.root / "copy.txt").read_text() == "bold words"
-            revision = experiments.keep(plan.experiment, ["copy", "prepare"], plan.unversioned)
+            experiments.keep(plan.experiment, ["copy", "prepare"], plan.unversioned)
         assert not plan.root.exists()
-        assert experiments.file_of(project, revision, "made.json") == "{}"
+        (reference,) = git(project, "for-each-ref", "--format=%(refname)", "refs/exps/*/*/*").split()
+        assert git(project, "show", f"{reference}:made.json") == "{}"
     assert (git(project, "status", "--short"), (project / "params.yaml").read_text()) == before
     assert not (project / "copy.txt").exists()
     listed = subprocess.run([sys.executable, "-m", "dvc", "exp", "list", "--name-only"], capture_output=True, text=True)

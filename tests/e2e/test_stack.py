@@ -28,7 +28,7 @@ from tessera.tracking.journal import process_start
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).parents[2]
-MEMBERS = ("prefect", "mlflow", "worker")
+MEMBERS = ("prefect", "mlflow", "worker", "control")
 
 # A run whose work is in another session, as the stages of the pipeline are
 SLEEPER = """
@@ -166,7 +166,7 @@ def code_of(url: str, login: str = "", body: bytes | None = None) -> int:
 
 
 def check_listeners(checkout: Checkout) -> None:
-    """Each server listens on its port and on no other, the worker on what it needs for itself, all of it on 127.0.0.1."""
+    """Each server listens on its port and on no other, workers on what they need for themselves, all of it on 127.0.0.1."""
     found = [
         (process.environ()["TESSERA_STACK"].partition(":")[0], connection.laddr.ip, connection.laddr.port)
         for process in checkout.processes()
@@ -174,7 +174,7 @@ def check_listeners(checkout: Checkout) -> None:
         if connection.status == psutil.CONN_LISTEN
     ]
     assert {address for _, address, _ in found} == {"127.0.0.1"}
-    assert {(member, port) for member, _, port in found if member != "worker"} == set(checkout.ports.items())
+    assert {(member, port) for member, _, port in found if member in checkout.ports} == set(checkout.ports.items())
 
 
 def check_private(checkout: Checkout) -> None:
@@ -306,15 +306,15 @@ def test_the_stack_comes_up_mends_what_was_killed_and_goes_down_without_a_trace(
     assert checkout.url("prefect", "/api") in done.stdout
     check_listeners(checkout)
     check_private(checkout)
-    _, pool = stack.ask(checkout.url("prefect", "/api/work_pools/gpu"))
-    assert (pool["type"], pool["concurrency_limit"]) == ("process", 1)
+    pools = [stack.ask(checkout.url("prefect", f"/api/work_pools/{name}"))[1] for name in ("gpu", "control")]
+    assert [(pool["type"], pool["concurrency_limit"]) for pool in pools] == [("process", 1), ("process", 10)]
     assert code_of(checkout.url("mlflow", "/api/2.0/mlflow/experiments/search?max_results=1")) == 200
     sessions = {member: os.getsid(checkout.pid(member)) for member in MEMBERS}
     assert sessions == {member: checkout.pid(member) for member in MEMBERS}  # no terminal can end them
 
     pids = {member: checkout.pid(member) for member in MEMBERS}
     done = checkout("up")
-    assert (done.returncode, done.stdout.count("runs already")) == (0, 3)
+    assert (done.returncode, done.stdout.count("runs already")) == (0, 4)
     assert pids == {member: checkout.pid(member) for member in MEMBERS}
     done = checkout("up", TESSERA_PREFECT_PORT=str(free_ports(1)[0]))
     assert done.returncode == 2
@@ -324,7 +324,7 @@ def test_the_stack_comes_up_mends_what_was_killed_and_goes_down_without_a_trace(
     done = checkout("status")
     assert done.returncode == 0, done.stdout
     print(done.stdout)
-    for count, member in enumerate(("worker", "mlflow", "prefect"), start=1):
+    for count, member in enumerate(("worker", "control", "mlflow", "prefect"), start=1):
         os.kill(pids[member], signal.SIGKILL)
         wait_for(f"{member} is gone", lambda member=member: not psutil.pid_exists(pids[member]), 10)
         done = checkout("status")
@@ -351,6 +351,7 @@ def test_the_stack_comes_up_mends_what_was_killed_and_goes_down_without_a_trace(
     assert checkout.processes() == []
     assert not psutil.pid_exists(child)
     assert sorted(path.name for path in (checkout.folder / ".stack").iterdir()) == [
+        "control.log",
         "lock",
         "mlflow.log",
         "prefect.log",
@@ -398,7 +399,7 @@ def test_on_postgres_with_passwords_nobody_gets_in_without_and_no_file_has_one(
     assert shell.stdout.split() == [checkout.url("prefect", "/api"), PREFECT_LOGIN, MLFLOW_PASSWORD]
 
     commands = [" ".join(process.cmdline()) for process in checkout.processes()]
-    assert len(commands) >= 3
+    assert len(commands) >= 4
     worker = " ".join(checkout.processes("worker")[0].environ().values())
     assert "pg-canary" not in worker and "mlflow-canary" in worker  # it has what it needs
     basic = [base64.b64encode(login.encode()) for login in (PREFECT_LOGIN, f"some-admin:{MLFLOW_PASSWORD}")]

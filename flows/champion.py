@@ -1,0 +1,26 @@
+"""The step behind the stages that lets MLflow's registry choose the champion of a data set, by one figure."""
+
+import re
+import sys
+
+REFUSED = {
+    1: "MLflow did not answer: run it again when it does, what was computed stays",
+    2: "there is no champion by this condition: the last lines of the log say why",
+}
+
+
+def arguments(condition: str) -> list[str]:
+    """What `python -m tessera.tracking champion` is to be told. Raises ValueError for what is no condition."""
+    found = re.fullmatch(r"\s*([a-z0-9_]+/[a-z0-9_]+)\s*([<>])\s*(-?\d+(?:\.\d+)?)\s*", condition)
+    if not found:
+        raise ValueError(
+            f"champion is {condition!r}: expected a figure of systems, < or >, and a number that the champion has to beat, "
+            'e.g. "generation/fd_classifier < 0.5"'
+        )
+    figure, sign, number = found.groups()
+    return ["--metric", figure, "--lower" if sign == "<" else "--higher", "--threshold", number]
+
+
+def command(condition: str) -> list[str]:
+    """Its command line, for the folder whose params.yaml names the data set."""
+    return [sys.executable, "-m", "tessera.tracking", "champion", *arguments(condition)]
