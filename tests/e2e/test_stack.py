@@ -430,7 +430,7 @@ def test_the_containers_are_private_pinned_and_wait_for_each_other() -> None:
     """There is no container engine where tests run: this reads what compose would do."""
     compose = yaml.safe_load((REPOSITORY / "deploy" / "compose.yaml").read_text())
     services = compose["services"]
-    assert {"postgres", "store", "mlflow", "prefect", "worker"} == set(services)
+    assert {"postgres", "store", "mlflow", "prefect", "worker", "control"} == set(services)
     lock = (REPOSITORY / "requirements.lock").read_text()
     locked = {name: re.search(rf"^{name}==(\S+)", lock, re.MULTILINE)[1] for name in ("mlflow", "prefect")}
     assert locked == {name: importlib.metadata.version(name) for name in locked}
@@ -456,6 +456,9 @@ def test_the_containers_are_private_pinned_and_wait_for_each_other() -> None:
     assert "ports" not in services["postgres"] and "ports" not in services["store"]
     (device,) = services["worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
+    pools = {name: re.search(r"--pool (\w+)", services[name]["command"])[1] for name in stack.POOLS}
+    assert pools == stack.POOLS
+    assert services["control"]["deploy"] == {}  # it needs no GPU
     databases = compose["configs"]["databases"]["content"]
     for service, name in (("prefect", "tessera_prefect"), ("mlflow", "tessera_mlflow")):
         assert f"CREATE DATABASE {name};" in databases
