@@ -5,7 +5,7 @@ import sys
 
 REFUSED = {
     1: "MLflow did not answer: run it again when it does, what was computed stays",
-    2: "there is no champion by this condition: the last lines of the log say why",
+    2: "the registry refuses to choose: the last lines of the log say why",
 }
 
 
