@@ -5,6 +5,7 @@ costs a missing artifact. The files of the pipeline are the truth.
 """
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -26,6 +27,9 @@ LINK_SECONDS = 15.0  # the uploader to MLflow takes some to start, and looks eve
 PICTURE_BYTES = 300_000  # pictures travel inside the artifact, since a browser cannot read the worker's disk
 PICTURE_PIXELS = 900
 FIGURES = "figures-of-systems"
+CELL_PIXELS = 240  # of a picture in a table
+CELL = re.compile(r"(?<=\| )[\w./@-]+\.png(?= +\|)")  # a table of paths, which a browser cannot follow
+AS_TRAINING = "?workflowType=machine_learning"  # MLflow's page opens on "GenAI" otherwise
 STEP = re.compile(r"\s(?:step\s+)?(\d+)/(\d+)\s")
 
 
@@ -50,6 +54,7 @@ class Board:
         self._latest: dict[str, tuple[float, str, UUID | None]] = {}  # progress by key: percent, line, task run
         self._made: dict[str, UUID] = {}
         self._shown: dict[str, float] = {}
+        self._links: dict[str, str] = {}  # to MLflow, by stage
         self._waiting: list[Callable[[Any], bool]] = []  # each sends something and says whether it is done
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._is_down = False
@@ -70,34 +75,43 @@ class Board:
                 self._latest[key] = 100.0, f"{stage} is done", task_run_id
 
     def outputs(self, stage: str, paths: list[Path], task_run_id: UUID | None) -> None:
-        """Show a stage's pictures, and the Markdown files in its folders."""
+        """Show a stage's pictures, and, above all that stages show, the Markdown files in its folders."""
         for path in paths:
-            if path.suffix == ".png" and path.is_file():
-                self._post(key_of(stage, path.parent.name), "markdown", lambda p=path: picture(p), task_run_id)
-            for page in sorted(path.glob("*.md")) if path.is_dir() else ():
-                self._post(key_of(page.stem), "markdown", lambda p=page: p.read_text(), task_run_id)
+            with contextlib.suppress(OSError, ValueError):  # what cannot be read is missing here, and no more
+                if path.suffix == ".png" and path.is_file():
+                    title = f"{path.parent.name} of {path.stem}"
+                    self._post(key_of(stage, path.parent.name), picture(path), task_run_id, title)
+                for file in sorted(path.glob("*.md")) if path.is_dir() else ():
+                    title, _, text = page(file).partition("\n")
+                    self._post(key_of(file.stem), text, None, title.strip("# "))
 
     def markdown(self, key: str, text: str) -> None:
-        self._post(key_of(key), "markdown", lambda: text, None)
+        self._post(key_of(key), text, None)
 
     def figures(self, kept: dict[str, Any]) -> None:
         """What a run has kept, for the sweep that it is a cell of: that may wait for it on another machine."""
-        self._post(FIGURES, "json", lambda: json.dumps(kept), None)
+        self._post(
+            FIGURES, json.dumps(kept), None, "figures of systems, for the sweep that this run is a cell of", "json"
+        )
 
     def link(self, stage: str, checkout: Path, since: float, task_run_id: UUID | None) -> None:
         """A link to the MLflow run of a stage that began after `since`, as soon as the uploader has made it."""
-        server = os.environ.get("MLFLOW_TRACKING_URI", "")
+        server = journal.redact(os.environ.get("MLFLOW_TRACKING_URI", "")).rstrip("/")
         if not server.startswith(("http://", "https://")) or os.environ.get("TESSERA_TRACKING") == "off":
             return
 
         def send(client: Any) -> bool:
-            run = mlflow_run(checkout, stage, since)
-            if run:
-                address = f"{journal.redact(server).rstrip('/')}/#/runs/{run}"
-                self._create(
-                    client, key_of(stage, "mlflow"), "markdown", f"[{stage} in MLflow]({address})", task_run_id
+            path = mlflow_run(checkout, stage, since)
+            if path:
+                tab = "/model-metrics" if stage.startswith("train_") and path.startswith("experiments/") else ""
+                self._links[stage] = f"{server}/#/{path}{tab}{AS_TRAINING}"
+                runs = f"{server}/#/{path.rpartition('/')[0]}{AS_TRAINING}"
+                lines = [f"- [{name}]({address})" for name, address in self._links.items()]
+                text = (
+                    f"[All runs]({runs}): choose systems there, then Compare. Curves, timings and files of stages:\n\n"
                 )
-            return run is not None
+                self._put(client, "mlflow", "markdown", text + "\n".join(lines), None, "runs in MLflow")
+            return path is not None
 
         with self._lock:
             self._waiting.append(send)
@@ -108,21 +122,26 @@ class Board:
         self._thread.join(1.0 if self._is_down else LINK_SECONDS + INTERVAL_SECONDS)
 
     def _post(
-        self, key: str, kind: str, content: Callable[[], str], task_run_id: UUID | None, description: str = ""
+        self, key: str, text: str, task_run_id: UUID | None, description: str = "", kind: str = "markdown"
     ) -> None:
         def send(client: Any) -> bool:
-            self._create(client, key, kind, content(), task_run_id, description)
+            self._create(client, key, kind, text, task_run_id, description)
             return True
 
         with self._lock:
             self._waiting.append(send)
 
-    def _create(
-        self, client: Any, key: str, kind: str, data: Any, task_run_id: UUID | None, description: str = ""
-    ) -> UUID:
+    def _create(self, client: Any, key: str, kind: str, data: Any, task_run_id: UUID | None, description: str) -> None:
         run = {"flow_run_id": self.flow_run_id, **({"task_run_id": task_run_id} if task_run_id else {})}
         made = client.create_artifact(ArtifactCreate(key=key, type=kind, data=data, description=description, **run))
-        return made.id
+        self._made[key] = made.id
+
+    def _put(self, client: Any, key: str, kind: str, data: Any, task_run_id: UUID | None, description: str) -> None:
+        """Create it, or change what there is: each of these has a key of its own."""
+        if key in self._made:
+            client.update_artifact(self._made[key], ArtifactUpdate(data=data, description=description))
+        else:
+            self._create(client, key, kind, data, task_run_id, description)
 
     def _send_all(self) -> None:
         ends = None
@@ -145,10 +164,7 @@ class Board:
         for key, (percent, line, task_run_id) in latest.items():
             if self._shown.get(key) == percent:
                 continue
-            if key not in self._made:
-                self._made[key] = self._create(client, key, "progress", percent, task_run_id, line)
-            else:
-                client.update_artifact(self._made[key], ArtifactUpdate(data=percent, description=line))
+            self._put(client, key, "progress", percent, task_run_id, line)
             self._shown[key] = percent
         for send in waiting:
             if send(client):
@@ -156,29 +172,41 @@ class Board:
                     self._waiting.remove(send)
 
 
-def picture(path: Path) -> str:
-    """Markdown that holds the picture itself, made smaller if need be."""
+def picture(path: Path, pixels: int | None = None) -> str:
+    """Markdown that holds the picture itself, made smaller if need be: to `pixels` a side, or to what may travel."""
     data = path.read_bytes()
-    if len(data) > PICTURE_BYTES:
+    if pixels or len(data) > PICTURE_BYTES:
         from PIL import Image
 
         with Image.open(path) as image:
-            image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
+            image.thumbnail((pixels or PICTURE_PIXELS, pixels or PICTURE_PIXELS))
             buffer = io.BytesIO()
             image.save(buffer, "PNG", optimize=True)
         data = buffer.getvalue()
     return f"![{path.stem}](data:image/png;base64,{base64.b64encode(data).decode()})"
 
 
+def page(path: Path) -> str:
+    """A Markdown file, with the pictures that its tables name by their paths in the checkout."""
+
+    def shown(cell: re.Match[str]) -> str:
+        found = next((above / cell[0] for above in path.parents if (above / cell[0]).is_file()), None)
+        return picture(found, CELL_PIXELS) if found else cell[0]
+
+    return CELL.sub(shown, path.read_text(encoding="utf-8"))
+
+
 def mlflow_run(checkout: Path, stage: str, since: float) -> str | None:
-    """MLflow's id of the newest run of a stage that was written to after `since`, seconds of the epoch."""
+    """Where MLflow's page has the newest run of a stage that was written to after `since`, seconds of the epoch."""
     for path in sorted(journal.folder_of(checkout).glob(f"*/{journal.JOURNAL}"), key=_changed, reverse=True):
         if _changed(path) < since:
             return None
         opening = next((event for _, event in journal.events_of(path) if event["event"] == "open"), {})
-        if opening.get("stage") == stage:
+        if opening.get("stage", "").replace("@", "_") == stage.replace("@", "_"):  # evaluate_real runs as evaluate@real
             for record in sorted(path.parent.glob("sent-*.json"), key=_changed, reverse=True):
-                return json.loads(record.read_text())["run_id"] or None
+                sent = json.loads(record.read_text())
+                experiment = f"experiments/{sent['experiment_id']}/" if sent.get("experiment_id") else ""
+                return f"{experiment}runs/{sent['run_id']}" if sent["run_id"] else None
     return None
 
 

@@ -1,4 +1,4 @@
-"""The servers behind the pipeline on one machine: Prefect's, MLflow's, and the workers of its two work pools.
+"""The servers behind the pipeline on one machine: Prefect's with what prefect.yaml deploys, MLflow's, and two workers.
 
     python -m flows.stack up | down | status        (make stack, make stack-down, make stack-status)
 
@@ -10,6 +10,7 @@ Passwords come from the environment and stay there: no file and no command line 
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import ipaddress
 import json
 import os
@@ -31,6 +32,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
+
+import yaml
 
 from flows.devices import devices
 from tessera.tracking.journal import is_alive, process_start, redact, replace_json
@@ -212,6 +215,10 @@ def environment(settings: Settings, member: str, environ: Mapping[str, str]) -> 
     if member == "prefect":
         origins = {settings.url("prefect"), f"http://localhost:{settings.ports['prefect']}"}
         kept.setdefault("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", ",".join(sorted(origins)))  # any page could else call it
+        kept.setdefault(
+            "PREFECT_SERVER_UI_V2_ENABLED", "false"
+        )  # that page has the browser ask Amplitude at each visit
+        kept.setdefault("PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT", "false")
         kept |= {"PREFECT_SERVER_API_AUTH_STRING": settings.auth_string} if settings.auth_string else {}
         kept |= _access(settings, "PREFECT_SERVER_DATABASE_CONNECTION_URL", "asyncpg")
     elif member == "mlflow":
@@ -398,9 +405,9 @@ def memory_mb(pids: list[int]) -> int:
 # Answers --------------------------------------------------------------------------------------------------------------
 
 
-def ask(url: str, login: str = "", body: dict[str, Any] | None = None) -> tuple[int, Any]:
+def ask(url: str, login: str = "", body: Any = None, method: str | None = None) -> tuple[int, Any]:
     """Status and JSON of an answer; status 0 if there is none. login is USER:PASSWORD."""
-    request = urllib.request.Request(url, json.dumps(body).encode() if body is not None else None)
+    request = urllib.request.Request(url, json.dumps(body).encode() if body is not None else None, method=method)
     request.add_header("Content-Type", "application/json")
     if login:
         request.add_header("Authorization", f"Basic {b64encode(login.encode()).decode()}")
@@ -430,6 +437,85 @@ def make_pools(settings: Settings) -> None:
         status, _ = ask(f"{settings.url('prefect')}/api/work_pools/", settings.auth_string, body)
         if status not in (201, 409):
             raise Trouble(f"Prefect's server did not create the work pool {pool}: it answered {status or 'nothing'}")
+
+
+def deploy(settings: Settings) -> None:
+    """Deploy what prefect.yaml lists, if the server lacks some of it, or if it or its code changed since."""
+    root, file, record = settings.root, settings.root / "prefect.yaml", folder_of(settings.root) / "deployed"
+    if not file.is_file():
+        print(f"no prefect.yaml in {root}: nothing is deployed", flush=True)
+        return
+    try:
+        text = file.read_text(encoding="utf-8")
+        listed = {entry["name"]: entry for entry in yaml.safe_load(text)["deployments"]}
+        code = sorted({entry["entrypoint"].partition(":")[0] for entry in listed.values()})
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+        raise Trouble(
+            "prefect.yaml cannot be read: expected a list `deployments`, each with a name and an entrypoint; correct it"
+        ) from None
+    hashes = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in code}
+    wanted = {"root": str(root), "prefect.yaml": hashlib.sha256(text.encode()).hexdigest(), "code": hashes}
+    wanted["switches"] = {name: f"{entry.get('schedules')} {entry.get('paused')}" for name, entry in listed.items()}
+    known: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        known = json.loads(record.read_text(encoding="utf-8"))
+    names = ", ".join(listed)
+    before = _deployed(settings)
+    if known == wanted and set(listed) <= set(before):
+        print(f"deployed as in prefect.yaml: {names}", flush=True)
+        return
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+            cwd=root,
+            env=environment(settings, "worker", os.environ) | {"COLUMNS": "120"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=settings.seconds,
+        )
+    except subprocess.TimeoutExpired:
+        raise Trouble(
+            f"prefect.yaml is not deployed: prefect deploy --all took over {settings.seconds:.0f} s (TESSERA_STACK_SECONDS)"
+        ) from None
+    if done.returncode:
+        end = "".join(f"\n  {redact(line)}" for line in done.stdout.splitlines()[-LOG_LINES:])
+        raise Trouble(
+            f"prefect.yaml is not deployed: prefect deploy --all ended with {done.returncode}, and with:{end}"
+        )
+    switches = wanted["switches"] | known.get("switches", {})  # without a record they were deployed by hand
+    _keep_switches(settings, before, [name for name in listed if switches[name] == wanted["switches"][name]])
+    replace_json(record, wanted)
+    record.chmod(0o600)
+    print(f"deployed {names}: to be run on Prefect's page, or by prefect deployment run", flush=True)
+
+
+def _deployed(settings: Settings) -> dict[str, Any]:
+    """The deployments of Prefect's server by name."""
+    status, found = ask(f"{settings.url('prefect')}/api/deployments/filter", settings.auth_string, {})
+    if status != 200:
+        raise Trouble(f"Prefect's server does not tell its deployments: it answered {status or 'nothing'}")
+    return {made["name"]: made for made in found}
+
+
+def _keep_switches(settings: Settings, before: dict[str, Any], unchanged: Collection[str]) -> None:
+    """Schedules and pauses are as people left them: a deployment sets those of prefect.yaml, changed there or not."""
+    after = _deployed(settings)
+    for name in set(unchanged) & set(before):
+        kept = ("schedule", "active", "parameters", "slug")
+        was, now = (
+            [{key: each[key] for key in kept} for each in found[name]["schedules"]] for found in (before, after)
+        )
+        url, codes = f"{settings.url('prefect')}/api/deployments/{after[name]['id']}", set()
+        if was != now:
+            new = [f"{url}/schedules/{each['id']}" for each in after[name]["schedules"]]
+            codes |= {ask(each, settings.auth_string, method="DELETE")[0] for each in new}
+            codes |= {ask(f"{url}/schedules", settings.auth_string, was)[0]} if was else set()
+        if before[name]["paused"] != after[name]["paused"]:
+            codes |= {ask(url, settings.auth_string, {"paused": before[name]["paused"]}, "PATCH")[0]}
+        if not codes <= {201, 204}:
+            raise Trouble(f"the schedules of deployment {name} may not be as they were: see Prefect's page")
 
 
 def check_login(settings: Settings) -> None:
@@ -486,6 +572,7 @@ def up(settings: Settings) -> None:
         if member not in missing:
             print(f"{member:<8} runs already", flush=True)
     if not missing:
+        deploy(settings)
         show(settings)
         return
     for member in missing:
@@ -509,6 +596,7 @@ def up(settings: Settings) -> None:
         for member in workers:
             _say_lost(end_lost_runs(settings, member))
             started[member] = start(settings, member)
+        deploy(settings)
         if "mlflow" in started:
             _wait(settings, "mlflow", *started["mlflow"], lambda: answers(settings, "mlflow"))
         if settings.admin_password:

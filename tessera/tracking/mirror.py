@@ -51,6 +51,7 @@ class _Sent:
 
     offset: int = 0
     run_id: str = ""
+    experiment_id: str = ""  # of the run
     status: str = ""
     pid: int = 0
     started: int = 0
@@ -257,7 +258,8 @@ class _Mirror:
         if run.info.lifecycle_stage == "deleted":
             self._give_up(f"run {run.info.run_id} was deleted in MLflow; the rest of its journal is left out")
             return False
-        self.sent.run_id, self._params, self._known, self._doubt = run.info.run_id, dict(run.data.params), True, False
+        self.sent.run_id, self.sent.experiment_id = run.info.run_id, run.info.experiment_id
+        self._params, self._known, self._doubt = dict(run.data.params), True, False
         return True
 
     def _give_up(self, reason: str) -> None:

@@ -84,10 +84,8 @@ def smoke_params() -> dict[str, Any]:
     return params
 
 
-@pytest.fixture(scope="session")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+def copy_checkout(folder: Path) -> Clone:
     """The tracked and new files of this checkout, copied, with smoke params, as a git and DVC repository."""
-    folder = tmp_path_factory.mktemp("clone") / "project"
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -105,3 +103,14 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     made.git("add", "--all")
     made.git("commit", "--quiet", "--message=start")
     return made
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    return copy_checkout(tmp_path_factory.mktemp("clone") / "project")
+
+
+@pytest.fixture(scope="module")
+def own_clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """For tests that leave more behind than others expect in a clone."""
+    return copy_checkout(tmp_path_factory.mktemp("own") / "project")

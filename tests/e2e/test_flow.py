@@ -1,5 +1,7 @@
 """The flow against real DVC and Prefect's own server, on a diamond of four stages: prepare -> left, right -> join."""
 
+import base64
+import io
 import os
 import re
 import signal
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from flows import board, experiments, locks, reproduce, stage_process, sweep
 from tessera.tracking import journal
@@ -315,7 +318,7 @@ def test_the_link_to_mlflow_is_that_of_the_stages_newest_run_once_it_was_sent(
 ) -> None:
     monkeypatch.setenv("TESSERA_TRACKING", "on")
     uids = {}
-    for stage in ("train_prior@a", "train_prior@b", "train_prior@a"):
+    for stage in ("evaluate@real", "train_prior@a", "train_prior@b", "train_prior@a"):
         run = journal.open_run(stage, experiment="toy", root=tmp_path, state=None, params={}, tags={})
         run.close("FINISHED")
         uids[stage] = run.uid
@@ -324,10 +327,26 @@ def test_the_link_to_mlflow_is_that_of_the_stages_newest_run_once_it_was_sent(
     newest = tmp_path / ".state/tracking" / uids["train_prior@a"]
     os.utime(newest / journal.JOURNAL, (2000.0, 2000.0))
     assert board.mlflow_run(tmp_path, "train_prior@a", 0.0) is None  # the uploader was not there yet
-    (newest / "sent-0123456789ab.json").write_text('{"run_id": "f00"}')
-    assert board.mlflow_run(tmp_path, "train_prior@a", 1500.0) == "f00"
+    (newest / "sent-0123456789ab.json").write_text('{"run_id": "f00", "experiment_id": "7"}')
+    assert board.mlflow_run(tmp_path, "train_prior@a", 1500.0) == "experiments/7/runs/f00"
     assert board.mlflow_run(tmp_path, "train_prior@a", 2001.0) is None  # that was another flow run
     assert board.mlflow_run(tmp_path, "train_prior@b", 0.0) is None
+    (tmp_path / ".state/tracking" / uids["evaluate@real"] / "sent-0123456789ab.json").write_text('{"run_id": "f01"}')
+    assert board.mlflow_run(tmp_path, "evaluate_real", 0.0) == "runs/f01"  # as dvc.yaml calls it
+
+
+def test_the_paths_of_pictures_in_a_table_become_the_pictures_where_there_are_some(tmp_path: Path) -> None:
+    (tmp_path / "data/pictures/samples").mkdir(parents=True)
+    (tmp_path / "data/comparison").mkdir()
+    Image.new("L", (480, 960), 128).save(tmp_path / "data/pictures/samples/a.png")
+    lines = ["| a | data/pictures/samples/a.png   | data/pictures/samples/b.png |", "see data/pictures/samples/a.png"]
+    (tmp_path / "data/comparison/comparison.md").write_text("\n".join(lines))
+    first, second = board.page(tmp_path / "data/comparison/comparison.md").splitlines()
+    data = re.fullmatch(r"\| a \| !\[a\]\(data:image/png;base64,(\S+)\)   \| data/pictures/samples/b.png \|", first)
+    assert data, first
+    shown = Image.open(io.BytesIO(base64.b64decode(data[1])))
+    assert (shown.size, shown.getpixel((0, 0))) == ((120, 240), 128)
+    assert second == lines[1]
 
 
 def test_a_dead_server_costs_a_board_a_second(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -304,6 +304,8 @@ def test_the_stack_comes_up_mends_what_was_killed_and_goes_down_without_a_trace(
     assert done.returncode == 0, done.stderr
     seconds = {"up": time.monotonic() - began}
     assert checkout.url("prefect", "/api") in done.stdout
+    assert f"no prefect.yaml in {checkout.folder}: nothing is deployed" in done.stdout
+    assert stack.ask(checkout.url("prefect", "/ui-settings"))[1]["default_ui"] == "v1"  # v2 asks a server of Amplitude
     check_listeners(checkout)
     check_private(checkout)
     pools = [stack.ask(checkout.url("prefect", f"/api/work_pools/{name}"))[1] for name in ("gpu", "control")]
@@ -362,6 +364,75 @@ def test_the_stack_comes_up_mends_what_was_killed_and_goes_down_without_a_trace(
             ("CRASHED",)
         ]  # its slot is free again
     print({name: round(value, 1) for name, value in seconds.items()})
+
+
+DEPLOYMENTS = """
+deployments:
+  - {name: by-hand, entrypoint: "flow.py:work", work_pool: {name: gpu}}
+  - name: nightly
+    entrypoint: flow.py:work
+    work_pool: {name: gpu}
+    schedules: [{cron: "0 2 * * *", timezone: UTC, active: false}]
+"""
+
+
+def test_what_prefect_yaml_lists_is_deployed_and_schedules_stay_as_people_set_them(checkout: Checkout) -> None:
+    api = checkout.url("prefect", "/api")
+
+    def deployed() -> dict[str, dict]:
+        _, found = stack.ask(f"{api}/deployments/filter", body={})
+        return {made["name"]: made for made in found}
+
+    def schedules() -> list[tuple[str, bool]]:
+        return sorted((each["schedule"]["cron"], each["active"]) for each in deployed()["nightly"]["schedules"])
+
+    def up(said: str) -> None:
+        done = checkout("up")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert said in done.stdout
+
+    (checkout.folder / "prefect.yaml").write_text(DEPLOYMENTS)
+    flow = checkout.folder / "flow.py"
+    flow.write_text("from prefect import flow\n@flow\ndef work(speed: int = 1): pass\n")
+    up("deployed by-hand, nightly: ")
+    first = deployed()
+    assert {made["work_pool_name"] for made in first.values()} == {"gpu"}
+    assert str(checkout.folder) in json.dumps(first["by-hand"]["pull_steps"])
+    assert schedules() == [("0 2 * * *", False)]
+
+    up("deployed as in prefect.yaml: by-hand, nightly")
+    assert deployed()["nightly"]["schedules"] == first["nightly"]["schedules"]  # with their ids: not deployed again
+
+    nightly = f"{api}/deployments/{first['nightly']['id']}"
+    schedule = f"{nightly}/schedules/{first['nightly']['schedules'][0]['id']}"
+    assert stack.ask(schedule, body={"active": True}, method="PATCH")[0] == 204
+    added = {"schedule": {"cron": "0 5 * * *", "timezone": "UTC"}, "active": True}
+    assert stack.ask(f"{nightly}/schedules", body=[added])[0] == 201
+    assert stack.ask(nightly, body={"paused": True}, method="PATCH")[0] == 204
+    assert stack.ask(f"{api}/deployments/{first['by-hand']['id']}", method="DELETE")[0] == 204
+    up("deployed by-hand, nightly: ")  # because one is missing
+    assert set(deployed()) == {"by-hand", "nightly"}
+    assert deployed()["nightly"]["paused"]
+    assert schedules() == [("0 2 * * *", True), ("0 5 * * *", True)]
+    flow.write_text(flow.read_text().replace("speed", "tempo"))
+    up("deployed by-hand, nightly: ")
+    assert set(deployed()["nightly"]["parameter_openapi_schema"]["properties"]) == {"tempo"}
+    assert schedules() == [("0 2 * * *", True), ("0 5 * * *", True)]
+    (checkout.folder / "prefect.yaml").write_text(DEPLOYMENTS.replace("0 2", "0 3"))
+    up("deployed by-hand, nightly: ")
+    assert schedules() == [("0 3 * * *", False)]  # what prefect.yaml says anew
+
+    flow.write_text("raise RuntimeError('this cannot be imported')\n")
+    done = checkout("up")
+    assert done.returncode == 2
+    assert "prefect.yaml is not deployed: prefect deploy --all ended with 1, and with:" in done.stderr
+    assert done.stderr.endswith("Could not find object 'work' in 'flow.py'\n")
+    assert {checkout.pid(member) for member in MEMBERS} <= {process.pid for process in checkout.processes()}
+    (checkout.folder / "prefect.yaml").write_text("deployments: [{name: by-hand}]")
+    done = checkout("up")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "prefect.yaml cannot be read: expected a list `deployments`, each with a name and an entry" in done.stderr
+    assert checkout("down").returncode == 0
 
 
 def test_on_postgres_with_passwords_nobody_gets_in_without_and_no_file_has_one(
