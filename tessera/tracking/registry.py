@@ -99,7 +99,7 @@ def _log_model(client: Any, run_id: str, offer: dict[str, Any], folders: dict[st
         if str(found.status) == "READY":
             return found.model_id
         client.delete_logged_model(found.model_id)
-    system = run.info.run_name
+    system = run.data.tags.get(SYSTEM, run.info.run_name)
     tags = {DIGEST: offer["digest"], SYSTEM: system}
     model = client.create_logged_model(run.info.experiment_id, system, run_id, tags, run.data.params)
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
@@ -113,8 +113,8 @@ def _log_model(client: Any, run_id: str, offer: dict[str, Any], folders: dict[st
         ColSpec(DataType.long, "seed"),
         ColSpec(DataType.double, "guidance_scale", required=False),
     ]
-    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # MLflow would like to infer the signature that it is given
+    # MLflow would like to infer the signature that it is given, and has filters of its own: recorded, nothing is shown
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings(record=True):
         place, code = Path(temporary) / "model", Path(temporary) / "tessera"
         shutil.copytree(PACKAGE, code, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
         mlflow.pyfunc.save_model(

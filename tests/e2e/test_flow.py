@@ -1,5 +1,6 @@
 """The flow against real DVC and Prefect's own server, on a diamond of four stages: prepare -> left, right -> join."""
 
+import json
 import os
 import re
 import signal
@@ -371,7 +372,7 @@ COPY = """
 def project(toy: Path) -> Path:
     """The toy as a repository with a commit, params, a preset, and data that git ignores."""
     (toy / "dvc.yaml").write_text((toy / "dvc.yaml").read_text() + COPY.replace("PYTHON", sys.executable))
-    text = (toy / "dvc.yaml").read_text().replace(" ${how.text}\n", " ${how.text} && echo {} > made.json\n")
+    text = (toy / "dvc.yaml").read_text().replace(" ${how.text}\n", " ${how.text} && echo '[\"'$DVC_EXP_NAME'\"]' > made.json\n")
     (toy / "dvc.yaml").write_text(text)
     (toy / "params.yaml").write_text("how: {text: plain}  # a remark\nsource: raw/given.txt\n")
     (toy / "presets").mkdir()
@@ -418,7 +419,7 @@ def test_a_run_with_other_params_is_an_experiment_and_the_checkout_stays_as_it_i
             assert (plan.root / "copy.txt").read_text() == "bold words"
             revision = experiments.keep(plan.experiment, ["copy", "prepare"], plan.unversioned)
         assert not plan.root.exists()
-        assert experiments.file_of(project, revision, "made.json") == "{}"
+        assert json.loads(experiments.file_of(project, revision, "made.json")) == [plan.experiment.name]
     assert (git(project, "status", "--short"), (project / "params.yaml").read_text()) == before
     assert not (project / "copy.txt").exists()
     listed = subprocess.run([sys.executable, "-m", "dvc", "exp", "list", "--name-only"], capture_output=True, text=True)

@@ -58,7 +58,13 @@ def open_run(root: Path, name: str, kind: str = "stage", **arguments: Any) -> jo
 
 
 def evaluate(
-    root: Path, name: str, value: float = 1.0, error: float = 0.1, number: int = 100, sampling: Any = None
+    root: Path,
+    name: str,
+    value: float = 1.0,
+    error: float = 0.1,
+    number: int = 100,
+    sampling: Any = None,
+    tags: dict[str, str] | None = None,
 ) -> None:
     """As stages.evaluate does: one figure with its protocol, and both artifacts offered."""
     parts = {role: root / role for role in ("tokenizer", "prior")}
@@ -66,7 +72,8 @@ def evaluate(
     found = Recorder()
     found.add("generation", "fd_toy", value, without_network("toy", "samples", number), error)
     found.measured().write(root / "metrics.json")
-    with open_run(root, name, "system", tags={"tessera.system": name, "protocol": str(number)}) as run:
+    tags = {"tessera.system": name, "protocol": str(number), **(tags or {})}
+    with open_run(root, name, "system", tags=tags) as run:
         run.figures({"generation/fd_toy": value})
         run.attach(root / "metrics.json")
         run.made_by(prints)
@@ -247,6 +254,17 @@ def test_systems_are_rows_and_what_made_them_lies_below(root: Path) -> None:
     assert mirror.replay(root, 60, everything=True) == 0
     assert len(client.search_runs([experiment])) == 4
     assert len(client.get_run(runs["train_prior@one"].info.run_id).inputs.dataset_inputs) == 1
+
+
+def test_rows_of_one_system_in_several_experiments_can_be_told_apart_and_are_versions_of_it(root: Path) -> None:
+    for sampling, experiment in enumerate(("brave-fox", "params-width-96")):
+        evaluate(root, "one", sampling=sampling, tags={"dvc.experiment": experiment})
+    assert mirror.replay(root, 60) == 0
+    client = client_of(root)
+    found = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    assert {run.info.run_name for run in found} == {"one (brave-fox)", "one (params-width-96)"}
+    assert [version.tags["tessera.system"] for version in versions(root)] == ["one", "one"]
+    assert {model.name for model in client.search_logged_models([found[0].info.experiment_id])} == {"one"}
 
 
 def test_the_champion_is_the_best_by_more_than_noise(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
