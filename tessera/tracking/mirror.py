@@ -461,7 +461,7 @@ def replay(root: Path, timeout: float, everything: bool = False) -> int:
     server = redact(tracking_uri(root))
     total: tuple[int, int] | None = None
     pauses = [2.0, 4.0]  # a server that was just started or woken up may refuse once
-    over = False
+    over, trouble = False, ""
     while True:
         with uploader_lock(root) as free:
             if free and everything:
@@ -474,8 +474,9 @@ def replay(root: Path, timeout: float, everything: bool = False) -> int:
             if not waiting and not everything:
                 print(f"{total[0]} runs, {total[1]} metrics sent to {server}; 0 left")
                 return 0
-            trouble = _push_all(root, waiting, None)[1] if free and not over else ""
-        if trouble and pauses:
+            if not over:
+                trouble = _push_all(root, waiting, None)[1] if free else ""
+        if trouble and pauses and not over:
             time.sleep(pauses.pop(0))
         elif trouble or over:
             print(

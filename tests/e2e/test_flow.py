@@ -372,7 +372,11 @@ COPY = """
 def project(toy: Path) -> Path:
     """The toy as a repository with a commit, params, a preset, and data that git ignores."""
     (toy / "dvc.yaml").write_text((toy / "dvc.yaml").read_text() + COPY.replace("PYTHON", sys.executable))
-    text = (toy / "dvc.yaml").read_text().replace(" ${how.text}\n", " ${how.text} && echo '[\"'$DVC_EXP_NAME'\"]' > made.json\n")
+    text = (
+        (toy / "dvc.yaml")
+        .read_text()
+        .replace(" ${how.text}\n", " ${how.text} && echo '[\"'$DVC_EXP_NAME'\"]' > made.json\n")
+    )
     (toy / "dvc.yaml").write_text(text)
     (toy / "params.yaml").write_text("how: {text: plain}  # a remark\nsource: raw/given.txt\n")
     (toy / "presets").mkdir()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,50 @@ def test_a_system_is_a_version_once_however_often_it_is_evaluated_and_sent(root:
     evaluate(root, "one", 2.0, sampling={"guidance_scale": 2.0})
     assert mirror.replay(root, 60) == 0
     assert len(versions(root)) == 2
+
+
+def test_a_version_that_a_frozen_server_makes_late_is_no_second_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")  # where the late request looks
+    create, late = MlflowClient.create_model_version, []
+
+    def unanswered(self: Any, *arguments: Any, **named: Any) -> Any:
+        if late:
+            return create(self, *arguments, **named)
+        late.append(threading.Timer(3.5, create, (self, *arguments), named))  # replay tries again after 2 seconds
+        late[0].start()
+        raise MlflowException("read timed out")
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", unanswered)
+    evaluate(root, "one")
+    assert mirror.replay(root, 60) == 0
+    late[0].join()
+    (version,) = versions(root)
+    assert "version 1 has these artifacts already" in log(root)
+    client = client_of(root)
+    (model,) = client.search_logged_models([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    assert (version.source, str(model.status)) == (f"models:/{model.model_id}", "READY")
+    (output,) = client.get_run(version.run_id).outputs.model_outputs
+    assert output.model_id == model.model_id
+
+
+def test_of_versions_made_twice_the_champion_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+    evaluate(root, "one", 1.0)
+    assert mirror.replay(root, 60) == 0
+    client, (first,) = client_of(root), versions(root)
+    for number in ("2", "3"):
+        twin = client.create_model_version(EXPERIMENT, first.source, first.run_id, first.tags, model_id=first.model_id)
+        assert str(twin.version) == number
+    client.set_registered_model_alias(EXPERIMENT, "champion", "2")
+    evaluate(root, "one", 0.9)
+    assert mirror.replay(root, 60) == 0
+    assert [(str(version.version), version.tags["generation/fd_toy"]) for version in versions(root)] == [("2", "0.9")]
+    assert champion(root) == "2"
 
 
 def test_a_model_in_the_registry_is_safetensors_json_and_source_and_no_pickle(root: Path) -> None:
