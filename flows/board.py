@@ -45,7 +45,7 @@ class Board:
     """The artifacts of one flow run."""
 
     def __init__(self, flow_run_id: UUID | None):
-        self.flow_run_id = flow_run_id
+        self.flow_run_id, self._began = flow_run_id, time.time()
         self._latest: dict[str, tuple[float, str, UUID | None]] = {}  # progress by key: percent, line, task run
         self._made: dict[str, UUID] = {}
         self._shown: dict[str, float] = {}
@@ -92,7 +92,7 @@ class Board:
                 self._create(
                     client, key_of(stage, "mlflow"), "markdown", f"[{stage} in MLflow]({address})", task_run_id
                 )
-            return run is not None
+            return run is not None or (self._closing.is_set() and _is_in_trouble(checkout, self._began))
 
         with self._lock:
             self._waiting.append(send)
@@ -175,6 +175,14 @@ def mlflow_run(checkout: Path, stage: str, since: float) -> str | None:
             for record in sorted(path.parent.glob("sent-*.json"), key=_changed, reverse=True):
                 return json.loads(record.read_text())["run_id"] or None
     return None
+
+
+def _is_in_trouble(checkout: Path, since: float) -> bool:
+    """Whether MLflow took nothing when the uploader tried last: then the links of an ending flow are given up."""
+    log = journal.folder_of(checkout) / "uploader.log"
+    if _changed(log) < since:  # what it says is about an earlier time, or there is none
+        return False
+    return " did not take run " in log.read_text(encoding="utf-8").rpartition("\n")[0].rpartition("\n")[2]
 
 
 def _changed(path: Path) -> float:

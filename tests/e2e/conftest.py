@@ -84,10 +84,8 @@ def smoke_params() -> dict[str, Any]:
     return params
 
 
-@pytest.fixture(scope="session")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+def make_clone(folder: Path) -> Clone:
     """The tracked and new files of this checkout, copied, with smoke params, as a git and DVC repository."""
-    folder = tmp_path_factory.mktemp("clone") / "project"
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -105,3 +103,14 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     made.git("add", "--all")
     made.git("commit", "--quiet", "--message=start")
     return made
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    return make_clone(tmp_path_factory.mktemp("clone") / "project")
+
+
+@pytest.fixture
+def two_clones(tmp_path: Path) -> tuple[Clone, Clone]:
+    """Of their own, for a test that compares two ways of doing the same."""
+    return make_clone(tmp_path / "one"), make_clone(tmp_path / "other")

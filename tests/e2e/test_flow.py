@@ -1,5 +1,6 @@
 """The flow against real DVC and Prefect's own server, on a diamond of four stages: prepare -> left, right -> join."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from flows import board, experiments, locks, reproduce, stage_process, sweep
-from tessera.tracking import journal
+from tessera.tracking import journal, mirror
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).parents[2]
@@ -344,6 +345,30 @@ def test_a_dead_server_costs_a_board_a_second(monkeypatch: pytest.MonkeyPatch) -
     began = time.monotonic()
     shown.close()
     assert time.monotonic() - began < 1.5
+
+
+def test_the_end_waits_for_links_to_mlflow_unless_it_is_in_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TESSERA_TRACKING", "on")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr(board, "get_client", lambda sync_client: contextlib.nullcontext())
+    monkeypatch.setattr(board, "INTERVAL_SECONDS", 0.1)
+    monkeypatch.setattr(board, "LINK_SECONDS", 2.0)
+    root = journal.open_run(
+        "train_prior@a", experiment="toy", root=tmp_path, state=None, params={}, tags={}
+    ).folder.parent
+    seconds = {}
+    for told in ("the journals are being sent again", "http://127.0.0.1:9 did not take run 0123 (refused)"):
+        shown = board.Board(None)
+        time.sleep(0.1)  # clocks of files are coarse
+        mirror._note(root, told)
+        shown.link("train_prior@a", tmp_path, 0.0, None)
+        time.sleep(0.3)
+        began = time.monotonic()
+        shown.close()
+        seconds[told] = time.monotonic() - began
+    assert list(seconds.values())[1] < 1.0 < list(seconds.values())[0]
 
 
 def test_keys_of_artifacts_are_as_prefect_demands() -> None:
