@@ -7,8 +7,16 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_HOME := $(CURDIR)/.prefect
 # Every stage is a process: where this is set, each would compile all that it imports anew, for seconds
 unexport PYTHONDONTWRITEBYTECODE
+UI_PORT ?= 5000
+SERVE_PORT ?= 5001
+MODEL ?=
+DATASET_NAME := "from pathlib import Path; from tessera import params; print(params.read(Path('params.yaml')).dataset.name)"
+BIND = "import socket; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind(('127.0.0.1', $(1)))"
+# $(1): the variable of a port, $(2): who may have it
+require_free = @python -c $(call BIND,$($(1))) 2>/dev/null || { echo "make $@ cannot listen on 127.0.0.1:$($(1)): expected a \
+free port ($(2)); stop what uses it, or choose another: make $@ $(1)=$$(($($(1)) + 10))" >&2; exit 2; }
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test check ui flow stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
+.PHONY: help setup repro test check ui serve flow stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -32,8 +40,16 @@ test: setup  ## every test, on tiny data, in two processes of one thread each
 check: setup  ## style, import rules and contracts, in seconds
 	ruff format --check . && ruff check . && lint-imports && pytest -q tests/contract
 
-ui: setup  ## MLflow on http://127.0.0.1:5000 with every run
-	mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+ui: setup  ## MLflow on http://127.0.0.1:5000 with every run; another port: make ui UI_PORT=5010
+	$(call require_free,UI_PORT,if make stack runs, its MLflow is there: open that)
+	mlflow server --host 127.0.0.1 --port $(UI_PORT) --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+
+serve: setup  ## images over HTTP on 127.0.0.1:5001 by the champion; MODEL=models:/NAME/VERSION, SERVE_PORT=5011
+	$(call require_free,SERVE_PORT,a model may be served there by now)
+	@if [ -z "$$MLFLOW_TRACKING_URI" ] && [ -f .stack/env ]; then . ./.stack/env; fi; \
+	export MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}"; \
+	model="$(MODEL)"; [ "$$model" ] || model="models:/tessera-$$(python -c $(DATASET_NAME))@champion" || exit 2; \
+	echo "serving $$model"; MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR=false exec mlflow models serve -m "$$model" --env-manager local --host 127.0.0.1 --port $(SERVE_PORT)
 
 flow: setup  ## the same pipeline through Prefect
 	python -m flows.reproduce

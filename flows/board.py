@@ -50,7 +50,7 @@ class Board:
     """The artifacts of one flow run."""
 
     def __init__(self, flow_run_id: UUID | None):
-        self.flow_run_id = flow_run_id
+        self.flow_run_id, self._began = flow_run_id, time.time()
         self._latest: dict[str, tuple[float, str, UUID | None]] = {}  # progress by key: percent, line, task run
         self._made: dict[str, UUID] = {}
         self._shown: dict[str, float] = {}
@@ -111,7 +111,7 @@ class Board:
                     f"[All runs]({runs}): choose systems there, then Compare. Curves, timings and files of stages:\n\n"
                 )
                 self._put(client, "mlflow", "markdown", text + "\n".join(lines), None, "runs in MLflow")
-            return path is not None
+            return path is not None or (self._closing.is_set() and _is_in_trouble(checkout, self._began))
 
         with self._lock:
             self._waiting.append(send)
@@ -208,6 +208,14 @@ def mlflow_run(checkout: Path, stage: str, since: float) -> str | None:
                 experiment = f"experiments/{sent['experiment_id']}/" if sent.get("experiment_id") else ""
                 return f"{experiment}runs/{sent['run_id']}" if sent["run_id"] else None
     return None
+
+
+def _is_in_trouble(checkout: Path, since: float) -> bool:
+    """Whether MLflow took nothing when the uploader tried last: then the links of an ending flow are given up."""
+    log = journal.folder_of(checkout) / "uploader.log"
+    if _changed(log) < since:  # what it says is about an earlier time, or there is none
+        return False
+    return " did not take run " in log.read_text(encoding="utf-8").rpartition("\n")[0].rpartition("\n")[2]
 
 
 def _changed(path: Path) -> float:

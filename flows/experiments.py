@@ -104,10 +104,10 @@ def keep(experiment: Experiment, targets: list[str], unversioned: list[str]) -> 
 
 
 def environment(experiment: Experiment) -> dict[str, str]:
-    """What stages in the worktree need to report to the checkout's tracker."""
+    """What stages in the worktree need to report to the checkout's tracker, with the experiment's name, as DVC gives it."""
     from tessera.tracking.mirror import tracking_uri
 
-    return {"MLFLOW_TRACKING_URI": tracking_uri(experiment.checkout)}
+    return {"MLFLOW_TRACKING_URI": tracking_uri(experiment.checkout), "DVC_EXP_NAME": experiment.name}
 
 
 def shared_lock(experiment: Experiment, recipe: str) -> Path:

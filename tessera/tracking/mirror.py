@@ -289,7 +289,7 @@ class _Mirror:
         elif opening["kind"] == "stage" and (group := _group(client, experiment)):
             tags |= {"mlflow.parentRunId": group, "tessera.in_group": "true"}
         self._doubt = True
-        return client.create_run(experiment, opening["time"], tags, run_name=opening["stage"])
+        return client.create_run(experiment, opening["time"], tags, run_name=_run_name(opening))
 
     def _search(self, client: Any, experiment: str) -> list[Any]:
         """Runs with this uid, those that the user deleted last."""
@@ -311,6 +311,12 @@ def _name(key: str) -> str:
     """A key as MLflow allows it: few kinds of characters, and a clean relative path."""
     parts = re.sub(r"[^\w\-./: ]", "_", key)[:250].split("/")
     return "/".join(part for part in parts if part.strip(".")) or "unnamed"
+
+
+def _run_name(opening: dict[str, Any]) -> str:
+    """The stage or system; of a DVC experiment with its name, or a sweep would be rows that nobody can tell apart."""
+    experiment = opening["tags"].get("dvc.experiment")
+    return f"{opening['stage']} ({experiment})" if experiment else opening["stage"]
 
 
 def _run_id(client: Any, experiment: str, parent: str) -> str:
@@ -389,6 +395,7 @@ def _connect(root: Path) -> Any:
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["DO_NOT_TRACK"] = "1"
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines a run
     os.environ.pop("MLFLOW_RUN_ID", None)  # it would beat the parent run and rename it
     from mlflow import MlflowClient
 
@@ -456,6 +463,7 @@ def replay(root: Path, timeout: float, everything: bool = False) -> int:
     server = redact(tracking_uri(root))
     total: tuple[int, int] | None = None
     pauses = [2.0, 4.0]  # a server that was just started or woken up may refuse once
+    over, trouble = False, ""
     while True:
         with uploader_lock(root) as free:
             if free and everything:
@@ -468,10 +476,11 @@ def replay(root: Path, timeout: float, everything: bool = False) -> int:
             if not waiting and not everything:
                 print(f"{total[0]} runs, {total[1]} metrics sent to {server}; 0 left")
                 return 0
-            trouble = _push_all(root, waiting, None)[1] if free else ""
-        if trouble and pauses:
+            if not over:
+                trouble = _push_all(root, waiting, None)[1] if free else ""
+        if trouble and pauses and not over:
             time.sleep(pauses.pop(0))
-        elif trouble or time.monotonic() > deadline:
+        elif trouble or over:
             print(
                 f"{trouble or f'the uploader of {root} was not done after {timeout:g} s'}; {left[0]} runs, {left[1]} "
                 f"metrics stay in {folder_of(root)}, nothing is lost: when MLflow answers again, run "
@@ -481,6 +490,7 @@ def replay(root: Path, timeout: float, everything: bool = False) -> int:
             return 1
         if not free:
             time.sleep(0.5)
+        over = time.monotonic() > deadline  # looked at once more before it is told: all may be sent by now
 
 
 def _note(folder: Path, text: str) -> None:

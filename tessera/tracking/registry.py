@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ NEEDS = ("mlflow", "numpy", "pillow", "pydantic", "pyyaml", "safetensors", "torc
 EXAMPLE = {"labels": [0], "seed": 1}
 DIGEST, SYSTEM, RUN = "tessera.digest", "tessera.system", "tessera.run_id"
 UPLOAD_SECONDS = 120
+DOUBT_SECONDS = 3.0
 CHAMPION = "champion"
 
 
@@ -35,6 +37,12 @@ def register(client: Any, run_id: str, journal: Path, root: Path, offer: dict[st
     """
     tags = {**tags, DIGEST: offer["digest"], RUN: run_id}
     version = _version(client, offer)
+    is_new = version is None or version.tags.get(RUN) == run_id
+    if is_new and (journal / offer["place"]).is_dir() and _logged_models(client, run_id, offer["digest"]):
+        time.sleep(
+            DOUBT_SECONDS
+        )  # an earlier attempt broke off: a server that was frozen may be carrying it out just now
+        version = _version(client, offer)
     if version is None:
         folders = {role: _folder(journal, root, offer, role, path) for role, path in offer["parts"].items()}
         with _environment(client.tracking_uri):
@@ -54,12 +62,20 @@ def register(client: Any, run_id: str, journal: Path, root: Path, offer: dict[st
 
 
 def _version(client: Any, offer: dict[str, Any]) -> Any | None:
-    """The version of this digest. A frozen server may have made it twice: the first one stays."""
+    """The version of this digest. A frozen server may have made it twice: the champion stays, or else the first one."""
     found = client.search_model_versions(f"name = '{offer['name']}' and tags.`{DIGEST}` = '{offer['digest']}'")
-    first, *others = sorted(found, key=lambda version: int(version.version)) or [None]
-    for other in others:
-        client.delete_model_version(other.name, other.version)
-    return first
+    if len(found) > 1:
+        champion = _champion(client, offer["name"])  # a deleted version would take the alias along
+        found = sorted(found, key=lambda version: (str(version.version) != champion, int(version.version)))
+        for other in found[1:]:
+            client.delete_model_version(other.name, other.version)
+    return found[0] if found else None
+
+
+def _logged_models(client: Any, run_id: str, digest: str) -> list[Any]:
+    """Those with these artifacts, also the remains of attempts that broke off."""
+    experiment = client.get_run(run_id).info.experiment_id
+    return list(client.search_logged_models([experiment], f"tags.`{DIGEST}` = '{digest}'"))
 
 
 def _folder(journal: Path, root: Path, offer: dict[str, Any], role: str, path: str) -> Path:
@@ -86,23 +102,20 @@ def _require_registered_model(client: Any, name: str) -> None:
 
 
 def _log_model(client: Any, run_id: str, offer: dict[str, Any], folders: dict[str, Path]) -> str:
-    """The id of a logged model with these artifacts. One whose upload was interrupted is replaced."""
+    """The id of a logged model with these artifacts. Those whose upload was interrupted are replaced."""
     import mlflow
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import Array
 
-    run = client.get_run(run_id)
-    experiments = [run.info.experiment_id]
-    for found in client.search_logged_models(experiments, f"tags.`{DIGEST}` = '{offer['digest']}'"):
+    for found in _logged_models(client, run_id, offer["digest"]):
         if str(found.status) == "READY":
             return found.model_id
-        client.delete_logged_model(found.model_id)
-    system = run.info.run_name
+    run = client.get_run(run_id)
+    system = run.data.tags.get(SYSTEM, run.info.run_name)
     tags = {DIGEST: offer["digest"], SYSTEM: system}
     model = client.create_logged_model(run.info.experiment_id, system, run_id, tags, run.data.params)
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     inputs = [
         ColSpec(Array(DataType.long), "labels"),
         ColSpec(DataType.double, "seed", required=False),  # a long one would silently become whole
@@ -113,8 +126,8 @@ def _log_model(client: Any, run_id: str, offer: dict[str, Any], folders: dict[st
         ColSpec(DataType.long, "seed"),
         ColSpec(DataType.double, "guidance_scale", required=False),
     ]
-    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # MLflow would like to infer the signature that it is given
+    # MLflow would like to infer the signature that it is given, and has filters of its own: recorded, nothing is shown
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings(record=True):
         place, code = Path(temporary) / "model", Path(temporary) / "tessera"
         shutil.copytree(PACKAGE, code, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
         mlflow.pyfunc.save_model(
@@ -129,7 +142,11 @@ def _log_model(client: Any, run_id: str, offer: dict[str, Any], folders: dict[st
             mlflow_model=Model(model.artifact_location, run_id, model_id=model.model_id, model_uuid=model.model_id),
         )
         client.log_model_artifacts(model.model_id, str(place))
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])  # not of one that is to be replaced
     client.finalize_logged_model(model.model_id, "READY")
+    for found in _logged_models(client, run_id, offer["digest"]):
+        if str(found.status) != "READY":
+            client.delete_logged_model(found.model_id)
     return model.model_id
 
 

@@ -114,3 +114,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
 def own_clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     """For tests that leave more behind than others expect in a clone."""
     return copy_checkout(tmp_path_factory.mktemp("own") / "project")
+
+
+@pytest.fixture
+def two_clones(tmp_path: Path) -> tuple[Clone, Clone]:
+    """Of their own, for a test that compares two ways of doing the same."""
+    return copy_checkout(tmp_path / "one"), copy_checkout(tmp_path / "other")

@@ -1,7 +1,9 @@
 """The flow against real DVC and Prefect's own server, on a diamond of four stages: prepare -> left, right -> join."""
 
 import base64
+import contextlib
 import io
+import json
 import os
 import re
 import signal
@@ -16,7 +18,7 @@ import yaml
 from PIL import Image
 
 from flows import board, experiments, locks, reproduce, stage_process, sweep
-from tessera.tracking import journal
+from tessera.tracking import journal, mirror
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).parents[2]
@@ -364,6 +366,30 @@ def test_a_dead_server_costs_a_board_a_second(monkeypatch: pytest.MonkeyPatch) -
     assert time.monotonic() - began < 1.5
 
 
+def test_the_end_waits_for_links_to_mlflow_unless_it_is_in_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TESSERA_TRACKING", "on")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr(board, "get_client", lambda sync_client: contextlib.nullcontext())
+    monkeypatch.setattr(board, "INTERVAL_SECONDS", 0.1)
+    monkeypatch.setattr(board, "LINK_SECONDS", 2.0)
+    root = journal.open_run(
+        "train_prior@a", experiment="toy", root=tmp_path, state=None, params={}, tags={}
+    ).folder.parent
+    seconds = {}
+    for told in ("the journals are being sent again", "http://127.0.0.1:9 did not take run 0123 (refused)"):
+        shown = board.Board(None)
+        time.sleep(0.1)  # clocks of files are coarse
+        mirror._note(root, told)
+        shown.link("train_prior@a", tmp_path, 0.0, None)
+        time.sleep(0.3)
+        began = time.monotonic()
+        shown.close()
+        seconds[told] = time.monotonic() - began
+    assert list(seconds.values())[1] < 1.0 < list(seconds.values())[0]
+
+
 def test_keys_of_artifacts_are_as_prefect_demands() -> None:
     assert board.key_of("train_prior@vqgan-flow", "progress") == "train-prior-vqgan-flow-progress"
 
@@ -390,7 +416,11 @@ COPY = """
 def project(toy: Path) -> Path:
     """The toy as a repository with a commit, params, a preset, and data that git ignores."""
     (toy / "dvc.yaml").write_text((toy / "dvc.yaml").read_text() + COPY.replace("PYTHON", sys.executable))
-    text = (toy / "dvc.yaml").read_text().replace(" ${how.text}\n", " ${how.text} && echo {} > made.json\n")
+    text = (
+        (toy / "dvc.yaml")
+        .read_text()
+        .replace(" ${how.text}\n", " ${how.text} && echo '[\"'$DVC_EXP_NAME'\"]' > made.json\n")
+    )
     (toy / "dvc.yaml").write_text(text)
     (toy / "params.yaml").write_text("how: {text: plain}  # a remark\nsource: raw/given.txt\n")
     (toy / "presets").mkdir()
@@ -438,7 +468,7 @@ def test_a_run_with_other_params_is_an_experiment_and_the_checkout_stays_as_it_i
             experiments.keep(plan.experiment, ["copy", "prepare"], plan.unversioned)
         assert not plan.root.exists()
         (reference,) = git(project, "for-each-ref", "--format=%(refname)", "refs/exps/*/*/*").split()
-        assert git(project, "show", f"{reference}:made.json") == "{}"
+        assert json.loads(git(project, "show", f"{reference}:made.json")) == [plan.experiment.name]
     assert (git(project, "status", "--short"), (project / "params.yaml").read_text()) == before
     assert not (project / "copy.txt").exists()
     listed = subprocess.run([sys.executable, "-m", "dvc", "exp", "list", "--name-only"], capture_output=True, text=True)

@@ -280,6 +280,24 @@ def test_what_fails_is_told_in_a_sentence_and_leaves_nothing_running(checkout: C
     assert "NOISE" in error.partition("ends with:\n")[2]
 
 
+@pytest.mark.parametrize(("target", "variable"), [("ui", "UI_PORT"), ("serve", "SERVE_PORT")])
+def test_a_target_of_make_whose_port_is_taken_says_so_in_a_sentence(target: str, variable: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = ["make", "--assume-old=.venv/.ready", target, f"{variable}={port}"]  # of what is installed already
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60
+        )
+    assert (done.returncode, done.stdout) == (2, "")
+    sentence, ends = done.stderr.splitlines()
+    assert sentence.startswith(f"make {target} cannot listen on 127.0.0.1:{port}: expected a free port (")
+    assert sentence.endswith(f"stop what uses it, or choose another: make {target} {variable}={port + 10}")
+    assert ends.startswith("make: ***")
+
+
 # With servers ---------------------------------------------------------------------------------------------------------
 
 

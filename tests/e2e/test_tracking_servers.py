@@ -2,24 +2,20 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow_server import Server, environment, replay, replay_without_uploader, sent, uploader, wait_for
 
 from tessera.tracking import journal as journal_module
 from tessera.tracking import mirror
 
 pytestmark = pytest.mark.e2e
-REPOSITORY = Path(__file__).parents[2]
 STEPS = 300
 
 # A stage that says how long the calls of tracking took it; "wait": at half its steps it waits for the test to do harm
@@ -50,18 +46,6 @@ if not kill:
 """
 
 
-def environment(uri: str | None) -> dict[str, str]:
-    cleared = ("MLFLOW_TRACKING_URI", "TESSERA_TRACKING", "TESSERA_PARENT_RUN")
-    kept = {key: value for key, value in os.environ.items() if key not in cleared}
-    # An id that somebody's shell exports must not capture our runs
-    return {
-        **kept,
-        "PYTHONPATH": str(REPOSITORY),
-        "MLFLOW_RUN_ID": "0" * 32,
-        **({"MLFLOW_TRACKING_URI": uri} if uri else {}),
-    }
-
-
 def stage(root: Path, uri: str | None, first: int = 0, last: int = STEPS, end: str = "end") -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", STAGE, str(root), str(first), str(last), end],
@@ -78,86 +62,11 @@ def finish(process: subprocess.Popen[str]) -> float:
     return float(out)
 
 
-def replay(root: Path, uri: str | None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tessera.tracking", "replay", "--root", str(root), "--timeout", "60"],
-        env=environment(uri),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        time.sleep(0.1)
-
-
-def uploader(root: Path) -> int | None:
-    """The process that holds the uploader's lock."""
-    lock = root / ".state" / "tracking" / "uploader.lock"
-    if not lock.exists():
-        return None
-    with journal_module.uploader_lock(root) as free:
-        return None if free else int(lock.read_text() or 0) or None
-
-
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
     if (pid := uploader(tmp_path)) is not None:
         os.kill(pid, signal.SIGKILL)
-
-
-class Server:
-    """`mlflow server` on a free loopback port, with a database that outlives it."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.folder, self.uri, self.process = folder, f"http://127.0.0.1:{self.port}", None
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "mlflow",
-                "server",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(self.port),
-                "--workers",
-                "1",
-            ]
-            + [
-                "--backend-store-uri",
-                f"sqlite:///{self.folder}/server.db",
-                "--artifacts-destination",
-                str(self.folder),
-            ],
-            cwd=self.folder,
-            env={**environment(None), "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        wait_for("mlflow server answers", self.answers, 90)
-
-    def answers(self) -> bool:
-        try:
-            return urllib.request.urlopen(f"{self.uri}/health", timeout=2).status == 200
-        except (urllib.error.URLError, OSError):
-            return False
-
-    def signal(self, number: int) -> None:
-        os.killpg(self.process.pid, number)
-        if number == signal.SIGKILL:
-            self.process.wait(10)
 
 
 @pytest.fixture(scope="module")
@@ -328,16 +237,3 @@ def test_a_server_that_is_dead_freezes_or_dies_costs_a_stage_nothing_and_loses_n
         for root in roots.values():
             if (pid := uploader(root)) is not None:
                 os.kill(pid, signal.SIGKILL)
-
-
-def sent(done: subprocess.CompletedProcess[str]) -> None:
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("; 0 left\n")
-
-
-def replay_without_uploader(root: Path, uri: str) -> subprocess.CompletedProcess[str]:
-    """Replay after the uploader was killed at some random moment, which may be in the middle of a push."""
-    if (pid := uploader(root)) is not None:
-        os.kill(pid, signal.SIGKILL)
-        wait_for("the uploader is gone", lambda: uploader(root) is None, 10)
-    return replay(root, uri)

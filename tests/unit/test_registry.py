@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,13 @@ def open_run(root: Path, name: str, kind: str = "stage", **arguments: Any) -> jo
 
 
 def evaluate(
-    root: Path, name: str, value: float = 1.0, error: float = 0.1, number: int = 100, sampling: Any = None
+    root: Path,
+    name: str,
+    value: float = 1.0,
+    error: float = 0.1,
+    number: int = 100,
+    sampling: Any = None,
+    tags: dict[str, str] | None = None,
 ) -> None:
     """As stages.evaluate does: one figure with its protocol, and both artifacts offered."""
     parts = {role: root / role for role in ("tokenizer", "prior")}
@@ -66,7 +73,8 @@ def evaluate(
     found = Recorder()
     found.add("generation", "fd_toy", value, without_network("toy", "samples", number), error)
     found.measured().write(root / "metrics.json")
-    with open_run(root, name, "system", tags={"tessera.system": name, "protocol": str(number)}) as run:
+    tags = {"tessera.system": name, "protocol": str(number), **(tags or {})}
+    with open_run(root, name, "system", tags=tags) as run:
         run.figures({"generation/fd_toy": value})
         run.attach(root / "metrics.json")
         run.made_by(prints)
@@ -161,6 +169,50 @@ def test_a_system_is_a_version_once_however_often_it_is_evaluated_and_sent(root:
     assert len(versions(root)) == 2
 
 
+def test_a_version_that_a_frozen_server_makes_late_is_no_second_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")  # where the late request looks
+    create, late = MlflowClient.create_model_version, []
+
+    def unanswered(self: Any, *arguments: Any, **named: Any) -> Any:
+        if late:
+            return create(self, *arguments, **named)
+        late.append(threading.Timer(3.5, create, (self, *arguments), named))  # replay tries again after 2 seconds
+        late[0].start()
+        raise MlflowException("read timed out")
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", unanswered)
+    evaluate(root, "one")
+    assert mirror.replay(root, 60) == 0
+    late[0].join()
+    (version,) = versions(root)
+    assert "version 1 has these artifacts already" in log(root)
+    client = client_of(root)
+    (model,) = client.search_logged_models([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    assert (version.source, str(model.status)) == (f"models:/{model.model_id}", "READY")
+    (output,) = client.get_run(version.run_id).outputs.model_outputs
+    assert output.model_id == model.model_id
+
+
+def test_of_versions_made_twice_the_champion_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+    evaluate(root, "one", 1.0)
+    assert mirror.replay(root, 60) == 0
+    client, (first,) = client_of(root), versions(root)
+    for number in ("2", "3"):
+        twin = client.create_model_version(EXPERIMENT, first.source, first.run_id, first.tags, model_id=first.model_id)
+        assert str(twin.version) == number
+    client.set_registered_model_alias(EXPERIMENT, "champion", "2")
+    evaluate(root, "one", 0.9)
+    assert mirror.replay(root, 60) == 0
+    assert [(str(version.version), version.tags["generation/fd_toy"]) for version in versions(root)] == [("2", "0.9")]
+    assert champion(root) == "2"
+
+
 def test_a_model_in_the_registry_is_safetensors_json_and_source_and_no_pickle(root: Path) -> None:
     evaluate(root, "one")
     assert mirror.replay(root, 60) == 0
@@ -247,6 +299,17 @@ def test_systems_are_rows_and_what_made_them_lies_below(root: Path) -> None:
     assert mirror.replay(root, 60, everything=True) == 0
     assert len(client.search_runs([experiment])) == 4
     assert len(client.get_run(runs["train_prior@one"].info.run_id).inputs.dataset_inputs) == 1
+
+
+def test_rows_of_one_system_in_several_experiments_can_be_told_apart_and_are_versions_of_it(root: Path) -> None:
+    for sampling, experiment in enumerate(("brave-fox", "params-width-96")):
+        evaluate(root, "one", sampling=sampling, tags={"dvc.experiment": experiment})
+    assert mirror.replay(root, 60) == 0
+    client = client_of(root)
+    found = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    assert {run.info.run_name for run in found} == {"one (brave-fox)", "one (params-width-96)"}
+    assert [version.tags["tessera.system"] for version in versions(root)] == ["one", "one"]
+    assert {model.name for model in client.search_logged_models([found[0].info.experiment_id])} == {"one"}
 
 
 def test_the_champion_is_the_best_by_more_than_noise(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

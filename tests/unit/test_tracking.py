@@ -206,6 +206,28 @@ def test_a_disk_that_fills_up_stops_the_journal_only(tmp_path: Path) -> None:
     assert kept[-1]["status"] == "FINISHED"  # space was free again: the end is told, though steps are missing
 
 
+def test_a_replay_that_lasts_longer_than_it_would_wait_for_another_is_told_by_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with begin(tmp_path) as run:
+        run.log(0, {"loss": 1.0})
+
+    def push_slowly(root: Path, mirrors: list[Any], client: Any) -> tuple[Any, str]:
+        for one in mirrors:
+            one.sent.offset, one.sent.status = one.journal.stat().st_size, "FINISHED"
+            one._save()
+        time.sleep(0.2)
+        return client, ""
+
+    monkeypatch.setattr(mirror, "_push_all", push_slowly)
+    assert mirror.replay(tmp_path, timeout=0.1) == 0
+    assert capsys.readouterr().out.startswith("1 runs, 1 metrics sent to ")
+    run = begin(tmp_path)
+    monkeypatch.setattr(mirror, "_push_all", lambda root, mirrors, client: (run.log(1, {"loss": 1.0}), ""))
+    assert mirror.replay(tmp_path, timeout=0.1) == 1  # a stage that goes on writing is not waited for
+    assert "1 runs, " in capsys.readouterr().err
+
+
 def test_a_value_costs_less_than_a_seventh_of_a_millisecond(tmp_path: Path) -> None:
     run = begin(tmp_path)
     values = {f"loss_{index}": 1 / (index + 1) for index in range(5)}
