@@ -1,20 +1,48 @@
 """What every edit works with: a trained system that turns images into tokens and back, and what its prior can do.
 
-Edits are files of tessera/edits: `Settings` and `edit(images, labels, system, settings, sampling, generator)`, plus what the
-kind needs, a mask or a measurement. They take and give (B, C, H, W) float32 images in [-1, 1].
+An edit is a file of tessera/edits with its Config, `edit(images, labels, system, config, sampling, generator, ...)`, which takes
+and gives (B, C, H, W) float32 images in [-1, 1], and `trial(...)`, which damages test images, edits them, and does what
+anybody could do without a prior, to compare with.
 """
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tessera.artifacts import tokens as token_artifact
 from tessera.contracts import Learns, TokenSpec
+from tessera.generation import ImageGenerator
 
 PROBES = 8  # random images by which the reach of tokens is measured
+
+
+class Trial(NamedTuple):
+    """What an edit did to test images, all (B, C, H, W) in [-1, 1]."""
+
+    given: Tensor  # what the edit was given to see
+    edited: Tensor
+    baselines: dict[str, Tensor]  # by name: the same without a prior
+    labels: Tensor | None  # (B,) what the results should show; None: nobody can say
+    mask: Tensor | None = None  # (B, H, W) the pixels that the edit may change; None: all
+
+    @staticmethod
+    def joined(parts: "list[Trial]") -> "Trial":
+        """One trial of all images, on the CPU."""
+
+        def cat(values: list[Tensor | None]) -> Tensor | None:
+            return None if values[0] is None else torch.cat(values).cpu()
+
+        baselines = {key: cat([part.baselines[key] for part in parts]) for key in parts[0].baselines}
+        return Trial(
+            cat([part.given for part in parts]),
+            cat([part.edited for part in parts]),
+            baselines,
+            cat([part.labels for part in parts]),
+            cat([part.mask for part in parts]),
+        )
 
 
 class CannotEdit(ValueError):
@@ -30,6 +58,12 @@ class System:
         self.tokenizer, self.prior, self.spec, self.learns, self.name = tokenizer, prior, spec, learns, name
         self.device = next(prior.parameters()).device
         self.grid = spec.latent_shape[1:]  # (h, w) of tokens, whatever a token is
+
+    @staticmethod
+    def of(generator: ImageGenerator, name: str) -> "System":
+        return System(
+            generator.decoder.eval(), generator.model.eval(), generator.spec, generator.module.LEARNS, name
+        )
 
     @property
     def completes(self) -> bool:

@@ -1,6 +1,6 @@
 """Enhancement: images that a damaged one could have come from: less noise, less blur, more pixels.
 
-The damage is an operator with given settings, and what is left is a measurement, y = A(image) + noise. A prior of latents is
+The damage is an operator with given config, and what is left is a measurement, y = A(image) + noise. A prior of latents is
 followed from noise to data, and at each level its prediction is moved to where it explains the measurement as well. A
 masked prior draws some of the tokens again, several times, led at each draw by how a token would change the error of
 the measurement, and the draw that explains it best is kept.
@@ -21,12 +21,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.editing import System, follow, noise
+from tessera.editing import System, Trial, follow, noise
 
 Positive = Annotated[float, Field(gt=0)]
 
 
-class Settings(Params):
+class Config(Params):
     kind: Literal["enhance"] = "enhance"
     damage: Literal["noise", "blur", "downsample"] = "noise"
     noise_std: Annotated[float, Field(ge=0)] = 0.02  # of the measurement, in [-1, 1]; with damage noise, all there is
@@ -40,23 +40,23 @@ class Settings(Params):
     is_labelled: bool = False  # whether the prior is told the label of the image
 
     @model_validator(mode="after")
-    def _noise_is_some(self) -> "Settings":
+    def _noise_is_some(self) -> "Config":
         if self.damage == "noise" and not self.noise_std:
             raise ValueError("damage noise with noise_std 0 is no damage: expected noise_std above 0, e.g. 0.2")
         return self
 
 
-def damaged(images: Tensor, settings: Settings) -> Tensor:
+def damaged(images: Tensor, config: Config) -> Tensor:
     """A of (B, C, H, W) images: what a measurement without noise is; smaller images where they are downsampled."""
-    if settings.damage == "downsample":
+    if config.damage == "downsample":
         height, width = images.shape[2:]
-        if height % settings.factor or width % settings.factor:
+        if height % config.factor or width % config.factor:
             raise ValueError(
-                f"images of {height}x{width} are not divisible by enhance.factor {settings.factor}: choose one that divides both"
+                f"images of {height}x{width} are not divisible by enhance.factor {config.factor}: choose one that divides both"
             )
-        return F.avg_pool2d(images, settings.factor)
-    if settings.damage == "blur":
-        return blurred(images, settings.blur_std)
+        return F.avg_pool2d(images, config.factor)
+    if config.damage == "blur":
+        return blurred(images, config.blur_std)
     return images
 
 
@@ -72,10 +72,10 @@ def blurred(images: Tensor, std: float) -> Tensor:
     return F.conv2d(rows, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
 
 
-def measure(images: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
+def measure(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
     """What is left of images: A(images) with noise of noise_std."""
-    left = damaged(images, settings)
-    return left + settings.noise_std * noise(left, generator)
+    left = damaged(images, config)
+    return left + config.noise_std * noise(left, generator)
 
 
 def first_guess(measured: Tensor, size: tuple[int, int]) -> Tensor:
@@ -89,7 +89,7 @@ def edit(
     measured: Tensor,
     labels: Tensor,
     system: System,
-    settings: Settings,
+    config: Config,
     sampling: Any,
     generator: torch.Generator,
     size: tuple[int, int],
@@ -97,46 +97,46 @@ def edit(
     """measured: what `measure` gives -> (B, C, *size) images."""
     is_led = system.completes and hasattr(system.prior, "mask_index")
     system.require("enhance", system.denoises or is_led, "a diffusion, flow or masked prior")
-    if not settings.is_labelled:
+    if not config.is_labelled:
         labels = system.null_labels(len(measured))
     if system.denoises:
-        images = _followed(measured, labels, system, settings, sampling, generator)
+        images = _followed(measured, labels, system, config, sampling, generator)
     else:
-        images = _redrawn(measured, labels, system, settings, sampling, generator, size)
+        images = _redrawn(measured, labels, system, config, sampling, generator, size)
     return images.clamp(-1, 1)
 
 
-def _misfit(images: Tensor, measured: Tensor, settings: Settings) -> Tensor:
+def _misfit(images: Tensor, measured: Tensor, config: Config) -> Tensor:
     """(B,) negative log-likelihood of the measurement, up to a constant."""
-    std = max(settings.noise_std, 0.02)
-    error = (damaged(images, settings) - measured).square().sum(dim=(1, 2, 3))
-    return settings.trust * error / (2 * std**2)
+    std = max(config.noise_std, 0.02)
+    error = (damaged(images, config) - measured).square().sum(dim=(1, 2, 3))
+    return config.trust * error / (2 * std**2)
 
 
 def _followed(
-    measured: Tensor, labels: Tensor, system: System, settings: Settings, sampling: Any, generator: torch.Generator
+    measured: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
 ) -> Tensor:
     levels = system.prior.levels(sampling)
 
     def correct(data: Tensor, sigma: float, following: float) -> Tensor:
         std = sigma / (1 + sigma**2) ** 0.5  # of the data around their prediction, where data have unit deviation
-        return _explained(data, std, measured, system, settings)
+        return _explained(data, std, measured, system, config)
 
     like = torch.empty(len(measured), *system.spec.latent_shape, device=measured.device)
     x = levels[0] * noise(like, generator)
     return system.images_of(follow(system, x, levels, labels, sampling, generator, correct=correct))
 
 
-def _explained(data: Tensor, std: float, measured: Tensor, system: System, settings: Settings) -> Tensor:
+def _explained(data: Tensor, std: float, measured: Tensor, system: System, config: Config) -> Tensor:
     """The latents near `data`, by `std`, that explain the measurement best."""
     with torch.enable_grad():
         z = data.clone().requires_grad_()
         rate = std / 2
         optimizer = torch.optim.Adam([z], lr=rate, betas=(0.9, 0.9))
-        for number in range(settings.correction_steps):
-            optimizer.param_groups[0]["lr"] = rate * (1 - number / settings.correction_steps)
+        for number in range(config.correction_steps):
+            optimizer.param_groups[0]["lr"] = rate * (1 - number / config.correction_steps)
             away = (z - data).square().sum(dim=(1, 2, 3)) / (2 * std**2)
-            loss = (_misfit(system.images_of(z), measured, settings) + away).sum()
+            loss = (_misfit(system.images_of(z), measured, config) + away).sum()
             (z.grad,) = torch.autograd.grad(loss, [z])
             optimizer.step()
     return z.detach()
@@ -146,31 +146,31 @@ def _redrawn(
     measured: Tensor,
     labels: Tensor,
     system: System,
-    settings: Settings,
+    config: Config,
     sampling: Any,
     generator: torch.Generator,
     size: tuple[int, int],
 ) -> Tensor:
     best = system.tokens_of(first_guess(measured, size))
-    error = _misfit(system.images_of(best), measured, settings)
+    error = _misfit(system.images_of(best), measured, config)
 
     def lead(shares: Tensor) -> Tensor:
-        return _led(shares, measured, system, settings)
+        return _led(shares, measured, system, config)
 
-    for number in range(settings.rounds):
-        share = 1 - number / settings.rounds  # of the tokens that are drawn again: first all of them
+    for number in range(config.rounds):
+        share = 1 - number / config.rounds  # of the tokens that are drawn again: first all of them
         current = best
-        for _ in range(settings.candidates):
+        for _ in range(config.candidates):
             is_known = torch.rand(current.shape, generator=generator).to(current.device) >= share
             drawn = system.prior.complete(current, is_known, labels, sampling, generator, lead=lead)
-            found = _misfit(system.images_of(drawn), measured, settings)
+            found = _misfit(system.images_of(drawn), measured, config)
             is_better = found < error
             best = torch.where(is_better.view(-1, 1, 1), drawn, best)
             error = torch.where(is_better, found, error)
     return system.images_of(best)
 
 
-def _led(shares: Tensor, measured: Tensor, system: System, settings: Settings) -> Tensor:
+def _led(shares: Tensor, measured: Tensor, system: System, config: Config) -> Tensor:
     """(B, L, K) probabilities of each place's indices -> what to add to their logits: minus the guessed change of the misfit."""
     batch, length, size = shares.shape
     height, width = system.grid
@@ -178,8 +178,20 @@ def _led(shares: Tensor, measured: Tensor, system: System, settings: Settings) -
     codes = system.tokenizer.quantizer.indices_to_codes(every).flatten(2).squeeze(0).T  # (K, D)
     with torch.enable_grad():
         expected = (shares @ codes).movedim(2, 1).reshape(batch, -1, height, width).requires_grad_()
-        misfit = _misfit(system.tokenizer.decoder(expected).float(), measured, settings).sum()
+        misfit = _misfit(system.tokenizer.decoder(expected).float(), measured, config).sum()
         (slope,) = torch.autograd.grad(misfit, [expected])
     slope = slope.flatten(2).movedim(2, 1)  # (B, L, D)
     change = slope @ codes.T - (slope * expected.detach().flatten(2).movedim(2, 1)).sum(dim=2, keepdim=True)
     return -change
+
+
+def trial(
+    images: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
+) -> Trial:
+    size = (images.shape[2], images.shape[3])
+    measured = measure(images, config, generator)
+    edited = edit(measured, labels, system, config, sampling, generator, size)
+    guess = first_guess(measured, size)
+    with torch.no_grad():
+        decoded = system.images_of(system.tokens_of(guess)).clamp(-1, 1)
+    return Trial(guess, edited, {"bicubic": guess, "encode_decode": decoded}, labels)

@@ -20,13 +20,13 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.editing import System, follow, noise
+from tessera.editing import System, Trial, follow, noise
 from tessera.nn.membrane import close_seam
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Settings(Params):
+class Config(Params):
     kind: Literal["inpaint"] = "inpaint"
     least_reach: Share = (
         0.2  # a token is drawn if it decides a covered pixel by more than this share of its largest effect
@@ -35,33 +35,34 @@ class Settings(Params):
     pixel_std: Annotated[float, Field(gt=0)] = 0.25  # of the known pixels that a candidate has to explain, in [-1, 1]
     repeats: Annotated[int, Field(ge=1)] = 4  # of each step of diffusion and flow
     is_labelled: bool = False  # whether the prior is told the label of the image
+    hole: Literal["bottom", "top", "left", "right", "center"] = "bottom"  # of test images: a half, or half of each side
 
 
 def edit(
     images: Tensor,
     labels: Tensor,
     system: System,
-    settings: Settings,
+    config: Config,
     sampling: Any,
     generator: torch.Generator,
     mask: Tensor,
 ) -> Tensor:
     """mask: (B, H, W) booleans, True where a pixel is covered; what `images` has there is not looked at."""
     system.require("inpaint", system.completes or system.denoises, "a masked, autoregressive, diffusion or flow prior")
-    if not settings.is_labelled:
+    if not config.is_labelled:
         labels = system.null_labels(len(images))
     if not mask.any():
         return images
     images = mean_filled(images, mask)
-    is_open = system.touched(mask, settings.least_reach)
+    is_open = system.touched(mask, config.least_reach)
     best, best_score = images, torch.full((len(images),), -torch.inf, device=images.device)
-    for _ in range(settings.candidates):
+    for _ in range(config.candidates):
         if system.completes:
             drawn, score = _completed(images, is_open, labels, system, sampling, generator)
         else:
-            drawn, score = _repainted(images, is_open, labels, system, settings.repeats, sampling, generator), 0.0
+            drawn, score = _repainted(images, is_open, labels, system, config.repeats, sampling, generator), 0.0
         error = ((drawn - images).square() * ~mask.unsqueeze(1)).sum(dim=(1, 2, 3))
-        score = score - error / (2 * settings.pixel_std**2)
+        score = score - error / (2 * config.pixel_std**2)
         chance = score - torch.rand(len(images), generator=generator).log().neg().log().to(score.device)
         is_better = chance > best_score  # the largest of score + Gumbel noise is a draw in proportion to exp(score)
         best = torch.where(is_better.view(-1, 1, 1, 1), drawn, best)
@@ -103,3 +104,30 @@ def _repainted(
     levels = system.prior.levels(sampling)
     x = levels[0] * noise(known, generator)
     return system.images_of(follow(system, x, levels, labels, sampling, generator, keep=keep, repeats=repeats))
+
+
+def trial(
+    images: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
+) -> Trial:
+    mask = hole_of(config, images.shape[2:]).to(images.device).expand(len(images), -1, -1)
+    edited = edit(images, labels, system, config, sampling, generator, mask)
+    mean = mean_filled(images, mask)
+    hole = mask.unsqueeze(1)
+    with torch.no_grad():
+        decoded = system.images_of(system.tokens_of(mean)).clamp(-1, 1)
+    baselines = {
+        "mean_fill": mean,
+        "smooth_fill": close_seam(images, torch.where(hole, mean, images), mask),
+        "encode_decode": torch.where(hole, decoded, images),
+    }
+    return Trial(torch.where(hole, -1.0, images), edited, baselines, labels, mask)
+
+
+def hole_of(config: Config, size: torch.Size) -> Tensor:
+    """(H, W) booleans"""
+    height, width = size
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    rows = {"bottom": slice(height // 2, None), "top": slice(height // 2), "center": slice(height // 4, -(height // 4))}
+    columns = {"right": slice(width // 2, None), "left": slice(width // 2), "center": slice(width // 4, -(width // 4))}
+    mask[rows.get(config.hole, slice(None)), columns.get(config.hole, slice(None))] = True
+    return mask

@@ -19,12 +19,12 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.editing import System, follow, levels_from, noise
+from tessera.editing import System, Trial, follow, levels_from, noise
 
 MASKINGS = 4  # times that each token is judged by the others
 
 
-class Settings(Params):
+class Config(Params):
     kind: Literal["restyle"] = "restyle"
     strength: Annotated[float, Field(ge=0, le=1)] = 0.6
     target: Annotated[int, Field(ge=0)] | None = None  # the label to restyle towards; null: the image's own
@@ -34,34 +34,34 @@ def edit(
     images: Tensor,
     labels: Tensor,
     system: System,
-    settings: Settings,
+    config: Config,
     sampling: Any,
     generator: torch.Generator,
     reference: Tensor | None = None,
 ) -> Tensor:
-    """reference: (C, H, W) or None. labels: (B,) of the images, used where settings.target is None."""
+    """reference: (C, H, W) or None. labels: (B,) of the images, used where config.target is None."""
     system.require("restyle", system.completes or system.denoises, "a masked, autoregressive, diffusion or flow prior")
-    if settings.strength == 0:
+    if config.strength == 0:
         return images
-    if settings.target is not None:
-        if settings.target >= system.spec.num_classes:
+    if config.target is not None:
+        if config.target >= system.spec.num_classes:
             raise ValueError(
-                f"restyle.target is {settings.target}, but there are {system.spec.num_classes} classes: expected 0 to "
+                f"restyle.target is {config.target}, but there are {system.spec.num_classes} classes: expected 0 to "
                 f"{system.spec.num_classes - 1}"
             )
-        labels = torch.full_like(labels, settings.target)
+        labels = torch.full_like(labels, config.target)
     latents = system.latents_of(images)
     if reference is not None:
         labels = system.null_labels(len(images))
         styled = with_statistics(latents, system.latents_of(reference.unsqueeze(0)))
-        latents = latents + settings.strength * (styled - latents)
+        latents = latents + config.strength * (styled - latents)
     if system.denoises:
         tokens = system.standardized(latents)
-        levels = levels_from(system.prior.levels(sampling), settings.strength)
+        levels = levels_from(system.prior.levels(sampling), config.strength)
         x = tokens + levels[0] * noise(tokens, generator)
         return system.images_of(follow(system, x, levels, labels, sampling, generator)).clamp(-1, 1)
     indices = system.indices_of(latents)
-    number = round(settings.strength * indices[0].numel())
+    number = round(config.strength * indices[0].numel())
     order = unlikeliness(indices, labels, system, generator).flatten(1).argsort(dim=1, descending=True)
     is_known = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :number], False).view(indices.shape)
     return system.images_of(system.prior.complete(indices, is_known, labels, sampling, generator)).clamp(-1, 1)
@@ -89,3 +89,14 @@ def unlikeliness(indices: Tensor, labels: Tensor, system: System, generator: tor
             total += -logits.log_softmax(dim=2).gather(2, places).squeeze(2) * masked
             times += masked
     return (total / times).view(indices.shape)
+
+
+def trial(
+    images: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
+) -> Trial:
+    """Towards the next class, or towards `target` if that is set."""
+    wanted = (labels + 1) % system.spec.num_classes
+    if config.target is not None:
+        wanted = torch.full_like(labels, config.target)
+    edited = edit(images, wanted, system, config, sampling, generator)
+    return Trial(images, edited, {"unchanged": images}, wanted)

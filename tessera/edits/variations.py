@@ -12,26 +12,32 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.editing import System, follow, levels_from, noise
+from tessera.editing import System, Trial, follow, levels_from, noise
 
 
-class Settings(Params):
+class Config(Params):
     kind: Literal["variations"] = "variations"
     strength: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
 def edit(
-    images: Tensor, labels: Tensor, system: System, settings: Settings, sampling: Any, generator: torch.Generator
+    images: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
 ) -> Tensor:
     system.require("vary", system.completes or system.denoises, "a masked, autoregressive, diffusion or flow prior")
-    if settings.strength == 0:
+    if config.strength == 0:
         return images
     tokens = system.tokens_of(images)
     if system.denoises:
-        levels = levels_from(system.prior.levels(sampling), settings.strength)
+        levels = levels_from(system.prior.levels(sampling), config.strength)
         x = tokens + levels[0] * noise(tokens, generator)
         return system.images_of(follow(system, x, levels, labels, sampling, generator)).clamp(-1, 1)
-    number = round(settings.strength * tokens[0].numel())
+    number = round(config.strength * tokens[0].numel())
     order = torch.rand(tokens.flatten(1).shape, generator=generator).argsort(dim=1).to(tokens.device)
     is_known = (order >= number).view(tokens.shape)
     return system.images_of(system.prior.complete(tokens, is_known, labels, sampling, generator)).clamp(-1, 1)
+
+
+def trial(
+    images: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
+) -> Trial:
+    return Trial(images, edit(images, labels, system, config, sampling, generator), {"unchanged": images}, labels)
