@@ -4,7 +4,7 @@
         --tokenizer data/tokenizers/vqgan --prior data/priors/vqgan-masked --out data/edits/vqgan-masked \
         --picture data/pictures/edits/vqgan-masked.png --metrics data/metrics/edits/vqgan-masked.json
 
-    python -m stages.edit_images --system vqgan-masked --inpaint --mask m.png in.png out.png    # files: see tessera/edit_file.py
+    python -m stages.edit_images --system vqgan-masked --inpaint --mask m.png in.png out.png    # see tessera/edit_file.py
 """
 
 import sys

@@ -61,9 +61,7 @@ class System:
 
     @staticmethod
     def of(generator: ImageGenerator, name: str) -> "System":
-        return System(
-            generator.decoder.eval(), generator.model.eval(), generator.spec, generator.module.LEARNS, name
-        )
+        return System(generator.decoder.eval(), generator.model.eval(), generator.spec, generator.module.LEARNS, name)
 
     @property
     def completes(self) -> bool:

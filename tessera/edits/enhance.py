@@ -34,7 +34,6 @@ class Config(Params):
     factor: Annotated[int, Field(ge=1)] = 2  # downsample: means of factor x factor pixels
     trust: Positive = 1.0  # weight of the measurement against the prior
     correction_steps: Annotated[int, Field(ge=1)] = 20  # of Adam, at each level
-    churn: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of fresh noise in each step of diffusion and flow
     rounds: Annotated[int, Field(ge=1)] = 4  # of drawing tokens again
     candidates: Annotated[int, Field(ge=1)] = 4
     is_labelled: bool = False  # whether the prior is told the label of the image
