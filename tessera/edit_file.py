@@ -206,7 +206,8 @@ def is_asked_for(arguments: list[str]) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m stages.edit_images", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m stages.edit_images", description=__doc__, formatter_class=plain)
     parser.add_argument("--system", required=True, help="a system of params.yaml that is trained")
     kind = parser.add_mutually_exclusive_group(required=True)
     for name in kinds("edits"):

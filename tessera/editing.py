@@ -1,7 +1,7 @@
 """What every edit works with: a trained system that turns images into tokens and back, and what its prior can do.
 
-An edit is a file of tessera/edits with its Config, `edit(images, labels, system, config, sampling, generator, ...)`, which takes
-and gives (B, C, H, W) float32 images in [-1, 1], and `trial(...)`, which damages test images, edits them, and does what
+An edit is a file of tessera/edits: its Config; `edit(images, labels, system, config, sampling, generator, ...)`, which takes
+and gives (B, C, H, W) float32 images in [-1, 1]; and `trial(...)`, which damages test images, edits them, and does what
 anybody could do without a prior, to compare with.
 """
 

@@ -170,7 +170,7 @@ def _redrawn(
 
 
 def _led(shares: Tensor, measured: Tensor, system: System, config: Config) -> Tensor:
-    """(B, L, K) probabilities of each place's indices -> what to add to their logits: minus the guessed change of the misfit."""
+    """(B, L, K) probabilities of the indices -> what to add to their logits: minus the guessed change of the misfit."""
     batch, length, size = shares.shape
     height, width = system.grid
     every = torch.arange(size, device=shares.device).view(1, 1, -1)
