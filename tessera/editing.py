@@ -149,7 +149,7 @@ def noise(like: Tensor, generator: torch.Generator) -> Tensor:
 def levels_from(levels: list[float], strength: float) -> list[float]:
     """As many levels, from that of the strength to 0: level s / (1 - s), at most the first."""
     first = levels[0] if strength == 1 else min(levels[0], strength / (1 - strength))
-    below = [level for level in levels if level < first]
+    below = [level for level in levels if level < 0.999 * first]
     return [first, *below]
 
 
