@@ -67,7 +67,7 @@ class Patches(nn.Module):
         self.quantizer = vector.Quantizer(config)
         with torch.no_grad():
             codes = torch.linspace(-1, 1, size).view(-1, 1)
-            for name, value in self.quantizer.state_dict().items():
+            for value in self.quantizer.state_dict().values():
                 if value.shape == codes.shape:
                     value.copy_(codes)
 
