@@ -23,6 +23,7 @@ from torch import Tensor
 from tessera.components import Params
 from tessera.editing import System, Trial, follow, noise
 
+LEAST_STD = 0.02  # of a measurement's noise: with less, the steps towards it would be blind to the prior
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -32,6 +33,7 @@ class Config(Params):
     noise_std: Annotated[float, Field(ge=0)] = 0.02  # of the measurement, in [-1, 1]; with damage noise, all there is
     blur_std: Positive = 1.0  # pixels
     factor: Annotated[int, Field(ge=1)] = 2  # downsample: means of factor x factor pixels
+    pixel_std: Positive = 0.1  # of what decoded tokens cannot explain, in [-1, 1]; masked priors
     trust: Positive = 1.0  # weight of the measurement against the prior
     correction_steps: Annotated[int, Field(ge=1)] = 20  # of Adam, at each level
     rounds: Annotated[int, Field(ge=1)] = 4  # of drawing tokens again
@@ -105,9 +107,8 @@ def edit(
     return images.clamp(-1, 1)
 
 
-def _misfit(images: Tensor, measured: Tensor, config: Config) -> Tensor:
+def _misfit(images: Tensor, measured: Tensor, config: Config, std: float) -> Tensor:
     """(B,) negative log-likelihood of the measurement, up to a constant."""
-    std = max(config.noise_std, 0.02)
     error = (damaged(images, config) - measured).square().sum(dim=(1, 2, 3))
     return config.trust * error / (2 * std**2)
 
@@ -128,6 +129,7 @@ def _followed(
 
 def _explained(data: Tensor, std: float, measured: Tensor, system: System, config: Config) -> Tensor:
     """The latents near `data`, by `std`, that explain the measurement best."""
+    least = max(config.noise_std, LEAST_STD)
     with torch.enable_grad():
         z = data.clone().requires_grad_()
         rate = std / 2
@@ -135,7 +137,7 @@ def _explained(data: Tensor, std: float, measured: Tensor, system: System, confi
         for number in range(config.correction_steps):
             optimizer.param_groups[0]["lr"] = rate * (1 - number / config.correction_steps)
             away = (z - data).square().sum(dim=(1, 2, 3)) / (2 * std**2)
-            loss = (_misfit(system.images_of(z), measured, config) + away).sum()
+            loss = (_misfit(system.images_of(z), measured, config, least) + away).sum()
             (z.grad,) = torch.autograd.grad(loss, [z])
             optimizer.step()
     return z.detach()
@@ -151,10 +153,11 @@ def _redrawn(
     size: tuple[int, int],
 ) -> Tensor:
     best = system.tokens_of(first_guess(measured, size))
-    error = _misfit(system.images_of(best), measured, config)
+    std = (config.noise_std**2 + config.pixel_std**2) ** 0.5
+    error = _misfit(system.images_of(best), measured, config, std)
 
     def lead(shares: Tensor) -> Tensor:
-        return _led(shares, measured, system, config)
+        return _led(shares, measured, system, config, std)
 
     for number in range(config.rounds):
         share = 1 - number / config.rounds  # of the tokens that are drawn again: first all of them
@@ -162,14 +165,14 @@ def _redrawn(
         for _ in range(config.candidates):
             is_known = torch.rand(current.shape, generator=generator).to(current.device) >= share
             drawn = system.prior.complete(current, is_known, labels, sampling, generator, lead=lead)
-            found = _misfit(system.images_of(drawn), measured, config)
+            found = _misfit(system.images_of(drawn), measured, config, std)
             is_better = found < error
             best = torch.where(is_better.view(-1, 1, 1), drawn, best)
             error = torch.where(is_better, found, error)
     return system.images_of(best)
 
 
-def _led(shares: Tensor, measured: Tensor, system: System, config: Config) -> Tensor:
+def _led(shares: Tensor, measured: Tensor, system: System, config: Config, std: float) -> Tensor:
     """(B, L, K) probabilities of the indices -> what to add to their logits: minus the guessed change of the misfit."""
     batch, length, size = shares.shape
     height, width = system.grid
@@ -177,7 +180,7 @@ def _led(shares: Tensor, measured: Tensor, system: System, config: Config) -> Te
     codes = system.tokenizer.quantizer.indices_to_codes(every).flatten(2).squeeze(0).T  # (K, D)
     with torch.enable_grad():
         expected = (shares @ codes).movedim(2, 1).reshape(batch, -1, height, width).requires_grad_()
-        misfit = _misfit(system.tokenizer.decoder(expected).float(), measured, config).sum()
+        misfit = _misfit(system.tokenizer.decoder(expected).float(), measured, config, std).sum()
         (slope,) = torch.autograd.grad(misfit, [expected])
     slope = slope.flatten(2).movedim(2, 1)  # (B, L, D)
     change = slope @ codes.T - (slope * expected.detach().flatten(2).movedim(2, 1)).sum(dim=2, keepdim=True)

@@ -9,7 +9,8 @@ Sources: Meng et al. (SDEdit), 2021, arXiv:2108.01073, section 3.1; the statisti
 2017, arXiv:1703.06868, equation 8; drawing unlikely tokens again: Chang et al. (MaskGIT), 2022, arXiv:2202.04200, section
 4.3, where places are chosen by hand.
 Differs from them: a strength is a time, t = 1 - strength, with level (1 - t) / t; a token's likelihood is its probability
-given the others of the image, each half of them masked in turn.
+given the others of the image, each half of them masked in turn; of several draws of indices the one is kept that shows the
+label best, by the prior itself.
 """
 
 from typing import Annotated, Any, Literal
@@ -27,6 +28,7 @@ MASKINGS = 4  # times that each token is judged by the others
 class Config(Params):
     kind: Literal["restyle"] = "restyle"
     strength: Annotated[float, Field(ge=0, le=1)] = 0.6
+    candidates: Annotated[int, Field(ge=1)] = 4  # of priors of indices: the one is kept that shows the label best
     target: Annotated[int, Field(ge=0)] | None = None  # the label to restyle towards; null: the image's own
 
 
@@ -60,11 +62,30 @@ def edit(
         levels = levels_from(system.prior.levels(sampling), config.strength)
         x = tokens + levels[0] * noise(tokens, generator)
         return system.images_of(follow(system, x, levels, labels, sampling, generator)).clamp(-1, 1)
-    indices = system.indices_of(latents)
+    return _drawn_again(system.indices_of(latents), labels, system, config, sampling, generator)
+
+
+def _drawn_again(
+    indices: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
+) -> Tensor:
     number = round(config.strength * indices[0].numel())
     order = unlikeliness(indices, labels, system, generator).flatten(1).argsort(dim=1, descending=True)
     is_known = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :number], False).view(indices.shape)
-    return system.images_of(system.prior.complete(indices, is_known, labels, sampling, generator)).clamp(-1, 1)
+    best, best_score = indices, torch.full((len(indices),), -torch.inf, device=indices.device)
+    for _ in range(config.candidates):
+        drawn = system.prior.complete(indices, is_known, labels, sampling, generator)
+        score = _evidence(drawn, labels, system, generator)
+        best = torch.where((score > best_score).view(-1, 1, 1), drawn, best)
+        best_score = torch.maximum(score, best_score)
+    return system.images_of(best).clamp(-1, 1)
+
+
+def _evidence(indices: Tensor, labels: Tensor, system: System, generator: torch.Generator) -> Tensor:
+    """(B,) bits by which the label makes the indices more probable than no label does: what guidance climbs."""
+    state = generator.get_state()
+    without = system.prior.bits(indices, system.null_labels(len(indices)), generator)
+    generator.set_state(state)  # a masked prior estimates both by the same masks
+    return without - system.prior.bits(indices, labels, generator)
 
 
 def with_statistics(latents: Tensor, reference: Tensor) -> Tensor:

@@ -15,7 +15,13 @@ from tessera.optimization import Training
 ROOT = Path(__file__).parents[2]
 GLOSSARY = set(re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")))
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
-FREE_NAMES = ("features", "tokenizers", "systems", "edits", "protocols")  # what stands directly below them is named by the user
+FREE_NAMES = (
+    "features",
+    "tokenizers",
+    "systems",
+    "edits",
+    "protocols",
+)  # what stands directly below them is named by the user
 FOLDERS = ("datasets", "features", "tokenizers", "quantizers", "priors", "denoisers", "edits")
 FIGURES = [
     "label_agreement",

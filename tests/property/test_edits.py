@@ -259,7 +259,7 @@ def test_tokens_are_led_by_how_they_change_the_misfit() -> None:
     def misfit(latents: Tensor) -> float:
         return float((system.tokenizer.decoder(latents) - measured).square().sum() / 2)
 
-    led, step = enhance._led(shares, measured, system, config), 1e-3
+    led, step = enhance._led(shares, measured, system, config, 1.0), 1e-3
     for place, code in ((0, 0), (5, 3), (15, 1)):
         moved = expected.clone()
         moved.view(-1)[place] += step * (codes[code] - expected.view(-1)[place])
@@ -272,7 +272,7 @@ def test_refined_tokens_explain_the_measurement_better_than_the_first_guess() ->
     measured = enhance.measure(images, config, seeded())
     drawn = enhance.edit(measured, torch.zeros(8).long(), system, config, sampling_of(system), seeded(1), (8, 8))
     guess = system.images_of(system.tokens_of(enhance.first_guess(measured, (8, 8))))
-    misfits = [enhance._misfit(each, measured, config) for each in (drawn, guess)]
+    misfits = [enhance._misfit(each, measured, config, 0.1) for each in (drawn, guess)]
     assert (misfits[0] <= misfits[1]).all() and misfits[0].sum() < misfits[1].sum()
 
 
