@@ -36,8 +36,8 @@ class Config(Params):
     pixel_std: Positive = 0.1  # of what decoded tokens cannot explain, in [-1, 1]; masked priors
     trust: Positive = 1.0  # weight of the measurement against the prior
     correction_steps: Annotated[int, Field(ge=1)] = 40  # of Adam, at each level
-    rounds: Annotated[int, Field(ge=1)] = 4  # of drawing tokens again
-    candidates: Annotated[int, Field(ge=1)] = 4
+    rounds: Annotated[int, Field(ge=1)] = 3  # of drawing tokens again
+    candidates: Annotated[int, Field(ge=1)] = 2
     is_labelled: bool = False  # whether the prior is told the label of the image
 
     @model_validator(mode="after")

@@ -72,9 +72,13 @@ def edit(
 
 def mean_filled(images: Tensor, mask: Tensor) -> Tensor:
     """The mean of each image's known pixels where the mask is, per channel."""
+    return torch.where(mask.unsqueeze(1), known_mean(images, mask), images)
+
+
+def known_mean(images: Tensor, mask: Tensor) -> Tensor:
+    """(B, C, 1, 1)"""
     known = ~mask.unsqueeze(1)
-    mean = (images * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True).clamp_min(1)
-    return torch.where(known, images, mean)
+    return (images * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True).clamp_min(1)
 
 
 def _completed(
@@ -117,7 +121,7 @@ def trial(
         decoded = system.images_of(system.tokens_of(mean)).clamp(-1, 1)
     baselines = {
         "mean_fill": mean,
-        "smooth_fill": close_seam(images, torch.where(hole, mean, images), mask),
+        "smooth_fill": close_seam(images, known_mean(images, mask).expand_as(images), mask),
         "encode_decode": torch.where(hole, decoded, images),
     }
     return Trial(torch.where(hole, -1.0, images), edited, baselines, labels, mask)

@@ -344,3 +344,13 @@ def test_settings_are_checked() -> None:
         parse(restyle.Config, {"kind": "restyle", "strength": 1.5}, "edits.restyle")
     with pytest.raises(InvalidParams, match="damage noise with noise_std 0 is no damage"):
         parse(enhance.Config, {"kind": "enhance", "noise_std": 0.0}, "edits.denoise")
+
+
+def test_baselines_of_inpainting_differ_and_keep_known_pixels() -> None:
+    system, images = discrete_system("masked"), some_images()
+    trial = inpaint.trial(images, torch.zeros(6).long(), system, inpaint.Config(), sampling_of(system), seeded())
+    hole = trial.mask.unsqueeze(1)
+    fills = [baseline[hole] for baseline in trial.baselines.values()]
+    assert all(torch.equal(baseline[~hole], images[~hole]) for baseline in trial.baselines.values())
+    assert not any(torch.allclose(a, b) for a, b in itertools.combinations(fills, 2))
+    assert torch.equal(trial.given[hole], torch.full_like(fills[0], -1))
