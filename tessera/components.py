@@ -69,6 +69,7 @@ TokenizerConfig = part("tokenizers")
 QuantizerConfig = part("quantizers")
 PriorConfig = part("priors")
 DenoiserConfig = part("denoisers")
+EditConfig = part("edits")
 
 
 def _validate(config: type[P], value: Any) -> P:

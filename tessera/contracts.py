@@ -94,6 +94,15 @@ class Prior(Protocol):
 
     def sample(self, labels: Tensor, sampling: Any, generator: torch.Generator) -> Tensor: ...  # as TokenBatch.tokens
 
+    # A prior of indices that can be given a part of an image also has the method
+    #     complete(self, indices: Tensor, is_known: Tensor, labels: Tensor, sampling, generator) -> Tensor
+    # which keeps the (B, *index_grid) indices where is_known and draws the others
+    #
+    # A prior of latents that removes noise also has the methods
+    #     levels(self, sampling) -> list[float]
+    #     denoise(self, x: Tensor, sigma: float, labels: Tensor, sampling) -> Tensor
+    # falling noise levels, the last 0, and the expected data of x = data + sigma * noise
+    #
     # A prior that knows the probability of tokens also has the method
     #     bits(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor
     # (B, *index_grid) indices and (B,) labels -> (B,) bits: -log2 of what the model, without dropout, gives them, or an

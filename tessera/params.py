@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from tessera.components import (
     DatasetConfig,
+    EditConfig,
     FeaturesConfig,
     InvalidParams,
     Params,
@@ -84,6 +85,12 @@ class SampleImages(Params):
     batch_size: Annotated[int, Field(ge=1)]
 
 
+class EditImages(Params):
+    num_images: Annotated[int, Field(ge=2)]  # test images, evenly spread, that each edit is tried on
+    num_seeds: Annotated[int, Field(ge=1)]  # tries of each; with 2 or more, how much they differ is a figure too
+    batch_size: Annotated[int, Field(ge=1)]
+
+
 class ReferenceStats(Params):
     max_features: Annotated[int, Field(ge=2)]  # kept per split for the metrics of neighbors; moments are of all images
 
@@ -108,6 +115,8 @@ class Pipeline(Params):
     systems: Annotated[dict[Name, System], Field(min_length=1)]
     follow_training: FollowTraining
     sample_images: SampleImages
+    edits: Annotated[dict[Name, EditConfig], Field(min_length=1)]
+    edit_images: EditImages
     evaluate: Evaluate
 
     @model_validator(mode="after")

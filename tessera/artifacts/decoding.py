@@ -39,14 +39,14 @@ def decode(
     data: bytes,
     *,
     channels: int,
-    height: int,
-    width: int,
+    height: int | None,
+    width: int | None,
     resize: Resize,
     filter: Filter,
     background: Background,
     max_pixels: int,
 ) -> np.ndarray:
-    """(channels, height, width) uint8 from the bytes of an image file. Raises Unreadable with the reason."""
+    """(channels, height, width) uint8 from the bytes of an image file; None: its own. Raises Unreadable with the reason."""
     if not data:
         raise Unreadable("is empty")
     try:
@@ -61,6 +61,7 @@ def decode(
     except Exception as error:  # Pillow's parsers of some 40 formats raise whatever damaged bytes lead them to
         raise Unreadable(_reason(error)) from None
     picture = picture.convert("L" if channels == 1 else "RGB")
+    height, width = height or picture.height, width or picture.width
     picture = _fit(picture, height, width, resize, Image.Resampling[filter.upper()], background)
     pixels = np.asarray(picture)
     return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))

@@ -150,6 +150,21 @@ class Model(nn.Module):
                 x = x + self.read_position[place]
         return torch.empty_like(indices).scatter_(1, order[:batch], indices).view(batch, *self.grid)
 
+    @torch.no_grad()
+    def unread_evidence(self, indices: Tensor, is_known: Tensor, labels: Tensor) -> Tensor:
+        """(B, *index_grid) indices and what was known of them -> (B,) nats: how well the rest explains the known ones.
+
+        In raster order an index is drawn without a look at the known ones behind it. Their log-probability given all that
+        is before them is the weight that makes such draws those of the distribution given everything known.
+        """
+        if self.read_position is not None:  # `complete` has read all that is known
+            return torch.zeros(len(indices), device=indices.device)
+        if not self.config.is_conditional:
+            labels = torch.full_like(labels, self.null_label)
+        indices, is_known = indices.flatten(1), is_known.flatten(1)
+        log_probability = self(indices, labels).float().log_softmax(dim=2).gather(2, indices.unsqueeze(2)).squeeze(2)
+        return (log_probability * is_known).sum(dim=1)
+
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """(B, K) logits -> (B,) indices, by the Gumbel-max trick."""

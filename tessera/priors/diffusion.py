@@ -76,18 +76,13 @@ class Model(nn.Module):
     @torch.no_grad()
     def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
         """(B,) labels -> (B, D, h, w) standardized latents. The generator is a CPU one: the same noise on every device."""
-        if not self.config.is_conditional:
-            labels = torch.full_like(labels, self.null_label)
-        if self.config.schedule == "cosine":
-            sigmas = noise_levels.cosine_grid(sampling.num_steps, self.config.log_snr_shift)
-        else:
-            sigmas = noise_levels.edm_grid(sampling.num_steps, sampling.sigma_min, sampling.sigma_max)
+        sigmas = self.levels(sampling)
 
         def draw(like: Tensor) -> Tensor:
             return torch.randn(like.shape, generator=generator).to(like.device)
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
-            return self._data(x, sigma, labels, sampling)
+            return self.denoise(x, sigma, labels, sampling)
 
         x = draw(labels.new_empty(len(labels), *self.spec.latent_shape)) * (1 + sigmas[0] ** 2) ** 0.5
         if sampling.sampler == "ancestral":
@@ -96,8 +91,16 @@ class Model(nn.Module):
             return samplers.ddim(denoise, x, sigmas, draw, sampling.eta)
         return {"heun": samplers.heun, "dpm_solver": samplers.dpm_solver}[sampling.sampler](denoise, x, sigmas)
 
-    def _data(self, x: Tensor, sigma: float, labels: Tensor, sampling: Sampling) -> Tensor:
+    def levels(self, sampling: Sampling) -> list[float]:
+        """Noise levels from pure noise, nearly, to 0, for `denoise`."""
+        if self.config.schedule == "cosine":
+            return noise_levels.cosine_grid(sampling.num_steps, self.config.log_snr_shift)
+        return noise_levels.edm_grid(sampling.num_steps, sampling.sigma_min, sampling.sigma_max)
+
+    def denoise(self, x: Tensor, sigma: float, labels: Tensor, sampling: Sampling) -> Tensor:
         """The expected data of x = data + sigma * noise, guided and clipped."""
+        if not self.config.is_conditional:
+            labels = torch.full_like(labels, self.null_label)
         levels = torch.full((len(x),), sigma, device=x.device)
         a, b = (share.view(-1, 1, 1, 1) for share in noise_levels.shares(levels))
         x = a * x

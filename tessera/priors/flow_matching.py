@@ -23,6 +23,7 @@ from tessera.contracts import Learns, TokenBatch, TokenSpec
 from tessera.optimization import Fraction, Training, optimizers_for
 
 LEARNS: Learns = "latents"
+LARGEST_SIGMA = 80.0  # where an edit begins: at time 0 there are no data in x
 
 
 class Config(ConditionalConfig):
@@ -71,6 +72,18 @@ class Model(nn.Module):
                 ahead = x + (next_t - t) * velocity
             x = ahead
         return x
+
+    def levels(self, sampling: Sampling) -> list[float]:
+        """Noise levels from pure noise, nearly, to 0, for `denoise`: those of num_steps even times."""
+        times = torch.linspace(0, 1, sampling.num_steps + 1).clamp_min(1 / (1 + LARGEST_SIGMA)).tolist()
+        return [(1 - t) / t for t in times]
+
+    def denoise(self, x: Tensor, sigma: float, labels: Tensor, sampling: Sampling) -> Tensor:
+        """The expected data of x = data + sigma * noise, guided. The path's own x is t * x, with t = 1 / (1 + sigma)."""
+        if not self.config.is_conditional:
+            labels = torch.full_like(labels, self.null_label)
+        t = 1 / (1 + sigma)
+        return t * x + (1 - t) * self._guided(t * x, t, labels, sampling)
 
     def _guided(self, x: Tensor, t: float, labels: Tensor, sampling: Sampling) -> Tensor:
         times = torch.full((len(x),), t, device=x.device)

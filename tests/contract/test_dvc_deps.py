@@ -29,6 +29,7 @@ BUILDS = {
     ],
     "train_prior": lambda name: [("priors", PARAMS["systems"][name]["prior"])],
     "sample_images": lambda name: [("priors", PARAMS["systems"][name]["prior"])],
+    "edit_images": lambda name: [("edits", config) for config in PARAMS["edits"].values()],
 }
 
 

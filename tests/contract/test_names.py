@@ -15,8 +15,14 @@ from tessera.optimization import Training
 ROOT = Path(__file__).parents[2]
 GLOSSARY = set(re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")))
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
-FREE_NAMES = ("features", "tokenizers", "systems", "protocols")  # what stands directly below them is named by the user
-FOLDERS = ("datasets", "features", "tokenizers", "quantizers", "priors", "denoisers")
+FREE_NAMES = (
+    "features",
+    "tokenizers",
+    "systems",
+    "edits",
+    "protocols",
+)  # what stands directly below them is named by the user
+FOLDERS = ("datasets", "features", "tokenizers", "quantizers", "priors", "denoisers", "edits")
 FIGURES = [
     "label_agreement",
     "fd_classifier",
@@ -52,6 +58,9 @@ FIGURES = [
     "test_accuracy",
     "feature_dim",
     "images_per_second",
+    "edit_psnr_db",
+    "changed_known_pixels",
+    "diversity",
     "num_warnings",
     "codebook_collapsed",
     "discriminator_won",

@@ -172,9 +172,9 @@ def test_guidance_of_any_prediction_is_guidance_of_the_data(predicts):
     model.forward = lambda x, sigma, labels: (labels.view(-1, 1, 1, 1) + 1) * 0.3 * x
     x, labels = torch.randn(3, 2, 1, 1), torch.tensor([0, 1, 0])
     plain = diffusion.Sampling()
-    with_label = model._data(x, 0.7, labels, plain)
-    without = model._data(x, 0.7, torch.full_like(labels, model.null_label), plain)
-    found = model._data(x, 0.7, labels, diffusion.Sampling(guidance_scale=2.5))
+    with_label = model.denoise(x, 0.7, labels, plain)
+    without = model.denoise(x, 0.7, torch.full_like(labels, model.null_label), plain)
+    found = model.denoise(x, 0.7, labels, diffusion.Sampling(guidance_scale=2.5))
     torch.testing.assert_close(found, without + 2.5 * (with_label - without))
 
 

@@ -1,0 +1,250 @@
+"""Edits image files with a trained system of this checkout: what the shell and the studio's page call.
+
+    python -m stages.edit_images --system vqgan-masked --inpaint --mask mask.png in.png out.png
+    python -m stages.edit_images --system vae-flow --enhance --set damage=downsample --set factor=2 in.png out.png
+    python -m stages.edit_images --system vqgan-flow --restyle --set target=3 --set strength=0.7 in.png out.png
+    python -m stages.edit_images --system vqgan-flow --interpolate --other b.png --share 0.5 a.png out.png
+
+The image gets the data set's own preprocessing; the result has the size of the input (a downsampled one: `factor` times
+that). Where a mask is white, pixels are drawn anew, and all others come back as they were.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from tessera import params as all_params
+from tessera import seeding
+from tessera.artifacts.decoding import decode, pillow_warnings
+from tessera.artifacts.images import to_float, to_uint8
+from tessera.artifacts.records import Unreadable
+from tessera.components import kinds, load, parse
+from tessera.editing import System
+from tessera.generation import ImageGenerator
+from tessera.params import Pipeline
+
+MAX_BYTES, MAX_PIXELS = 64 * 2**20, 32 * 2**20  # of a file, of its image
+PREPROCESSING = {"resize": "crop", "filter": "lanczos", "background": "white"}  # where a data set says nothing else
+
+
+class Request(NamedTuple):
+    """One edit of one file, checked: what the same command would do again."""
+
+    system: str
+    kind: str
+    config: Any  # the edit's Config
+    sampling: Any
+    label: int | None = None  # of the image; None: nobody knows
+    seed: int = 0
+    share: float = 0.5  # interpolate: of the way to the other image
+
+    def command(self, mask: str = "", other: str = "", source: str = "in.png", target: str = "out.png") -> str:
+        """The line for the shell that does it again."""
+        parts = ["python -m stages.edit_images", f"--system {self.system}", f"--{self.kind}"]
+        parts += [f"--mask {mask}"] if mask else []
+        parts += [f"--other {other} --share {self.share:g}"] if other else []
+        parts += [f"--label {self.label}"] if self.label is not None else []
+        changed = {key: value for key, value in self.config.model_dump(mode="json").items() if key != "kind"}
+        default = load("edits", self.kind).Config().model_dump(mode="json")
+        parts += [f"--set {key}={json.dumps(value)}" for key, value in changed.items() if value != default[key]]
+        plain = self.sampling.model_dump(mode="json")
+        parts += [f"--sampling {key}={json.dumps(value)}" for key, value in plain.items()]
+        return " ".join([*parts, f"--seed {self.seed}", source, target])
+
+
+def request(
+    params: Pipeline,
+    system: str,
+    kind: str,
+    settings: dict[str, Any] | None = None,
+    sampling: dict[str, Any] | None = None,
+    **other: Any,
+) -> Request:
+    """Settings are the defaults of the edit's Config but for those given. Raises ValueError, InvalidParams among them."""
+    if system not in params.systems:
+        raise ValueError(f"there is no system '{system}' in params.yaml: expected one of {', '.join(params.systems)}")
+    config = parse(load("edits", kind).Config, {"kind": kind, **(settings or {})}, kind)
+    own = params.sampling(system)
+    drawn = parse(type(own), own.model_dump(mode="json") | (sampling or {}), f"systems.{system}.sampling")
+    made = Request(system, kind, config, drawn, **other)
+    if made.label is not None and not 0 <= made.label < (params.dataset.num_classes or made.label + 1):
+        raise ValueError(f"label is {made.label}: expected 0 to {params.dataset.num_classes - 1}")
+    if not 0 <= made.share <= 1:
+        raise ValueError(f"share is {made.share}: expected 0, the image itself, to 1, the other one")
+    return made
+
+
+def open_system(params: Pipeline, name: str, root: Path = Path()) -> System:
+    """A system of a checkout, from the artifacts where dvc.yaml puts them. Raises ValueError if they are not there."""
+    tokenizer = root / "data/tokenizers" / params.systems[name].tokenizer
+    return System.of(ImageGenerator(tokenizer, root / "data/priors" / name), name)
+
+
+def read_picture(data: bytes, what: str) -> Image.Image:
+    """The image of a file in mode L or RGB. Raises ValueError with the reason for what is none, or too large a one."""
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{what} has {len(data):,} bytes, more than {MAX_BYTES:,}: make it smaller")
+    try:
+        with pillow_warnings():
+            pixels = decode(data, channels=3, height=None, width=None, max_pixels=MAX_PIXELS, **PREPROCESSING)
+    except Unreadable as reason:
+        raise ValueError(f"{what} {reason}: expected a picture such as a PNG or JPEG file") from None
+    return Image.fromarray(pixels.transpose(1, 2, 0))
+
+
+def edit(
+    system: System,
+    asked: Request,
+    params: Pipeline,
+    picture: Image.Image,
+    mask: Image.Image | None = None,
+    other: Image.Image | None = None,
+) -> Image.Image:
+    """The edited picture. mask: white where pixels are to be drawn anew. Raises ValueError for what does not fit together."""
+    if asked.kind == "inpaint" and mask is None:
+        raise ValueError("inpaint needs a mask: an image of the size of the input, white where it is to be drawn anew")
+    if asked.kind == "interpolate" and other is None:
+        raise ValueError("interpolate needs another image to go to")
+    if mask is not None and mask.size != picture.size:
+        raise ValueError(f"the mask is {_text(mask.size)}, the image {_text(picture.size)}: expected the same size")
+    frame = Frame(params.dataset, picture.size)
+    images = frame.tensor(picture).to(system.device)
+    label = system.spec.num_classes if asked.label is None else asked.label
+    labels = torch.full((1,), label, device=system.device)
+    generator = seeding.generator(asked.seed, "edit_file")
+    module, given = load("edits", asked.kind), (system, asked.config, asked.sampling, generator)
+    if asked.kind == "inpaint":
+        hole = frame.mask(mask).to(system.device)
+        edited = module.edit(images, labels, *given, hole)
+        return frame.put_back(picture, edited, mask)
+    if asked.kind == "enhance":
+        size = (images.shape[2], images.shape[3])
+        measured, factor = images, 1
+        if asked.config.damage == "downsample":
+            factor = asked.config.factor
+            measured = module.damaged(images, asked.config)
+        edited = module.edit(measured, labels, *given, size)
+        larger = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
+        return Frame(params.dataset, larger.size).put_back(larger, edited)
+    if asked.kind == "interpolate":
+        others = Frame(params.dataset, other.size).tensor(other).to(system.device)
+        return frame.put_back(picture, module.edit(images, labels, *given, others, asked.share))
+    if asked.kind == "restyle" and other is not None:
+        reference = Frame(params.dataset, other.size).tensor(other).to(system.device)[0]
+        return frame.put_back(picture, module.edit(images, labels, *given, reference))
+    return frame.put_back(picture, module.edit(images, labels, *given))
+
+
+class Frame:
+    """Which part of a picture the models see, by the data set's way of resizing, and the way there and back."""
+
+    def __init__(self, dataset: Any, size: tuple[int, int]):
+        self.height, self.width = dataset.height, dataset.width
+        self.mode = "L" if dataset.channels == 1 else "RGB"
+        how = getattr(dataset, "resize", PREPROCESSING["resize"])
+        self.filter = Image.Resampling[getattr(dataset, "filter", PREPROCESSING["filter"]).upper()]
+        self.background = getattr(dataset, "background", PREPROCESSING["background"])
+        width, height = size
+        pick = {"crop": min, "pad": max}.get(how)
+        if pick is None:
+            self.box = (0.0, 0.0, float(width), float(height))
+        else:  # as large as fits into the picture, or as small as holds it, around its center
+            scale = pick(width / self.width, height / self.height)
+            left, top = (width - self.width * scale) / 2, (height - self.height * scale) / 2
+            self.box = (left, top, left + self.width * scale, top + self.height * scale)
+
+    def tensor(self, picture: Image.Image) -> torch.Tensor:
+        """(1, C, H, W) in [-1, 1]"""
+        pixels = np.asarray(self._seen(picture.convert(self.mode), self.filter, self.background))
+        pixels = pixels[None] if self.mode == "L" else pixels.transpose(2, 0, 1)
+        return to_float(torch.from_numpy(np.ascontiguousarray(pixels))[None])
+
+    def mask(self, mask: Image.Image) -> torch.Tensor:
+        """(1, H, W): a pixel of the models is covered if any pixel of the picture below it is."""
+        seen = self._seen(_holes(mask), Image.Resampling.BOX, "black")
+        return torch.from_numpy(np.asarray(seen) > 0)[None]
+
+    def put_back(self, picture: Image.Image, edited: torch.Tensor, mask: Image.Image | None = None) -> Image.Image:
+        """The picture with the (1, C, H, W) result in its place; with a mask, only where that is white."""
+        pixels = to_uint8(edited)[0].cpu().numpy()
+        result = Image.fromarray(pixels[0] if self.mode == "L" else pixels.transpose(1, 2, 0))
+        left, top, right, bottom = (round(side) for side in self.box)
+        result = result.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+        whole = picture.convert(self.mode)
+        changed = whole.copy()
+        changed.paste(result, (left, top))
+        return changed if mask is None else Image.composite(changed, whole, _holes(mask))
+
+    def _seen(self, picture: Image.Image, filter: Image.Resampling, background: str) -> Image.Image:
+        width, height = picture.size
+        left, top, right, bottom = self.box
+        if left < 0 or top < 0:  # padded
+            canvas = Image.new(picture.mode, (round(right - left), round(bottom - top)), background)
+            canvas.paste(picture, (round(-left), round(-top)))
+            return canvas.resize((self.width, self.height), filter)
+        return picture.resize((self.width, self.height), filter, (left, top, min(right, width), min(bottom, height)))
+
+
+def _holes(mask: Image.Image) -> Image.Image:
+    """Mode L, 255 where the mask is lighter than half gray, else 0."""
+    return mask.convert("L").point(lambda value: 255 if value > 127 else 0)
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]} pixels"
+
+
+def is_asked_for(arguments: list[str]) -> bool:
+    return any(argument.partition("=")[0] == "--system" for argument in arguments)
+
+
+def main(arguments: list[str]) -> int:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m stages.edit_images", description=__doc__, formatter_class=plain)
+    parser.add_argument("--system", required=True, help="a system of params.yaml that is trained")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    for name in kinds("edits"):
+        kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name)
+    parser.add_argument("--mask", type=Path, help="inpaint: an image, white where pixels are to be drawn anew")
+    parser.add_argument(
+        "--other", type=Path, help="interpolate: the image to go to; restyle: the one whose look is wanted"
+    )
+    parser.add_argument("--share", type=float, default=0.5, help="interpolate: of the way to the other image")
+    parser.add_argument("--label", type=int, help="of the image, if it is known")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the edit")
+    parser.add_argument(
+        "--sampling", action="append", default=[], metavar="KEY=VALUE", help="a setting of the sampling"
+    )
+    parser.add_argument("input", type=Path)
+    parser.add_argument("output", type=Path)
+    given = parser.parse_args(arguments)
+    try:
+        params = all_params.read(Path("params.yaml"))
+        options = {"label": given.label, "seed": given.seed, "share": given.share}
+        asked = request(params, given.system, given.kind, _pairs(given.set), _pairs(given.sampling), **options)
+        if given.output.suffix.lower() not in (".png", ".webp", ".bmp", ".tif", ".tiff"):
+            raise ValueError(f"{given.output} would lose pixels or is no image: expected a name that ends in .png")
+        pictures = [
+            path and read_picture(path.read_bytes(), str(path)) for path in (given.input, given.mask, given.other)
+        ]
+        result = edit(open_system(params, given.system), asked, params, *pictures)
+        result.save(given.output)
+    except (ValueError, OSError) as error:
+        print(f"nothing was edited: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _pairs(texts: list[str]) -> dict[str, Any]:
+    wrong = [text for text in texts if "=" not in text]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is no setting: expected KEY=VALUE")
+    return {text.partition("=")[0]: yaml.safe_load(text.partition("=")[2]) for text in texts}

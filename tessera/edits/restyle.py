@@ -1,0 +1,123 @@
+"""Restyling: an image under another label, or with the look of a reference image, by a strength from 0 to 1.
+
+At strength 0 the image comes back as it is; at 1 nothing of it is left but the label. Between, diffusion and flow add
+noise of a level that rises with the strength and remove it again under the label; priors of indices draw that share of the
+tokens again, first those that are least likely under the label. With a reference the latents first take over the mean and
+deviation of its channels, by the strength.
+
+Sources: Meng et al. (SDEdit), 2021, arXiv:2108.01073, section 3.1; the statistics of a style: Huang and Belongie (AdaIN),
+2017, arXiv:1703.06868, equation 8; drawing unlikely tokens again: Chang et al. (MaskGIT), 2022, arXiv:2202.04200, section
+4.3, where places are chosen by hand.
+Differs from them: a strength is a time, t = 1 - strength, with level (1 - t) / t; a token's likelihood is its probability
+given the others of the image, each half of them masked in turn; of several draws of indices the one is kept that shows the
+label best, by the prior itself.
+"""
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tessera.components import Params
+from tessera.editing import System, Trial, follow, levels_from, noise
+
+MASKINGS = 4  # times that each token is judged by the others
+
+
+class Config(Params):
+    kind: Literal["restyle"] = "restyle"
+    strength: Annotated[float, Field(ge=0, le=1)] = 0.6
+    candidates: Annotated[int, Field(ge=1)] = 4  # of priors of indices: the one is kept that shows the label best
+    target: Annotated[int, Field(ge=0)] | None = None  # the label to restyle towards; null: the image's own
+
+
+def edit(
+    images: Tensor,
+    labels: Tensor,
+    system: System,
+    config: Config,
+    sampling: Any,
+    generator: torch.Generator,
+    reference: Tensor | None = None,
+) -> Tensor:
+    """reference: (C, H, W) or None. labels: (B,) of the images, used where config.target is None."""
+    system.require("restyle", system.completes or system.denoises, "a masked, autoregressive, diffusion or flow prior")
+    if config.strength == 0:
+        return images
+    if config.target is not None:
+        if config.target >= system.spec.num_classes:
+            raise ValueError(
+                f"restyle.target is {config.target}, but there are {system.spec.num_classes} classes: expected 0 to "
+                f"{system.spec.num_classes - 1}"
+            )
+        labels = torch.full_like(labels, config.target)
+    latents = system.latents_of(images)
+    if reference is not None:
+        labels = system.null_labels(len(images))
+        styled = with_statistics(latents, system.latents_of(reference.unsqueeze(0)))
+        latents = latents + config.strength * (styled - latents)
+    if system.denoises:
+        tokens = system.standardized(latents)
+        levels = levels_from(system.prior.levels(sampling), config.strength)
+        x = tokens + levels[0] * noise(tokens, generator)
+        return system.images_of(follow(system, x, levels, labels, sampling, generator)).clamp(-1, 1)
+    return _drawn_again(system.indices_of(latents), labels, system, config, sampling, generator)
+
+
+def _drawn_again(
+    indices: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
+) -> Tensor:
+    number = round(config.strength * indices[0].numel())
+    order = unlikeliness(indices, labels, system, generator).flatten(1).argsort(dim=1, descending=True)
+    is_known = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :number], False).view(indices.shape)
+    best, best_score = indices, torch.full((len(indices),), -torch.inf, device=indices.device)
+    for _ in range(config.candidates):
+        drawn = system.prior.complete(indices, is_known, labels, sampling, generator)
+        score = _evidence(drawn, labels, system, generator)
+        best = torch.where((score > best_score).view(-1, 1, 1), drawn, best)
+        best_score = torch.maximum(score, best_score)
+    return system.images_of(best).clamp(-1, 1)
+
+
+def _evidence(indices: Tensor, labels: Tensor, system: System, generator: torch.Generator) -> Tensor:
+    """(B,) bits by which the label makes the indices more probable than no label does: what guidance climbs."""
+    state = generator.get_state()
+    without = system.prior.bits(indices, system.null_labels(len(indices)), generator)
+    generator.set_state(state)  # a masked prior estimates both by the same masks
+    return without - system.prior.bits(indices, labels, generator)
+
+
+def with_statistics(latents: Tensor, reference: Tensor) -> Tensor:
+    """(B, D, h, w) latents with the mean and deviation of each channel of the (1, D, h, w) reference."""
+    mean, std = (latents.mean(dim=(2, 3), keepdim=True), latents.std(dim=(2, 3), keepdim=True).clamp_min(1e-6))
+    return (latents - mean) / std * reference.std(dim=(2, 3), keepdim=True) + reference.mean(dim=(2, 3), keepdim=True)
+
+
+def unlikeliness(indices: Tensor, labels: Tensor, system: System, generator: torch.Generator) -> Tensor:
+    """(B, *index_grid) how unlikely each index is under the label: of an autoregressive prior given those before it."""
+    prior, flat = system.prior, indices.flatten(1)
+    places = flat.unsqueeze(2)
+    if not hasattr(prior, "mask_index"):
+        with torch.no_grad():
+            return -prior(flat, labels).float().log_softmax(dim=2).gather(2, places).squeeze(2).view(indices.shape)
+    total, times = torch.zeros(flat.shape, device=flat.device), torch.zeros(flat.shape, device=flat.device)
+    for _ in range(MASKINGS):
+        is_masked = (torch.rand(flat.shape, generator=generator) < 0.5).to(flat.device)
+        for masked in (is_masked, ~is_masked):
+            with torch.no_grad():
+                logits = prior(torch.where(masked, prior.mask_index, flat), labels).float()
+            total += -logits.log_softmax(dim=2).gather(2, places).squeeze(2) * masked
+            times += masked
+    return (total / times).view(indices.shape)
+
+
+def trial(
+    images: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
+) -> Trial:
+    """Towards the next class, or towards `target` if that is set."""
+    wanted = (labels + 1) % system.spec.num_classes
+    if config.target is not None:
+        wanted = torch.full_like(labels, config.target)
+    edited = edit(images, wanted, system, config, sampling, generator)
+    return Trial(images, edited, {"unchanged": images}, wanted)

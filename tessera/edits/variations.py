@@ -1,0 +1,43 @@
+"""Variations: images around one image, the farther from it the larger the strength; other seeds give other ones.
+
+Source: Meng et al. (SDEdit), 2021, arXiv:2108.01073, section 3.1, under the image's own label; for tokens: Chang et al.
+(MaskGIT), 2022, arXiv:2202.04200, section 4.3.
+Differs from them: the tokens to draw again are random ones, so that every part of an image can vary.
+"""
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tessera.components import Params
+from tessera.editing import System, Trial, follow, levels_from, noise
+
+
+class Config(Params):
+    kind: Literal["variations"] = "variations"
+    strength: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+def edit(
+    images: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
+) -> Tensor:
+    system.require("vary", system.completes or system.denoises, "a masked, autoregressive, diffusion or flow prior")
+    if config.strength == 0:
+        return images
+    tokens = system.tokens_of(images)
+    if system.denoises:
+        levels = levels_from(system.prior.levels(sampling), config.strength)
+        x = tokens + levels[0] * noise(tokens, generator)
+        return system.images_of(follow(system, x, levels, labels, sampling, generator)).clamp(-1, 1)
+    number = round(config.strength * tokens[0].numel())
+    order = torch.rand(tokens.flatten(1).shape, generator=generator).argsort(dim=1).to(tokens.device)
+    is_known = (order >= number).view(tokens.shape)
+    return system.images_of(system.prior.complete(tokens, is_known, labels, sampling, generator)).clamp(-1, 1)
+
+
+def trial(
+    images: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
+) -> Trial:
+    return Trial(images, edit(images, labels, system, config, sampling, generator), {"unchanged": images}, labels)

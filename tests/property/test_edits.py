@@ -1,0 +1,356 @@
+"""Edits over toy systems whose answers are known: a tokenizer of pixels, a Gaussian prior of latents, enumerated priors."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from scipy import ndimage
+from torch import Tensor, nn
+
+from tessera import editing
+from tessera.components import InvalidParams, parse
+from tessera.contracts import Encoded, TokenSpec
+from tessera.editing import CannotEdit, System
+from tessera.edits import enhance, inpaint, interpolate, restyle, variations
+from tessera.nn.membrane import close_seam
+from tessera.optimization import Training
+from tessera.priors import autoregressive, gan, masked
+from tessera.quantizers import vector
+
+EDITS = {module.__name__.rpartition(".")[2]: module for module in (enhance, inpaint, interpolate, restyle, variations)}
+
+
+def spec_of(codebook_size: int | None, shape: tuple[int, int, int]) -> TokenSpec:
+    return TokenSpec(
+        codebook_size=codebook_size,
+        latent_shape=shape,
+        index_grid=shape[1:],
+        num_classes=2,
+        class_counts=(1, 1),
+        latent_mean=(0.0,) * shape[0],
+        latent_std=(1.0,) * shape[0],
+        tokenizer_fingerprint="0" * 64,
+    )
+
+
+class Pixels(nn.Module):
+    """Latents are the pixels."""
+
+    def encode(self, images: Tensor) -> Encoded:
+        return Encoded(images, None)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+class Gaussian(nn.Module):
+    """The prior of independent standard normal pixels: the expected data of x = data + sigma * noise are x / (1 + sigma^2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
+
+    def levels(self, sampling: Any) -> list[float]:
+        return [*torch.logspace(1.5, -2, sampling or 60).tolist(), 0.0]
+
+    def denoise(self, x: Tensor, sigma: float, labels: Tensor, sampling: Any) -> Tensor:
+        return x / (1 + sigma**2)
+
+
+class Patches(nn.Module):
+    """Each 2x2 patch of a gray image is one of K constant codes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        config = vector.Config(kind="vector", codebook_size=size, code_dim=1, init_step=0)
+        self.quantizer = vector.Quantizer(config)
+        with torch.no_grad():
+            codes = torch.linspace(-1, 1, size).view(-1, 1)
+            for value in self.quantizer.state_dict().values():
+                if value.shape == codes.shape:
+                    value.copy_(codes)
+
+    def encode(self, images: Tensor) -> Encoded:
+        latents = nn.functional.avg_pool2d(images, 2)
+        return Encoded(latents, self.quantizer(latents).indices)
+
+    def decoder(self, codes: Tensor) -> Tensor:
+        return codes.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(self.quantizer(latents).codes)
+
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        return self.decoder(self.quantizer.indices_to_codes(indices))
+
+
+def gaussian_system(side: int = 8) -> System:
+    return System(Pixels(), Gaussian(), spec_of(None, (1, side, side)), "latents", "toy")
+
+
+def discrete_system(kind: str, side: int = 4, size: int = 4, **settings: Any) -> System:
+    torch.manual_seed(0)
+    module = {"masked": masked, "autoregressive": autoregressive}[kind]
+    training = Training(num_steps=10, batch_size=2)
+    config = module.Config(kind=kind, width=16, depth=1, heads=2, dropout=0.0, training=training, **settings)
+    spec = spec_of(size, (1, side, side))
+    prior = module.Model(config, spec).eval()
+    with torch.no_grad():  # an untrained head is nearly uniform, so that no mistake would show
+        prior.head.weight.normal_(std=1.0)
+    return System(Patches(size).eval(), prior, spec, "indices", "toy")
+
+
+def gan_system() -> System:
+    config = gan.Config(kind="gan", training=gan.AdversarialTraining(num_steps=10, batch_size=2))
+    return System(Pixels(), gan.Model(config, spec_of(None, (1, 8, 8))), spec_of(None, (1, 8, 8)), "latents", "toy-gan")
+
+
+SYSTEMS = {
+    "gaussian": lambda: gaussian_system(8),
+    "masked": lambda: discrete_system("masked"),
+    "autoregressive": lambda: discrete_system("autoregressive"),
+    "any-order": lambda: discrete_system("autoregressive", random_order_until=(1.0, 1.0)),
+}
+
+
+def sampling_of(system: System) -> Any:
+    if system.denoises:
+        return None
+    return masked.Sampling() if isinstance(system.prior, masked.Model) else autoregressive.Sampling()
+
+
+def some_images(count: int = 6, side: int = 8) -> Tensor:
+    return (torch.rand(count, 1, side, side, generator=torch.Generator().manual_seed(3)) * 2 - 1) * 0.9
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# Pieces ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_membrane_takes_the_border_s_difference_into_the_hole_and_leaves_known_pixels() -> None:
+    """A linear function solves Laplace's equation, so with a linear difference the closed hole is the image itself."""
+    rows, columns = torch.meshgrid(torch.linspace(-0.4, 0.4, 12), torch.linspace(-0.4, 0.4, 12), indexing="ij")
+    images = (rows + 0.5 * columns).expand(1, 1, 12, 12)
+    mask = torch.zeros(1, 12, 12, dtype=torch.bool)
+    mask[:, 3:8, 4:9] = True
+    closed = close_seam(images, torch.full_like(images, 0.2), mask)
+    assert torch.equal(closed[:, :, ~mask[0]], images[:, :, ~mask[0]])
+    assert (closed - images).abs().max() < 1e-3
+    assert torch.equal(close_seam(images, images + 0.1, mask)[:, :, ~mask[0]], images[:, :, ~mask[0]])
+
+
+def test_the_reach_of_tokens_is_what_the_decoder_does_with_them() -> None:
+    assert torch.equal(gaussian_system(4).reach.view(16, 16), torch.eye(16))  # a pixel decides itself
+    reach = discrete_system("masked").reach
+    expected = torch.eye(16).view(4, 4, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.equal(reach, expected)
+    mask = torch.zeros(2, 8, 8, dtype=torch.bool)
+    mask[0, 3, 5] = True
+    touched = discrete_system("masked").touched(mask, 0.2)
+    assert touched[0].nonzero().tolist() == [[1, 2]] and not touched[1].any()
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_ancestral_steps_under_an_exact_prior_give_its_distribution(repeats: int) -> None:
+    system, num_levels = gaussian_system(), 400
+    levels = system.prior.levels(num_levels)
+    x = levels[0] * torch.randn(500, 1, 8, 8, generator=seeded())
+    drawn = editing.follow(system, x, levels, torch.zeros(500), num_levels, seeded(1), repeats=repeats)
+    assert abs(float(drawn.std()) - 1) < 0.03 and abs(float(drawn.mean())) < 0.03
+
+
+def test_levels_begin_where_the_strength_says() -> None:
+    levels = [80.0, 9.0, 2.0, 0.5, 0.0]
+    assert editing.levels_from(levels, 0.5) == [1.0, 0.5, 0.0]
+    assert editing.levels_from(levels, 1.0) == levels
+    assert editing.levels_from(levels, 0.9) == pytest.approx([9.0, 2.0, 0.5, 0.0])
+
+
+# Inpainting -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_known_pixels_stay_exactly_and_two_seeds_fill_differently(name: str) -> None:
+    system, images = SYSTEMS[name](), some_images()
+    mask = torch.zeros(6, 8, 8, dtype=torch.bool)
+    mask[:, 4:, :] = True
+    mask[3] = False  # nothing to do for this one
+    spoilt = torch.where(mask.unsqueeze(1), 7.0, images)  # what the hole holds is not looked at
+    fills = [
+        inpaint.edit(given, torch.zeros(6).long(), system, inpaint.Config(), sampling_of(system), seeded(seed), mask)
+        for given, seed in ((images, 0), (spoilt, 0), (images, 1))
+    ]
+    known = ~mask.unsqueeze(1)
+    assert all(torch.equal(fill[known], images[known]) for fill in fills)
+    assert torch.equal(fills[0], fills[1])
+    assert (fills[0] != fills[2])[mask.unsqueeze(1)].float().mean() > 0.02
+    none = torch.zeros_like(mask)
+    assert torch.equal(
+        inpaint.edit(images, torch.zeros(6).long(), system, inpaint.Config(), sampling_of(system), seeded(), none),
+        images,
+    )
+
+
+def test_left_to_right_draws_weighted_by_what_they_did_not_read_are_the_true_conditional() -> None:
+    """All 2^4 images enumerated: drawn first two places, known last two; weights make p(first) into p(first | last)."""
+    system = discrete_system("autoregressive", side=2, size=2)
+    prior, labels = system.prior, torch.zeros(16, dtype=torch.long)
+    every = torch.tensor(list(itertools.product(range(2), repeat=4)))
+    joint = (-prior.bits(every.view(-1, 2, 2), labels, seeded())).exp2()
+    is_known = torch.tensor([[False, False], [True, True]]).expand(16, 2, 2)
+    evidence = prior.unread_evidence(every.view(-1, 2, 2), is_known, labels).exp()
+    of_last = (every[:, 2:] == torch.tensor([1, 0])).all(dim=1)
+    true = joint[of_last] / joint[of_last].sum()
+    first = joint.view(4, 4).sum(dim=1)  # p(first two)
+    weighted = first * evidence[of_last]
+    assert torch.allclose(weighted / weighted.sum(), true, atol=1e-5)
+    assert not torch.allclose(first, true, atol=1e-2)  # without weights it would be something else
+
+
+# Enhancement ----------------------------------------------------------------------------------------------------------
+
+
+def test_damages_are_what_they_say() -> None:
+    images = some_images(2)
+    blurred = enhance.damaged(images, enhance.Config(damage="blur", blur_std=0.8))
+    expected = ndimage.gaussian_filter(images[1, 0].double().numpy(), 0.8, mode="nearest", radius=3)
+    assert torch.allclose(blurred[1, 0].double(), torch.from_numpy(expected), atol=1e-6)
+    small = enhance.damaged(images, enhance.Config(damage="downsample", factor=4))
+    assert torch.allclose(small[0, 0, 0, 1], images[0, 0, :4, 4:].mean())
+    noisy = enhance.measure(torch.zeros(50, 1, 8, 8), enhance.Config(damage="noise", noise_std=0.3), seeded())
+    assert abs(float(noisy.std()) - 0.3) < 0.02
+    with pytest.raises(ValueError, match="not divisible by enhance.factor 3"):
+        enhance.damaged(images, enhance.Config(damage="downsample", factor=3))
+
+
+def test_a_noisy_gaussian_is_denoised_as_its_posterior_says() -> None:
+    """Data N(0, 0.3^2), noise 0.3: the posterior mean is half the measurement."""
+
+    class Narrow(Gaussian):
+        def denoise(self, x: Tensor, sigma: float, labels: Tensor, sampling: Any) -> Tensor:
+            return x * 0.09 / (0.09 + sigma**2)
+
+    system = System(Pixels(), Narrow(), spec_of(None, (1, 8, 8)), "latents", "toy")
+    truth = 0.3 * torch.randn(100, 1, 8, 8, generator=seeded())
+    config = enhance.Config(damage="noise", noise_std=0.3, correction_steps=40)
+    measured = enhance.measure(truth, config, seeded(1))
+    labels = torch.zeros(100).long()
+    draws = [enhance.edit(measured, labels, system, config, None, seeded(seed), (8, 8)) for seed in range(2, 10)]
+    mean = torch.stack(draws).mean(dim=0)
+    slope = float((mean * measured).sum() / measured.square().sum())
+    assert 0.4 < slope < 0.65, slope
+    assert (mean - truth).square().mean() < 0.065  # the posterior's variance is 0.045, the measurement's 0.09
+    assert 0.1 < float(torch.stack(draws).std(dim=0).mean()) < 0.3  # draws, whose deviation is 0.21
+
+
+def test_tokens_are_led_by_how_they_change_the_misfit() -> None:
+    """The decoder is linear, so but for the square the guess is exact: compare with the derivative by differences."""
+    system = discrete_system("masked")
+    config = enhance.Config(damage="noise", noise_std=1.0)
+    measured = some_images(1)
+    shares = torch.rand(1, 16, 4, generator=seeded()).softmax(dim=2)
+    codes = system.tokenizer.quantizer.indices_to_codes(torch.arange(4).view(1, 1, -1)).flatten()
+    expected = (shares @ codes).view(1, 1, 4, 4)
+
+    def misfit(latents: Tensor) -> float:
+        return float((system.tokenizer.decoder(latents) - measured).square().sum() / 2)
+
+    led, step = enhance._led(shares, measured, system, config, 1.0), 1e-3
+    for place, code in ((0, 0), (5, 3), (15, 1)):
+        moved = expected.clone()
+        moved.view(-1)[place] += step * (codes[code] - expected.view(-1)[place])
+        assert float(led[0, place, code]) == pytest.approx(-(misfit(moved) - misfit(expected)) / step, abs=5e-3)
+
+
+def test_refined_tokens_explain_the_measurement_better_than_the_first_guess() -> None:
+    system, images = discrete_system("masked"), some_images(8)
+    config = enhance.Config(damage="downsample", factor=4, noise_std=0.1)
+    measured = enhance.measure(images, config, seeded())
+    drawn = enhance.edit(measured, torch.zeros(8).long(), system, config, sampling_of(system), seeded(1), (8, 8))
+    guess = system.images_of(system.tokens_of(enhance.first_guess(measured, (8, 8))))
+    misfits = [enhance._misfit(each, measured, config, 0.1) for each in (drawn, guess)]
+    assert (misfits[0] <= misfits[1]).all() and misfits[0].sum() < misfits[1].sum()
+
+
+# Restyling, variations, interpolation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("module", [restyle, variations])
+def test_strength_leads_from_the_image_itself_farther_and_farther_away(name: str, module: Any) -> None:
+    system, images = SYSTEMS[name](), some_images(24)
+    if system.learns == "indices":
+        images = system.images_of(system.tokens_of(images))  # what decoding alone changes is no distance
+    distances = []
+    for strength in (0.0, 0.25, 0.5, 1.0):
+        config = module.Config(strength=strength)
+        edited = module.edit(images, torch.zeros(24).long(), system, config, sampling_of(system), seeded())
+        distances.append(float((edited - images).square().mean()))
+    assert distances[0] == 0.0
+    assert distances == sorted(distances) and distances[1] > 0
+
+
+def test_a_style_is_the_statistics_of_the_reference_s_channels() -> None:
+    latents, reference = torch.randn(3, 2, 6, 6), 3 * torch.randn(1, 2, 6, 6) + 1
+    styled = restyle.with_statistics(latents, reference)
+    assert torch.allclose(styled.mean(dim=(2, 3)), reference.mean(dim=(2, 3)).expand(3, -1), atol=1e-5)
+    assert torch.allclose(styled.std(dim=(2, 3)), reference.std(dim=(2, 3)).expand(3, -1), atol=1e-5)
+
+
+def test_a_target_that_is_no_class_is_refused() -> None:
+    system, images = gaussian_system(), some_images(1)
+    with pytest.raises(ValueError, match="restyle.target is 2, but there are 2 classes: expected 0 to 1"):
+        restyle.edit(images, torch.zeros(1).long(), system, restyle.Config(target=2), None, seeded())
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_interpolation_begins_at_one_image_and_ends_at_the_other(name: str) -> None:
+    system, images = SYSTEMS[name](), some_images(4)
+    others, labels = images.flip(0), torch.zeros(4).long()
+
+    def at(share: float) -> Tensor:
+        config = interpolate.Config()
+        return interpolate.edit(images, labels, system, config, sampling_of(system), seeded(), others, share)
+
+    assert torch.equal(at(0), images) and torch.equal(at(1), others)
+    near, far = ((at(0.2) - end).square().mean() for end in (images, others))
+    assert near < far
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EDITS if kind != "interpolate"])
+def test_what_a_gan_cannot_do_is_refused_naming_the_priors_that_can(kind: str) -> None:
+    system, images = gan_system(), some_images(2)
+    with pytest.raises(
+        CannotEdit, match=r"toy-gan cannot .*: its prior gan .* choose a system with a .*(diffusion|masked)"
+    ):
+        EDITS[kind].trial(images, torch.zeros(2).long(), system, EDITS[kind].Config(), None, seeded())
+
+
+def test_enhancement_by_a_left_to_right_prior_is_refused() -> None:
+    system = discrete_system("autoregressive")
+    with pytest.raises(CannotEdit, match="its prior autoregressive .* a diffusion, flow or masked prior"):
+        enhance.trial(some_images(2), torch.zeros(2).long(), system, enhance.Config(), sampling_of(system), seeded())
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(InvalidParams, match="strength"):
+        parse(restyle.Config, {"kind": "restyle", "strength": 1.5}, "edits.restyle")
+    with pytest.raises(InvalidParams, match="damage noise with noise_std 0 is no damage"):
+        parse(enhance.Config, {"kind": "enhance", "noise_std": 0.0}, "edits.denoise")
+
+
+def test_baselines_of_inpainting_differ_and_keep_known_pixels() -> None:
+    system, images = discrete_system("masked"), some_images()
+    trial = inpaint.trial(images, torch.zeros(6).long(), system, inpaint.Config(), sampling_of(system), seeded())
+    hole = trial.mask.unsqueeze(1)
+    fills = [baseline[hole] for baseline in trial.baselines.values()]
+    assert all(torch.equal(baseline[~hole], images[~hole]) for baseline in trial.baselines.values())
+    assert not any(torch.allclose(a, b) for a, b in itertools.combinations(fills, 2))
+    assert torch.equal(trial.given[hole], torch.full_like(fills[0], -1))
