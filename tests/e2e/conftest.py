@@ -80,6 +80,10 @@ def smoke_params() -> dict[str, Any]:
         prior["training"] |= {"num_steps": 60, "batch_size": 16}
         system["sampling"] |= {key: 2 for key in ("num_steps", "decoding_steps") if key in system["sampling"]}
     params["sample_images"] = {"num_images": 40, "batch_size": 32}
+    params["edits"]["inpaint"] |= {"candidates": 1, "repeats": 1}
+    for edit in ("denoise", "super-resolution"):
+        params["edits"][edit] |= {"candidates": 1, "rounds": 1, "correction_steps": 2}
+    params["edit_images"] = {"num_images": 4, "num_seeds": 2, "batch_size": 4}
     params["evaluate"] |= {"kernel_subset": 20, "num_kernel_subsets": 2}
     return params
 

@@ -47,7 +47,7 @@ def test_the_whole_pipeline_runs_and_ends_with_a_table(reproduced):
     clone, output = reproduced
     params = clone.params()
     stages = 4 + 2 * len(params["features"]) + 3 * len(params["tokenizers"]) + 3 * len(params["systems"])
-    assert len(ran(output)) == stages == 35
+    assert len(ran(output)) == stages == 41
     systems = list(params["systems"])
     figures = pd.read_csv(clone.folder / "data/comparison/comparison.csv")
     for name in ("fd_classifier", "fd_random"):
@@ -91,8 +91,9 @@ def test_one_changed_parameter_of_a_prior_reruns_that_cell_alone(reproduced):
     clone.write_params(params)
     result = clone.run("dvc", "repro")
     cell = "vqgan-autoregressive"
-    expected = [f"train_prior@{cell}", f"sample_images@{cell}", f"evaluate@{cell}", *AT_THE_END]
-    assert ran(result.stdout) == expected, result.stdout + result.stderr
+    first, *middle = ran(result.stdout)
+    assert first == f"train_prior@{cell}" and middle[-2:] == AT_THE_END, result.stdout + result.stderr
+    assert sorted(middle[:-2]) == [f"edit_images@{cell}", f"evaluate@{cell}", f"sample_images@{cell}"]
 
 
 def test_a_changed_guidance_scale_trains_nothing(reproduced):
@@ -101,7 +102,26 @@ def test_a_changed_guidance_scale_trains_nothing(reproduced):
     params["systems"]["vqgan-flow"]["sampling"]["guidance_scale"] = 2.0
     clone.write_params(params)
     result = clone.run("dvc", "repro")
-    assert ran(result.stdout) == ["sample_images@vqgan-flow", "evaluate@vqgan-flow", *AT_THE_END]
+    *again, last, end = ran(result.stdout)
+    assert sorted(again) == ["edit_images@vqgan-flow", "evaluate@vqgan-flow", "sample_images@vqgan-flow"]
+    assert [last, end] == AT_THE_END
+
+
+def test_every_edit_is_tried_or_refused_and_known_pixels_stay(reproduced):
+    clone, _ = reproduced
+    for path in sorted((clone.folder / "data/metrics/edits").glob("*.json")):
+        metrics, kind = json.loads(path.read_text()), clone.params()["systems"][path.stem]["prior"]["kind"]
+        refused = set(metrics["drawn"]["refused"])
+        enhancing = {"denoise", "super-resolution"}
+        everything = {"inpaint", "restyle", "variations"} | enhancing
+        assert refused == {"gan": everything, "autoregressive": enhancing}.get(kind, set()), path.stem
+        assert set(metrics) >= (everything | {"interpolate"}) - refused
+        if "inpaint" not in refused:
+            assert metrics["inpaint"]["changed_known_pixels"]["value"] == 0
+            assert metrics["inpaint"]["diversity"]["value"] > 0
+            assert "label_agreement" in metrics["inpaint/mean_fill"]
+        with Image.open(clone.folder / f"data/pictures/edits/{path.stem}.png") as picture:
+            assert min(picture.size) > 100
 
 
 def test_another_feature_network_trains_nothing_but_itself(reproduced):
@@ -113,7 +133,7 @@ def test_another_feature_network_trains_nothing_but_itself(reproduced):
     assert {"train_features@random", "reference_stats@random", "evaluate_real", "compare_systems"} <= set(stages)
     again = {stage.partition("@")[0] for stage in stages}
     assert again == {
-        "train_features", "reference_stats", "evaluate_tokenizer", "evaluate_real", "evaluate", *AT_THE_END
+        "train_features", "reference_stats", "evaluate_tokenizer", "evaluate_real", "evaluate", "edit_images", *AT_THE_END
     }  # fmt: skip
     assert "train_features@classifier" not in stages and "reference_stats@classifier" not in stages
 
@@ -261,8 +281,9 @@ def test_a_new_system_reruns_only_its_own_cell(reproduced):
     clone.write_params(params)
     result = clone.run("dvc", "repro")
     cell = "vqvae-flow"
-    expected = [f"train_prior@{cell}", f"sample_images@{cell}", f"evaluate@{cell}", *AT_THE_END]
-    assert ran(result.stdout) == expected, result.stdout + result.stderr
+    first, *middle = ran(result.stdout)
+    assert first == f"train_prior@{cell}" and middle[-2:] == AT_THE_END, result.stdout + result.stderr
+    assert sorted(middle[:-2]) == [f"edit_images@{cell}", f"evaluate@{cell}", f"sample_images@{cell}"]
 
 
 def test_two_processes_train_the_prior_that_one_process_trains(reproduced):
