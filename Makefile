@@ -1,5 +1,6 @@
 # `make repro` and `make test` need nothing but Python 3.11, git and make: both set themselves up.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+STUDIO_PORT ?= 7860
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -8,7 +9,7 @@ export PREFECT_HOME := $(CURDIR)/.prefect
 # Every stage is a process: where this is set, each would compile all that it imports anew, for seconds
 unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test check ui flow stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
+.PHONY: help setup repro test check ui studio flow stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -34,6 +35,9 @@ check: setup  ## style, import rules and contracts, in seconds
 
 ui: setup  ## MLflow on http://127.0.0.1:5000 with every run
 	mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+
+studio: setup  ## draw and edit with the trained systems, on http://127.0.0.1:7860; STUDIO_PORT chooses another port
+	@python -m studio.page --port $(STUDIO_PORT)
 
 flow: setup  ## the same pipeline through Prefect
 	python -m flows.reproduce

@@ -66,7 +66,7 @@ class Studio:
         system = self.params.systems[name]
         tokenizer, prior = self.params.tokenizers[system.tokenizer], load("priors", system.prior.kind)
         codes = f"{tokenizer.codebook_size} codes" if tokenizer.codebook_size else "no codebook"
-        return f"tokenizer {system.tokenizer} ({codes}), prior {system.prior.kind} of {prior.LEARNS}"
+        return f"tokenizer {system.tokenizer} ({codes}); prior {system.prior.kind}, which learns {prior.LEARNS}"
 
     def knobs(self, name: str) -> dict[str, Knob]:
         """Those of guidance, temperature and steps that the system's sampling has, as params.yaml sets them."""
@@ -192,8 +192,8 @@ def mask_of(layers: list[Image.Image], size: tuple[int, int]) -> Image.Image:
         painted = painted | (np.asarray(layer.convert("RGBA"))[..., 3] > 127)
     if not painted.any():
         raise ValueError("nothing is painted: paint over what is to be drawn anew")
-    small = Image.fromarray(painted.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
-    return small.point(lambda value: 255 if value else 0)
+    shares = Image.fromarray(painted.astype(np.float32)).resize(size, Image.Resampling.BOX)  # as bytes they round to 0
+    return Image.fromarray(np.where(np.asarray(shares) > 0, 255, 0).astype(np.uint8))
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:

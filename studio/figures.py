@@ -14,9 +14,9 @@ CSS = """
 .drawn {display: flex; flex-wrap: wrap; gap: 18px; align-items: flex-start}
 .drawn figure {margin: 0; display: flex; gap: 8px; align-items: center; padding: 8px; border-radius: 8px;
   background: var(--background-fill-secondary)}
-.drawn img {height: 168px; image-rendering: pixelated; border-radius: 2px}
+.drawn img {height: 156px; image-rendering: pixelated; border-radius: 2px}
 .drawn table {border-collapse: collapse; margin: 0; width: auto}
-.drawn td {width: 24px; height: 24px; padding: 0; border: 1px solid #fff6; text-align: center; font: 10px/1 monospace;
+.drawn td {width: 22px; height: 22px; padding: 0; border: 1px solid #fff6; text-align: center; font: 9px/1 monospace;
   color: #111}
 .drawn table.many td {width: 6px; height: 6px; border: 0}
 .drawn p {flex-basis: 100%; margin: 0}

@@ -28,9 +28,15 @@ from tessera import edit_file  # noqa: E402
 
 ADDRESS = "127.0.0.1"
 NOBODY_KNOWS = -1  # a drop-down has no value for None
+INTRODUCTION = """# Tessera studio
+Draw with the trained systems of this checkout, and edit pictures with them. Below each result stands the command that
+makes it again, in the folder that this page was started in."""
 SPARE = 64 * 1024  # bytes around a file in its request
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-CSS = figures.CSS + ".gradio-container {max-width: 1180px !important} .command .cm-line {font-size: 12px}"
+CSS = (
+    figures.CSS
+    + ".gradio-container {max-width: 1180px !important; margin: 0 auto !important} .command textarea {font: 12px/1.5 monospace}"
+)
 
 
 class Source(NamedTuple):
@@ -55,11 +61,10 @@ def telling(action: Callable[..., Any]) -> Callable[..., Any]:
 
 def build(studio: Studio) -> gr.Blocks:
     with gr.Blocks(title="Tessera studio", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown("# Tessera studio\nDraw with the trained systems of this checkout, and edit pictures with them.")
-        with gr.Row(equal_height=True):
-            system = gr.Dropdown(studio.names, value=studio.names[0], label="System", elem_id="system", scale=1)
-            about = gr.Markdown(studio.about(studio.names[0]), container=True)
-        system.change(telling(studio.about), system, about, api_name=False)
+        gr.Markdown(INTRODUCTION)
+        first = studio.names[0]
+        system = gr.Dropdown(studio.names, value=first, label="System", info=studio.about(first), elem_id="system")
+        system.change(telling(lambda name: gr.update(info=studio.about(name))), system, system, api_name=False)
         with gr.Tab("Sample"):
             _sample(studio, system)
         with gr.Tab("Compare"):
@@ -98,7 +103,9 @@ def _sample(studio: Studio, system: gr.Dropdown) -> None:
 
 
 def _compare(studio: Studio) -> None:
-    gr.Markdown("Two systems with the same class and seed, each with the sampling settings of `params.yaml`.")
+    gr.Markdown(
+        "Two systems of your choice with the same class and seed, each with the sampling settings of `params.yaml`."
+    )
     with gr.Row():
         label, count, seed = _class(studio, "Class", "one after another"), _count(), _seed()
     button = gr.Button("Draw both", variant="primary", elem_id="draw-both")
@@ -147,9 +154,9 @@ def _enhance(studio: Studio, system: gr.Dropdown) -> None:
             source = _source(studio, "enhance", picture)
         with gr.Column():
             damage = gr.Radio(["noise", "blur", "downsample"], value="noise", label="Damage", elem_id="damage")
-            noise = gr.Slider(0, 1, 0.4, step=0.02, label="Deviation of the noise (white is 1, black -1)")
-            blur = gr.Slider(0.2, 4, 1, step=0.1, label="Deviation of the blur, in pixels", visible=False)
-            factor = gr.Slider(2, 8, 2, step=1, label="Factor of the size", visible=False)
+            noise = gr.Slider(0, 1, 0.4, step=0.02, label="Noise", info="standard deviation; white is 1, black is -1")
+            blur = gr.Slider(0.2, 4, 1, step=0.1, label="Blur", info="standard deviation, in pixels", visible=False)
+            factor = gr.Slider(2, 8, 2, step=1, label="Factor", info="by which each side is smaller", visible=False)
             seed = _seed()
             with gr.Row():
                 spoil = gr.Button("Damage it first", elem_id="spoil")
@@ -234,8 +241,8 @@ def _source(
     upload = gr.UploadButton("Upload a picture", elem_id=f"upload-{key}")
     with gr.Row(equal_height=True):
         number = gr.Number(0, precision=0, minimum=0, label="Test image", elem_id=f"number-{key}", min_width=100)
-        button = gr.Button("Take it", elem_id=f"take-{key}", min_width=100)
-    label = _class(studio, "The picture shows (optional, helps the prior)", "not told") if has_label else None
+        button = gr.Button("Take this one", elem_id=f"take-{key}", min_width=100)
+    label = _class(studio, "The picture shows", "not told") if has_label else None
 
     def taken(path: str) -> tuple[Any, ...]:
         file = Path(path)
@@ -289,10 +296,9 @@ def _result(name: str) -> gr.Image:
     )  # fmt: skip
 
 
-def _command() -> gr.Code:
-    return gr.Code(
-        label="The same from the shell", language="shell", interactive=False, wrap_lines=True, elem_classes="command"
-    )
+def _command() -> gr.Textbox:
+    title = "The same from the shell"
+    return gr.Textbox(label=title, interactive=False, lines=2, max_lines=12, buttons=["copy"], elem_classes="command")
 
 
 def main(arguments: list[str]) -> int:

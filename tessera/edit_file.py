@@ -213,7 +213,7 @@ class Frame:
         """(1, C, H, W) in [-1, 1]"""
         pixels = np.asarray(self._seen(picture.convert(self.mode), self.filter, self.background))
         pixels = pixels[None] if self.mode == "L" else pixels.transpose(2, 0, 1)
-        return to_float(torch.from_numpy(np.ascontiguousarray(pixels))[None])
+        return to_float(torch.from_numpy(np.array(pixels, order="C"))[None])
 
     def mask(self, mask: Image.Image) -> torch.Tensor:
         """(1, H, W): a pixel of the models is covered if any pixel of the picture below it is."""
