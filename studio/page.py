@@ -54,7 +54,7 @@ def telling(action: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return action(*values)
         except (ValueError, OSError) as error:
-            raise gr.Error(html.escape(str(error)), 20, title="That did not work", print_exception=False) from None
+            raise gr.Error(html.escape(str(error)), duration=20, print_exception=False) from None
 
     return told
 
