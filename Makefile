@@ -1,5 +1,6 @@
 # `make repro` and `make test` need nothing but Python 3.11, git and make: both set themselves up.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+STUDIO_PORT ?= 7860
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -16,7 +17,7 @@ BIND = "import socket; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, sock
 require_free = @python -c $(call BIND,$($(1))) 2>/dev/null || { echo "make $@ cannot listen on 127.0.0.1:$($(1)): expected a \
 free port ($(2)); stop what uses it, or choose another: make $@ $(1)=$$(($($(1)) + 10))" >&2; exit 2; }
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test check ui serve flow stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
+.PHONY: help setup repro test check ui studio serve flow stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -50,6 +51,9 @@ serve: setup  ## images over HTTP on 127.0.0.1:5001 by the champion; MODEL=model
 	export MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}"; \
 	model="$(MODEL)"; [ "$$model" ] || model="models:/tessera-$$(python -c $(DATASET_NAME))@champion" || exit 2; \
 	echo "serving $$model"; MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR=false exec mlflow models serve -m "$$model" --env-manager local --host 127.0.0.1 --port $(SERVE_PORT)
+
+studio: setup  ## draw and edit with the trained systems, on http://127.0.0.1:7860; STUDIO_PORT chooses another port
+	@python -m studio.page --port $(STUDIO_PORT)
 
 flow: setup  ## the same pipeline through Prefect
 	python -m flows.reproduce

@@ -4,13 +4,16 @@
     python -m stages.edit_images --system vae-flow --enhance --set damage=downsample --set factor=2 in.png out.png
     python -m stages.edit_images --system vqgan-flow --restyle --set target=3 --set strength=0.7 in.png out.png
     python -m stages.edit_images --system vqgan-flow --interpolate --other b.png --share 0.5 a.png out.png
+    python -m stages.edit_images --system vqgan-flow --sample --label 3 --count 8 --seed 1 out.png
 
 The image gets the data set's own preprocessing; the result has the size of the input (a downsampled one: `factor` times
-that). Where a mask is white, pixels are drawn anew, and all others come back as they were.
+that). Where a mask is white, pixels are drawn anew, and all others come back as they were. `--sample` edits nothing: it draws
+images of a label, or of one label after another, and lays them out in rows of ten.
 """
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +24,7 @@ import yaml
 from PIL import Image
 
 from tessera import params as all_params
-from tessera import seeding
+from tessera import pictures, seeding
 from tessera.artifacts.decoding import decode, pillow_warnings
 from tessera.artifacts.images import to_float, to_uint8
 from tessera.artifacts.records import Unreadable
@@ -31,6 +34,7 @@ from tessera.generation import ImageGenerator
 from tessera.params import Pipeline
 
 MAX_BYTES, MAX_PIXELS = 64 * 2**20, 32 * 2**20  # of a file, of its image
+ROW = 10  # images side by side
 PREPROCESSING = {"resize": "crop", "filter": "lanczos", "background": "white"}  # where a data set says nothing else
 
 
@@ -48,15 +52,36 @@ class Request(NamedTuple):
     def command(self, mask: str = "", other: str = "", source: str = "in.png", target: str = "out.png") -> str:
         """The line for the shell that does it again."""
         parts = ["python -m stages.edit_images", f"--system {self.system}", f"--{self.kind}"]
-        parts += [f"--mask {mask}"] if mask else []
-        parts += [f"--other {other} --share {self.share:g}"] if other else []
+        parts += [f"--mask {shlex.quote(mask)}"] if mask else []
+        parts += [f"--other {shlex.quote(other)} --share {self.share}"] if other else []
         parts += [f"--label {self.label}"] if self.label is not None else []
         changed = {key: value for key, value in self.config.model_dump(mode="json").items() if key != "kind"}
         default = load("edits", self.kind).Config().model_dump(mode="json")
-        parts += [f"--set {key}={json.dumps(value)}" for key, value in changed.items() if value != default[key]]
-        plain = self.sampling.model_dump(mode="json")
-        parts += [f"--sampling {key}={json.dumps(value)}" for key, value in plain.items()]
-        return " ".join([*parts, f"--seed {self.seed}", source, target])
+        parts += _options("--set", {key: value for key, value in changed.items() if value != default[key]})
+        parts += _options("--sampling", self.sampling.model_dump(mode="json"))
+        return " ".join([*parts, f"--seed {self.seed}", shlex.quote(source), shlex.quote(target)])
+
+
+class Draw(NamedTuple):
+    """Images to draw, checked."""
+
+    system: str
+    sampling: Any
+    label: int | None = None  # None: one label after another
+    count: int = 1
+    seed: int = 0
+
+    def command(self, target: str = "out.png") -> str:
+        """The line for the shell that does it again."""
+        parts = [f"python -m stages.edit_images --system {self.system} --sample"]
+        parts += [f"--label {self.label}"] if self.label is not None else []
+        parts += [f"--count {self.count}", *_options("--sampling", self.sampling.model_dump(mode="json"))]
+        return " ".join([*parts, f"--seed {self.seed}", shlex.quote(target)])
+
+
+def _options(option: str, values: dict[str, Any]) -> list[str]:
+    """As YAML on a line of a shell, which would break a list at its spaces."""
+    return [f"{option} {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in values.items()]
 
 
 def request(
@@ -68,17 +93,29 @@ def request(
     **other: Any,
 ) -> Request:
     """Settings are the defaults of the edit's Config but for those given. Raises ValueError, InvalidParams among them."""
-    if system not in params.systems:
-        raise ValueError(f"there is no system '{system}' in params.yaml: expected one of {', '.join(params.systems)}")
+    drawn = _sampling(params, system, sampling)
     config = parse(load("edits", kind).Config, {"kind": kind, **(settings or {})}, kind)
-    own = params.sampling(system)
-    drawn = parse(type(own), own.model_dump(mode="json") | (sampling or {}), f"systems.{system}.sampling")
     made = Request(system, kind, config, drawn, **other)
     if made.label is not None and not 0 <= made.label < (params.dataset.num_classes or made.label + 1):
         raise ValueError(f"label is {made.label}: expected 0 to {params.dataset.num_classes - 1}")
     if not 0 <= made.share <= 1:
         raise ValueError(f"share is {made.share}: expected 0, the image itself, to 1, the other one")
     return made
+
+
+def to_draw(params: Pipeline, system: str, sampling: dict[str, Any] | None = None, **other: Any) -> Draw:
+    """As `request`, of images that start from nothing."""
+    made = Draw(system, _sampling(params, system, sampling), **other)
+    if made.count < 1:
+        raise ValueError(f"count is {made.count}: expected at least 1 image")
+    return made
+
+
+def _sampling(params: Pipeline, system: str, changed: dict[str, Any] | None) -> Any:
+    if system not in params.systems:
+        raise ValueError(f"there is no system '{system}' in params.yaml: expected one of {', '.join(params.systems)}")
+    own = params.sampling(system)
+    return parse(type(own), own.model_dump(mode="json") | (changed or {}), f"systems.{system}.sampling")
 
 
 def open_system(params: Pipeline, name: str, root: Path = Path()) -> System:
@@ -97,6 +134,18 @@ def read_picture(data: bytes, what: str) -> Image.Image:
     except Unreadable as reason:
         raise ValueError(f"{what} {reason}: expected a picture such as a PNG or JPEG file") from None
     return Image.fromarray(pixels.transpose(1, 2, 0))
+
+
+@torch.no_grad()
+def draw(system: System, asked: Draw) -> tuple[torch.Tensor, np.ndarray]:
+    """Tokens, (B, *index_grid) indices or (B, D, h, w) standardized latents, and (B, C, H, W) uint8 images of them."""
+    num_classes = system.spec.num_classes
+    if asked.label is not None and not 0 <= asked.label < num_classes:
+        raise ValueError(f"label is {asked.label}: expected 0 to {num_classes - 1}")
+    every = torch.arange(asked.count) % num_classes
+    labels = every if asked.label is None else torch.full((asked.count,), asked.label)
+    tokens = system.prior.sample(labels.to(system.device), asked.sampling, seeding.generator(asked.seed, "edit_file"))
+    return tokens.cpu(), to_uint8(system.images_of(tokens)).cpu().numpy()
 
 
 def edit(
@@ -164,7 +213,7 @@ class Frame:
         """(1, C, H, W) in [-1, 1]"""
         pixels = np.asarray(self._seen(picture.convert(self.mode), self.filter, self.background))
         pixels = pixels[None] if self.mode == "L" else pixels.transpose(2, 0, 1)
-        return to_float(torch.from_numpy(np.ascontiguousarray(pixels))[None])
+        return to_float(torch.from_numpy(np.array(pixels, order="C"))[None])
 
     def mask(self, mask: Image.Image) -> torch.Tensor:
         """(1, H, W): a pixel of the models is covered if any pixel of the picture below it is."""
@@ -210,6 +259,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m stages.edit_images", description=__doc__, formatter_class=plain)
     parser.add_argument("--system", required=True, help="a system of params.yaml that is trained")
     kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument(
+        "--sample", dest="kind", action="store_const", const="sample", help="draw images, without an input"
+    )
     for name in kinds("edits"):
         kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name)
     parser.add_argument("--mask", type=Path, help="inpaint: an image, white where pixels are to be drawn anew")
@@ -217,25 +269,34 @@ def main(arguments: list[str]) -> int:
         "--other", type=Path, help="interpolate: the image to go to; restyle: the one whose look is wanted"
     )
     parser.add_argument("--share", type=float, default=0.5, help="interpolate: of the way to the other image")
-    parser.add_argument("--label", type=int, help="of the image, if it is known")
+    parser.add_argument(
+        "--label", type=int, help="of the image, if it is known; sample: to draw, else one after another"
+    )
+    parser.add_argument("--count", type=int, default=1, help="sample: number of images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the edit")
     parser.add_argument(
         "--sampling", action="append", default=[], metavar="KEY=VALUE", help="a setting of the sampling"
     )
-    parser.add_argument("input", type=Path)
+    parser.add_argument("input", type=Path, nargs="?", help="an image; none with --sample")
     parser.add_argument("output", type=Path)
     given = parser.parse_args(arguments)
     try:
+        if (given.input is None) != (given.kind == "sample"):
+            raise ValueError("an edit needs an input and an output, --sample an output alone")
         params = all_params.read(Path("params.yaml"))
         options = {"label": given.label, "seed": given.seed, "share": given.share}
-        asked = request(params, given.system, given.kind, _pairs(given.set), _pairs(given.sampling), **options)
-        if given.output.suffix.lower() not in (".png", ".webp", ".bmp", ".tif", ".tiff"):
+        if given.output.suffix.lower() not in (".png", ".bmp", ".tif", ".tiff"):
             raise ValueError(f"{given.output} would lose pixels or is no image: expected a name that ends in .png")
-        pictures = [
-            path and read_picture(path.read_bytes(), str(path)) for path in (given.input, given.mask, given.other)
-        ]
-        result = edit(open_system(params, given.system), asked, params, *pictures)
+        if given.kind == "sample":
+            wanted = {"label": given.label, "count": given.count, "seed": given.seed}
+            drawing = to_draw(params, given.system, _pairs(given.sampling), **wanted)
+            _, images = draw(open_system(params, given.system), drawing)
+            pictures.save_grid(given.output, images, min(ROW, len(images)))
+            return 0
+        asked = request(params, given.system, given.kind, _pairs(given.set), _pairs(given.sampling), **options)
+        files = [path and read_picture(path.read_bytes(), str(path)) for path in (given.input, given.mask, given.other)]
+        result = edit(open_system(params, given.system), asked, params, *files)
         result.save(given.output)
     except (ValueError, OSError) as error:
         print(f"nothing was edited: {error}", file=sys.stderr)

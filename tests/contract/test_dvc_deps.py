@@ -83,10 +83,12 @@ def test_a_stage_is_the_child_of_dvc_and_not_of_a_shell(address):
 
 
 def test_no_init_file_imports_the_project_so_no_code_is_hidden_in_one():
-    files = [path for folder in ("stages", "tessera", "flows") for path in (ROOT / folder).rglob("__init__.py")]
+    files = [
+        path for folder in ("stages", "tessera", "flows", "studio") for path in (ROOT / folder).rglob("__init__.py")
+    ]
     assert len(files) > 8
     for path in files:
-        assert not re.search(r"(import|from) +(tessera|stages|flows)", path.read_text()), path
+        assert not re.search(r"(import|from) +(tessera|stages|flows|studio)", path.read_text()), path
 
 
 def test_no_key_of_the_params_has_a_name_that_dvc_ignores():

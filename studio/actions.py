@@ -1,0 +1,213 @@
+"""What the studio's buttons do: draw, edit, take in pictures, and say which command does the same.
+
+Models are used by one request at a time, and each request has a generator of its own, so results never mix. Pictures that
+come in lie below .state/studio as PNG files named by their content: commands refer to them, and so run as they stand.
+"""
+
+import hashlib
+import io
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from tessera import edit_file, seeding
+from tessera import params as all_params
+from tessera.artifacts import folder as artifact
+from tessera.artifacts import images as image_artifact
+from tessera.artifacts.images import to_uint8
+from tessera.components import load
+from tessera.editing import System
+
+KEPT = Path(".state/studio")
+MAX_IMAGES = 32  # of one request
+MAX_SEED = 2**32 - 1
+CANVAS = 560  # pixels of the longer side that a mask is painted on, about
+KNOBS = {"guidance": ("guidance_scale",), "temperature": ("temperature",), "steps": ("num_steps", "decoding_steps")}
+
+
+class Drawn(NamedTuple):
+    images: np.ndarray  # (B, C, H, W) uint8
+    indices: np.ndarray | None  # (B, *index_grid); None: the prior draws latents
+    codebook_size: int | None
+    command: str
+
+
+class Edited(NamedTuple):
+    picture: Image.Image
+    command: str
+
+
+class Knob(NamedTuple):
+    """A setting of the sampling that the page shows."""
+
+    key: str
+    value: float
+
+
+class Studio:
+    """The trained systems of a checkout. Every mistake of a user is a ValueError of one sentence."""
+
+    def __init__(self, root: Path = Path()):
+        self.root = root
+        self.params = all_params.read(root / "params.yaml")
+        self.names = [name for name in self.params.systems if self._is_trained(name)]
+        if not self.names or not (root / "data/images/meta.json").is_file():
+            raise ValueError(f"no system of {root / 'params.yaml'} is trained yet: run make repro first")
+        self.classes = image_artifact.read_spec(root / "data/images").class_names
+        self._models, self._files = threading.Lock(), threading.Lock()
+        self._systems: dict[str, tuple[list[str], System]] = {}
+        self._test: image_artifact.Images | None = None
+
+    def about(self, name: str) -> str:
+        """What a system is, in a line."""
+        system = self.params.systems[name]
+        tokenizer, prior = self.params.tokenizers[system.tokenizer], load("priors", system.prior.kind)
+        codes = f"{tokenizer.codebook_size} codes" if tokenizer.codebook_size else "no codebook"
+        return f"tokenizer {system.tokenizer} ({codes}); prior {system.prior.kind}, which learns {prior.LEARNS}"
+
+    def knobs(self, name: str) -> dict[str, Knob]:
+        """Those of guidance, temperature and steps that the system's sampling has, as params.yaml sets them."""
+        sampling = self.params.sampling(name).model_dump()
+        return {knob: Knob(key, sampling[key]) for knob, keys in KNOBS.items() for key in keys if key in sampling}
+
+    def draw(self, name: str, label: int | None, count: Any, seed: Any, **knobs: float | None) -> Drawn:
+        """Knobs that are None stay as params.yaml sets them."""
+        self._check(name)
+        known = self.knobs(name)
+        given = {knob: value for knob, value in knobs.items() if value is not None}
+        refused = [knob for knob in given if knob not in known]
+        if refused:
+            has = " and ".join(known) or "none of the settings here"
+            raise ValueError(f"{name} has no {refused[0]}: its prior samples with {has}")
+        sampling = {known[knob].key: int(value) if knob == "steps" else value for knob, value in given.items()}
+        options = {"count": _whole(count, "the number of images", 1, MAX_IMAGES), "seed": _seed(seed), "label": label}
+        asked = edit_file.to_draw(self.params, name, sampling, **options)
+        with self._models:
+            system = self._open(name)
+            tokens, images = edit_file.draw(system, asked)
+        indices = tokens.numpy() if system.learns == "indices" else None
+        return Drawn(images, indices, system.spec.codebook_size, asked.command())
+
+    def edit(
+        self,
+        name: str,
+        kind: str,
+        source: str,
+        seed: Any,
+        settings: dict[str, Any] | None = None,
+        label: int | None = None,
+        mask: Image.Image | None = None,
+        other: str = "",
+        share: float = 0.5,
+    ) -> Edited:
+        """source, other: names of kept pictures. With a label, the prior is told it."""
+        self._check(name)
+        settings = dict(settings or {})
+        if label is not None and "is_labelled" in load("edits", kind).Config.model_fields:
+            settings["is_labelled"] = True
+        options = {"label": label, "seed": _seed(seed), "share": share}
+        asked = edit_file.request(self.params, name, kind, settings, **options)
+        picture, other_picture = self.picture(source), self.picture(other) if other else None
+        masked = "" if mask is None else self._keep(mask)
+        with self._models:
+            edited = edit_file.edit(self._open(name), asked, self.params, picture, mask, other_picture)
+        files = {"source": source, "mask": masked, "other": other}
+        return Edited(edited, asked.command(**{key: str(KEPT / file) if file else "" for key, file in files.items()}))
+
+    def take(self, data: bytes, what: str) -> str:
+        """Check an upload, which nothing has decoded before, and keep it; its name."""
+        with self._files:  # Pillow's warnings are set for all threads
+            picture = edit_file.read_picture(data, what)
+        return self._keep(picture)
+
+    def take_test_image(self, number: Any) -> tuple[str, int]:
+        """Keep a test image by its row; its name and label."""
+        with self._files:
+            if self._test is None:
+                self._test = image_artifact.read(self.root / "data/images")[1]["test"]
+        row = _whole(number, "the number of a test image", 0, len(self._test) - 1)
+        return self._keep(_picture(self._test.uint8(np.array([row]))[0].numpy())), int(self._test.labels[row])
+
+    def damage(self, source: str, settings: dict[str, Any], seed: Any) -> str:
+        """The picture as the models see it, damaged as `enhance` takes it to be; the damaged one's name."""
+        asked = edit_file.request(self.params, self.names[0], "enhance", settings, seed=_seed(seed))
+        picture = self.picture(source)
+        images = edit_file.Frame(self.params.dataset, picture.size).tensor(picture)
+        generator = seeding.generator(asked.seed, "studio_damage")
+        return self._keep(
+            _picture(to_uint8(load("edits", "enhance").measure(images, asked.config, generator))[0].numpy())
+        )
+
+    def picture(self, name: str) -> Image.Image:
+        """A kept picture, read as the shell would."""
+        if not name:
+            raise ValueError("there is no picture yet: upload one, or take a test image")
+        with self._files:
+            return edit_file.read_picture((self.root / KEPT / name).read_bytes(), "the picture")
+
+    def _keep(self, picture: Image.Image) -> str:
+        file = io.BytesIO()
+        picture.save(file, "png")
+        name = f"{hashlib.sha256(file.getvalue()).hexdigest()[:16]}.png"
+        path = self.root / KEPT / name
+        with self._files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file.getvalue())
+        return name
+
+    def _is_trained(self, name: str) -> bool:
+        return all((folder / artifact.MANIFEST).is_file() for folder in self._artifacts(name))
+
+    def _artifacts(self, name: str) -> tuple[Path, Path]:
+        data = self.root / "data"
+        return data / "tokenizers" / self.params.systems[name].tokenizer, data / "priors" / name
+
+    def _check(self, name: str) -> None:
+        if name not in self.names:
+            raise ValueError(f"there is no trained system '{name}': expected one of {', '.join(self.names)}")
+
+    def _open(self, name: str) -> System:
+        """Read once, and again where it was trained anew."""
+        prints = [artifact.fingerprint(folder) for folder in self._artifacts(name)]
+        if name not in self._systems or self._systems[name][0] != prints:
+            self._systems[name] = prints, edit_file.open_system(self.params, name, self.root)
+        return self._systems[name][1]
+
+
+def for_painting(picture: Image.Image) -> Image.Image:
+    """As large as a mask is painted on: small pictures enlarged by a whole number, large ones reduced."""
+    scale = CANVAS / max(picture.size)
+    if scale >= 2:
+        return picture.resize((picture.width * int(scale), picture.height * int(scale)), Image.Resampling.NEAREST)
+    return picture if scale >= 0.5 else picture.reduce(round(1 / scale))
+
+
+def mask_of(layers: list[Image.Image], size: tuple[int, int]) -> Image.Image:
+    """Painted RGBA layers -> white where any of a pixel is painted, at the picture's size. Raises ValueError if none is."""
+    painted = np.zeros((1, 1), bool)
+    for layer in layers:
+        painted = painted | (np.asarray(layer.convert("RGBA"))[..., 3] > 127)
+    if not painted.any():
+        raise ValueError("nothing is painted: paint over what is to be drawn anew")
+    shares = Image.fromarray(painted.astype(np.float32)).resize(size, Image.Resampling.BOX)  # as bytes they round to 0
+    return Image.fromarray(np.where(np.asarray(shares) > 0, 255, 0).astype(np.uint8))
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+    """(C, H, W) uint8, of one channel or three."""
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+def _seed(value: Any) -> int:
+    return _whole(value, "the seed", 0, MAX_SEED)
+
+
+def _whole(value: Any, what: str, low: int, high: int) -> int:
+    if not isinstance(value, int | float) or value != int(value) or not low <= value <= high:
+        raise ValueError(
+            f"{what} is {'empty' if value is None else value}: expected a whole number from {low} to {high}"
+        )
+    return int(value)

@@ -1,0 +1,386 @@
+"""The studio's page: what it draws, edits and refuses, in a browser and by twenty requests at once."""
+
+import base64
+import html
+import io
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image, ImageDraw
+
+from stages import encode_tokens, prepare_images, train_prior, train_tokenizer
+from studio.actions import KEPT, Studio, for_painting, mask_of
+from studio.figures import table
+from tessera import edit_file, pictures, stage_process
+from tessera.components import parse
+from tessera.params import Pipeline
+from tessera.stage_process import Job
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).parents[2]
+TRAINING = {"num_steps": 60, "batch_size": 16, "learning_rate": 0.01}
+PATIENCE = 120  # seconds for an answer, on a busy machine
+
+
+def tiny_params() -> dict[str, Any]:
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["dataset"]["source"] = str(ROOT / "requirements.lock")
+    tokenizer = values["tokenizers"]["vqvae"] | {"channels": 8, "num_blocks": 1, "training": TRAINING}
+    tokenizer["quantizer"] |= {"codebook_size": 32, "init_step": 1}
+    values["tokenizers"] = {"vqvae": tokenizer}
+    values["encode_tokens"]["warps"] = 0
+    flow, masked = values["systems"]["vqgan-flow"], values["systems"]["vqgan-masked"]
+    flow["prior"]["denoiser"] |= {"channels": 8, "num_blocks": 1}
+    masked["prior"] |= {"width": 24, "depth": 1, "heads": 2}
+    for system in (flow, masked):
+        system["prior"]["training"] = TRAINING
+        system["tokenizer"] = "vqvae"
+    flow["sampling"] = {"guidance_scale": 1.5, "num_steps": 3}
+    masked["sampling"] = {"guidance_scale": 1.5, "decoding_steps": 3}
+    values["systems"] = {"masked": masked, "flow": flow, "untrained": flow}
+    return values
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which two of three systems are trained, by the stages."""
+    root = tmp_path_factory.mktemp("checkout")
+    data, values = root / "data", tiny_params()
+    (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    params = parse(Pipeline, values)
+
+    def job(name: str) -> Job:
+        return Job(name, root / ".state" / name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setattr(stage_process, "ROOT", root)
+        prepare_images.run(params, data / "images", job("images"))
+        tokenizer, tokens = data / "tokenizers" / "vqvae", data / "tokens" / "vqvae"
+        train_tokenizer.run(params, "vqvae", data / "images", tokenizer, data / "t.csv", job("tokenizer"))
+        encode_tokens.run(params, "vqvae", data / "images", tokenizer, tokens, job("tokens"))
+        for name in ("masked", "flow"):
+            prior, files = data / "priors" / name, (data / f"{name}.csv", data / f"{name}.json")
+            train_prior.run(params, name, data / "images", tokenizer, tokens, prior, *files, job(name))
+    return root
+
+
+@pytest.fixture(scope="module")
+def studio(root: Path) -> Studio:
+    return Studio(root)
+
+
+def start(root: Path, port: int, **options: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "studio.page", "--port", str(port)]
+    return subprocess.Popen(command, cwd=root, env=environment, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def address(root: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (root / "studio.log").open("w") as log:
+        server = start(root, port, stdout=subprocess.PIPE, stderr=log)
+    try:
+        assert server.stdout.readline() == f"Tessera studio: http://127.0.0.1:{port} (Ctrl-C ends it)\n", (
+            root / "studio.log"
+        ).read_text()
+        yield f"http://127.0.0.1:{port}"
+        assert server.poll() is None and "Traceback" not in (root / "studio.log").read_text()
+    finally:
+        server.kill()
+        server.wait(10)
+
+
+def run(command: str, root: Path, patch: pytest.MonkeyPatch, out: Path) -> np.ndarray:
+    """What the command that the studio shows writes, with another name for its output."""
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "stages.edit_images"] and words[-1] == "out.png"
+    patch.chdir(root)
+    assert edit_file.main([*words[3:-1], str(out)]) == 0
+    return np.asarray(Image.open(out))
+
+
+def images_in(text: str) -> np.ndarray:
+    """(B, C, H, W) the images of the page's HTML."""
+    found = re.findall(r"data:image/png;base64,([^\"]+)", text)
+    return np.stack([np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found])[:, None]
+
+
+def test_only_trained_systems_are_offered_with_only_the_knobs_they_have(studio: Studio) -> None:
+    assert studio.names == ["masked", "flow"]
+    assert {name: knob.key for name, knob in studio.knobs("masked").items()} == {
+        "guidance": "guidance_scale", "temperature": "temperature", "steps": "decoding_steps",
+    }  # fmt: skip
+    assert {name: tuple(knob) for name, knob in studio.knobs("flow").items()} == {
+        "guidance": ("guidance_scale", 1.5), "steps": ("num_steps", 3),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["masked", "flow"])
+@pytest.mark.parametrize("label", [3, None])
+def test_the_command_of_a_sample_draws_the_same_bits(name, label, studio, root, monkeypatch, tmp_path) -> None:
+    drawn = studio.draw(name, label, 12, 5, guidance=2.0, steps=4)
+    again = run(drawn.command, root, monkeypatch, tmp_path / "again.png")
+    assert np.array_equal(again, pictures.grid(drawn.images, 10))
+    assert not np.array_equal(studio.draw(name, label, 12, 6, guidance=2.0, steps=4).images, drawn.images)
+    assert not np.array_equal(studio.draw(name, label, 12, 5, guidance=7.0, steps=4).images, drawn.images)
+    assert (drawn.indices is None) == (name == "flow")
+
+
+def test_shown_indices_decode_to_the_shown_image(studio: Studio) -> None:
+    import torch
+
+    drawn = studio.draw("masked", 3, 4, 0)
+    cells = re.findall(r">(\d+)</td>", "".join(map(table, drawn.indices)))
+    indices = torch.tensor([int(cell) for cell in cells]).view(drawn.indices.shape)
+    with torch.no_grad():
+        decoded = edit_file.to_uint8(studio._open("masked").tokenizer.decode_indices(indices))
+    assert np.array_equal(decoded.numpy(), drawn.images)
+
+
+def half(size: tuple[int, int]) -> Image.Image:
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).rectangle((0, size[1] // 2, size[0], size[1]), 255)
+    return mask
+
+
+@pytest.mark.parametrize("name", ["masked", "flow"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("inpaint", {}),
+        ("enhance", {"damage": "noise", "noise_std": 0.4}),
+        ("enhance", {"damage": "downsample", "factor": 2}),
+        ("restyle", {"target": 3, "strength": 0.7}),
+        ("restyle", {"strength": 0.55}),  # with a reference
+        ("interpolate", {}),
+    ],
+)
+def test_the_command_of_an_edit_makes_the_same_bits(name, kind, settings, studio, root, monkeypatch, tmp_path) -> None:
+    source, other = studio.take_test_image(5)[0], studio.take_test_image(6)[0]
+    mask = half((8, 8)) if kind == "inpaint" else None
+    needs_other = kind == "interpolate" or (kind == "restyle" and "target" not in settings)
+    edited = studio.edit(
+        name, kind, source, 7, settings, mask=mask, other=other if needs_other else "", share=0.35
+    )  # fmt: skip
+    again = run(edited.command, root, monkeypatch, tmp_path / "again.png")
+    assert np.array_equal(again, np.asarray(edited.picture))
+    assert not np.array_equal(np.asarray(edited.picture), np.asarray(studio.picture(source).convert("L")))
+
+
+def test_a_command_runs_in_a_shell(studio: Studio, root: Path, tmp_path: Path) -> None:
+    edited = studio.edit("flow", "restyle", studio.take_test_image(5)[0], 1, {"target": 2}, label=3)
+    command = edited.command.replace("python", sys.executable, 1).replace("out.png", str(tmp_path / "out.png"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", command], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(edited.picture))
+
+
+REFUSED = [
+    (lambda studio: studio.draw("flow", 3, 1, 0, temperature=0.5), "flow has no temperature"),
+    (lambda studio: studio.draw("untrained", 3, 1, 0), "no trained system 'untrained'"),
+    (lambda studio: studio.draw("flow", 10, 1, 0), "label is 10: expected 0 to 9"),
+    (lambda studio: studio.draw("flow", 3, 33, 0), "the number of images is 33: expected a whole number from 1 to 32"),
+    (lambda studio: studio.draw("flow", 3, 1, None), "the seed is empty"),
+    (lambda studio: studio.draw("flow", 3, 1, 0.5), "the seed is 0.5"),
+    (lambda studio: studio.take_test_image(10**6), "the number of a test image is 1000000"),
+    (lambda studio: studio.edit("flow", "enhance", "", 0), "there is no picture yet"),
+    (
+        lambda studio: studio.edit("flow", "enhance", studio.take_test_image(0)[0], 0, {"damage": "downsample", "factor": 3}),
+        "not divisible",
+    ),
+    (lambda studio: mask_of([Image.new("RGBA", (80, 80))], (8, 8)), "nothing is painted"),
+    (lambda studio: mask_of([], (8, 8)), "nothing is painted"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("action", "sentence"), REFUSED, ids=[sentence for _, sentence in REFUSED])
+def test_a_mistake_is_one_sentence(action, sentence: str, studio: Studio) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        action(studio)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (28, 28), (400, 30), (900, 700), (3000, 2001)])
+def test_a_painted_dot_masks_the_pixel_below_it(size: tuple[int, int]) -> None:
+    shown = for_painting(Image.new("RGB", size))
+    assert 280 <= max(shown.size) <= 1120
+    layer = Image.new("RGBA", shown.size)
+    x, y = shown.width * 3 // 4, shown.height // 4
+    layer.putpixel((x, y), (255, 0, 0, 255))
+    mask = np.asarray(mask_of([layer], size))
+    rows, columns = np.nonzero(mask)
+    pixels_a_dot = max(1, size[0] / shown.width) * max(1, size[1] / shown.height)
+    assert set(np.unique(mask)) == {0, 255} and len(rows) <= 2 * pixels_a_dot + 2
+    assert abs(columns.mean() - x * size[0] / shown.width) <= max(1, size[0] / shown.width)
+    assert abs(rows.mean() - y * size[1] / shown.height) <= max(1, size[1] / shown.height)
+
+
+def test_a_taken_port_and_an_untrained_checkout_end_with_a_sentence_and_2(root, address, tmp_path) -> None:
+    (tmp_path / "params.yaml").write_text((root / "params.yaml").read_text())
+    port = int(address.rpartition(":")[2])
+    starts = [start(place, port, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for place in (root, tmp_path)]
+    taken, untrained = (process.communicate(timeout=PATIENCE) for process in starts)
+    assert [process.returncode for process in starts] == [2, 2]
+    assert taken == ("", f"port {port} is taken: choose another, such as make studio STUDIO_PORT={port + 1}\n")
+    assert untrained == ("", "no system of params.yaml is trained yet: run make repro first\n")
+
+
+@pytest.fixture
+def page(browser, address: str):
+    opened = browser.new_page(viewport={"width": 1280, "height": 1000})
+    opened.set_default_timeout(PATIENCE * 1000)
+    asked: list[str] = []
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.goto(address)
+    opened.wait_for_selector("#draw")
+    yield opened
+    foreign = [url for url in asked if not url.startswith((address, "data:", f"blob:{address}"))]
+    opened.close()
+    assert len(asked) > 10 and not foreign
+
+
+def photograph(page: Any, name: str) -> None:
+    if "TESSERA_SHOTS" in os.environ:
+        page.screenshot(path=Path(os.environ["TESSERA_SHOTS"]) / f"{name}.png", full_page=True)
+
+
+def test_a_sample_shows_the_images_and_indices_of_its_command(page, root, studio) -> None:
+    page.click("#draw")
+    page.wait_for_selector("#drawn figure td")
+    photograph(page, "studio-test-sample")
+    expected = studio.draw("masked", None, 6, 0)
+    shown = page.inner_html("#drawn")
+    assert np.array_equal(images_in(shown), expected.images)
+    assert [int(cell) for cell in page.locator("#drawn td").all_inner_texts()] == expected.indices.flatten().tolist()
+    assert expected.command in page.locator(".command textarea").first.input_value()
+    page.click("#system input")
+    page.get_by_role("option", name="flow", exact=True).last.click()
+    page.get_by_label("Temperature", exact=False).first.wait_for(state="hidden")
+    page.click("#draw")
+    page.get_by_text("there are no indices to show").wait_for()
+    assert np.array_equal(images_in(page.inner_html("#drawn")), studio.draw("flow", None, 6, 0).images)
+
+
+def test_what_the_mouse_paints_is_inpainted_and_the_rest_stays(page, root, studio, monkeypatch, tmp_path) -> None:
+    page.get_by_role("tab", name="Inpaint").click()
+    page.fill("#number-inpaint input", "7")
+    page.click("#take-inpaint")
+    source, label = studio.take_test_image(7)
+    page.wait_for_function(f"document.querySelector('[aria-label=\"The picture shows\"]').value == '{label}'")
+    page.wait_for_timeout(3000)  # until the picture is on the canvas
+    box = page.locator("#editor canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    for below in (60, 100):
+        page.mouse.move(x - 120, y + below)
+        page.mouse.down()
+        page.mouse.move(x, y + below, steps=2)
+        page.mouse.move(x + 120, y + below, steps=2)
+        page.mouse.up()
+    page.wait_for_timeout(1000)
+    page.click("#inpaint")
+    result = page.locator("#inpainted img")
+    result.wait_for()
+    photograph(page, "studio-test-inpaint")
+    edited = np.asarray(Image.open(io.BytesIO(page.request.get(result.get_attribute("src")).body())).convert("L"))
+    commands = page.locator(".command textarea").evaluate_all("all => all.map(one => one.value)")
+    (command,) = [text for text in commands if "--inpaint" in text]
+    mask = np.asarray(Image.open(root / shlex.split(command)[shlex.split(command).index("--mask") + 1]))
+    assert mask.shape == (8, 8) and not mask[:4].any() and mask[5, 2:6].all() and not mask[:, 0].any()
+    original = np.asarray(studio.picture(source).convert("L"))
+    assert np.array_equal(edited[mask == 0], original[mask == 0]) and (edited != original).any()
+    assert np.array_equal(run(command, root, monkeypatch, tmp_path / "again.png"), edited)
+
+
+def bad_files(shared_data: Path) -> list[Path]:
+    """Ten that Pillow refuses, each for another reason, by the manifest of the test data."""
+    import csv
+
+    folder, found = shared_data / "ingest", {}
+    with (folder / "manifest.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["outcome"] != "ok" and (folder / row["path"]).is_file():
+                found.setdefault((row["outcome"], row["message"][:12]), folder / row["path"])
+    return list(found.values())[:10]
+
+
+def upload(page: Any, path: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.click("#upload-enhance")
+    chooser.value.set_files(path)
+
+
+def test_each_bad_upload_gives_a_message_and_the_page_lives_on(page, shared_data, tmp_path) -> None:
+    files = bad_files(shared_data)
+    assert len(files) == 10
+    huge = tmp_path / "huge.png"
+    with huge.open("wb") as file:
+        file.truncate(edit_file.MAX_BYTES + 10)
+    page.get_by_role("tab", name="Enhance").click()
+    for path in [*files, huge]:
+        upload(page, path)
+        toast = page.locator(".toast-body").filter(has_text=path.name)
+        toast.first.wait_for()
+        text = toast.first.inner_text()
+        print(text.replace("\n", " "))
+        assert "Traceback" not in text and len(text) < 400
+        for close in page.locator(".toast-close").all():
+            close.click()
+    photograph(page, "studio-test-uploads")
+    good = tmp_path / "good.png"
+    Image.radial_gradient("L").save(good)
+    upload(page, good)
+    page.wait_for_timeout(2000)
+    page.click("#enhance")
+    page.wait_for_selector("#enhanced img")
+
+
+def test_twenty_requests_at_once_get_what_each_gets_alone(root, address, studio, tmp_path) -> None:
+    from gradio_client import Client, handle_file
+
+    client = Client(address, verbose=False, analytics_enabled=False)
+    pixels = [np.random.default_rng(number).integers(0, 256, (8, 8), np.uint8) for number in range(4)]
+    others = [Client(address, verbose=False, analytics_enabled=False) for _ in pixels]
+    for number, values in enumerate(pixels):
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+
+    def sample(number: int) -> tuple[str, str]:
+        name, label = ("masked", "flow")[number % 2], number % 10
+        return client.predict(name, label, 3, number, 2.0, 1.0, 3, api_name="/sample")
+
+    def enhance(number: int) -> tuple[bytes, str]:
+        own = others[number]  # a session of its own, as of a page of its own
+        own.predict(handle_file(str(tmp_path / f"{number}.png")), api_name="/upload_enhance")
+        path, command = own.predict("masked", -1, number, "noise", 0.4, 1.0, 2, api_name="/enhance")
+        return np.asarray(Image.open(path)).tobytes(), command
+
+    tasks = [(sample, number) for number in range(16)] + [(enhance, number) for number in range(4)]
+    with ThreadPoolExecutor(20) as pool:
+        together = list(pool.map(lambda task: task[0](task[1]), tasks))
+    for number in range(16):
+        text, command = together[number]
+        knobs = {"temperature": 1.0} if number % 2 == 0 else {}
+        alone = studio.draw(
+            ("masked", "flow")[number % 2], number % 10, 3, number, guidance=2.0, steps=3, **knobs
+        )  # fmt: skip
+        assert np.array_equal(images_in(html.unescape(text)), alone.images) and command == alone.command
+    for number in range(4):
+        kept = studio.take((tmp_path / f"{number}.png").read_bytes(), "it")
+        alone = studio.edit("masked", "enhance", kept, number, {"noise_std": 0.4})
+        assert together[16 + number] == (np.asarray(alone.picture).tobytes(), alone.command)
+    assert len(set(together)) == 20
+    assert (root / KEPT).is_dir()
