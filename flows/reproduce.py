@@ -54,6 +54,7 @@ RETRY_SECONDS = 3.0  # a process that was told to end by the death of its parent
 GRACE_SECONDS = 25.0  # longer than the last artifacts take
 HINTS = (  # dvc gives them after each stage
     "To track the changes with git",
+    "Updating lock file",
     "git add ",
     "To enable auto staging",
     "dvc config core.autostage",
@@ -288,13 +289,14 @@ def reproduce(
 ) -> State[Any]:
     """Bring the targets up to date, or everything. The flow fails if a stage fails; stages that can run, still do.
 
-    preset: the name of a file in presets/; without one, params.yaml as it is.
-    overrides: {"systems.vqgan-flow.prior.training.num_steps": 900}, or as `dvc exp run -S` takes them. With a preset or
-    overrides the run is a DVC experiment, in a folder of its own: the checkout stays as it is.
-    targets: stages such as train_prior@vqgan-flow; without any, all of them.
-    force: run the stages even if nothing changed.
-    champion: "generation/fd_classifier < 0.5" gives MLflow's alias champion to the best registered system by this figure
-    when all stages have come out well, if it is below (or with >, above) the number.
+    Args:
+        preset: the name of a file in presets/; without one, params.yaml as it is.
+        overrides: {"systems.vqgan-flow.prior.training.num_steps": 900}, or as `dvc exp run -S` takes them. With a preset
+            or overrides the run is a DVC experiment, in a folder of its own: the checkout stays as it is.
+        targets: stages such as train_prior@vqgan-flow; without any, all of them.
+        force: run the stages even if nothing changed.
+        champion: "generation/fd_classifier < 0.5" gives MLflow's alias champion to the best registered system by this
+            figure when all stages have come out well, if it is below (or with >, above) the number.
     """
     if champion:
         champions.arguments(champion)  # a wrong one is told before the work

@@ -73,9 +73,10 @@ def sweep(
 ) -> State[Any]:
     """Run an experiment for each cell and compare them. The sweep fails if a cell fails; the others still run.
 
-    cells: a grid {key: [values]}, of which every combination is run, or a list of overrides.
-    preset: the name of a file in presets/ that the overrides change; without one, params.yaml.
-    targets: stages such as evaluate@vqgan-flow; without any, all of them.
+    Args:
+        cells: a grid {key: [values]}, of which every combination is run, or a list of overrides.
+        preset: the name of a file in presets/ that the overrides change; without one, params.yaml.
+        targets: stages such as evaluate@vqgan-flow; without any, all of them.
     """
     overrides = combinations(cells)
     labels = [label_of(cell) for cell in overrides]

@@ -6,7 +6,7 @@
     python -m stages.edit_images --system vqgan-flow --interpolate --other b.png --share 0.5 a.png out.png
     python -m stages.edit_images --system vqgan-flow --sample --label 3 --count 8 --seed 1 out.png
 
-The image gets the data set's own preprocessing; the result has the size of the input (a downsampled one: `factor` times
+The image gets the data set's own preprocessing; the result has the size of the input (of a downsampled one: `factor` times
 that). Where a mask is white, pixels are drawn anew, and all others come back as they were. `--sample` edits nothing: it draws
 images of a label, or of one label after another, and lays them out in rows of ten.
 """
@@ -166,6 +166,8 @@ def edit(
     frame = Frame(params.dataset, picture.size)
     images = frame.tensor(picture).to(system.device)
     label = system.spec.num_classes if asked.label is None else asked.label
+    if not 0 <= label <= system.spec.num_classes:
+        raise ValueError(f"label is {label}: expected 0 to {system.spec.num_classes - 1}")
     labels = torch.full((1,), label, device=system.device)
     generator = seeding.generator(asked.seed, "edit_file")
     module, given = load("edits", asked.kind), (system, asked.config, asked.sampling, generator)
@@ -174,11 +176,11 @@ def edit(
         edited = module.edit(images, labels, *given, hole)
         return frame.put_back(picture, edited, mask)
     if asked.kind == "enhance":
-        size = (images.shape[2], images.shape[3])
-        measured, factor = images, 1
+        size, measured, factor = (images.shape[2], images.shape[3]), images, 1
         if asked.config.damage == "downsample":
             factor = asked.config.factor
-            measured = module.damaged(images, asked.config)
+            module.damaged(images, asked.config)  # refuses a factor that does not divide the models' size
+            measured = Frame(params.dataset, picture.size, factor).tensor(picture).to(system.device)
         edited = module.edit(measured, labels, *given, size)
         larger = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
         return Frame(params.dataset, larger.size).put_back(larger, edited)
@@ -194,8 +196,9 @@ def edit(
 class Frame:
     """Which part of a picture the models see, by the data set's way of resizing, and the way there and back."""
 
-    def __init__(self, dataset: Any, size: tuple[int, int]):
-        self.height, self.width = dataset.height, dataset.width
+    def __init__(self, dataset: Any, size: tuple[int, int], factor: int = 1):
+        """factor: how much smaller than the models' images the picture is to be."""
+        self.height, self.width = dataset.height // factor, dataset.width // factor
         self.mode = "L" if dataset.channels == 1 else "RGB"
         how = getattr(dataset, "resize", PREPROCESSING["resize"])
         self.filter = Image.Resampling[getattr(dataset, "filter", PREPROCESSING["filter"]).upper()]

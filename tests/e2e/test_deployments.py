@@ -235,6 +235,9 @@ def test_every_deployment_is_made_on_a_fresh_server_and_the_nightly_one_is_off(t
     assert set(found["reproduce"]["parameter_openapi_schema"]["properties"]) == {
         "preset", "overrides", "targets", "force", "champion"
     }  # fmt: skip
+    for name in found:  # the form on the page explains each of them
+        properties = found[name]["parameter_openapi_schema"]["properties"]
+        assert all(property.get("description") for property in properties.values()), name
 
 
 def test_a_cancelled_training_leaves_no_process_and_the_next_run_resumes_it(team: Team) -> None:

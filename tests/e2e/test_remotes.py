@@ -268,7 +268,13 @@ def test_repro_pull_in_an_empty_clone_runs_no_stage(team: Team, third: Any) -> N
 def experiment(team: Team) -> str:
     """The name of a run with another guidance scale, which the first clone has kept and pushed."""
     said = team.run(team.first, sys.executable, "-c", EXPERIMENT, f"{GUIDANCE}=2.5")
-    again = {"sample_images@vqgan-flow", "evaluate@vqgan-flow", "edit_images@vqgan-flow", "compare_systems", "write_report"}
+    again = {
+        "sample_images@vqgan-flow",
+        "evaluate@vqgan-flow",
+        "edit_images@vqgan-flow",
+        "compare_systems",
+        "write_report",
+    }
     assert set(ran(said)) == again
     name = said.rpartition("kept ")[2].split()[0]
     team.run(team.first, "dvc", "exp", "push", "origin", name)
