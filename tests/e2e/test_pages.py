@@ -27,7 +27,7 @@ SYSTEMS = ("vqgan-flow", "vqgan-masked")
 STAGES = {
     "prepare_images", "train_features@classifier", "reference_stats@classifier", "evaluate_real", "compare_systems",
     "write_report", "train_tokenizer@vqgan", "encode_tokens@vqgan", "evaluate_tokenizer@vqgan",
-    *(f"{stage}@{system}" for stage in ("train_prior", "sample_images", "evaluate") for system in SYSTEMS),
+    *(f"{stage}@{system}" for stage in ("train_prior", "sample_images", "evaluate", "edit_images") for system in SYSTEMS),
 }  # fmt: skip
 ENDS = re.compile("^(Completed|Failed|Crashed|Cancelled)$")
 
