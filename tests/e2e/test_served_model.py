@@ -146,7 +146,8 @@ def client(root: Path) -> Client:
     logged = [path for path in (root / "mlruns").rglob("*") if path.is_file()]
     assert {"weights.safetensors", "served_model.py"} <= {path.name for path in logged}
     assert not [path for path in logged if path.suffix in (".pkl", ".pickle", ".pyc", ".pt")]
-    crowned = track(root, "champion", "--metric", "generation/fd_classifier", "--lower", "--threshold", "1e9")
+    by = "--metric", "generation/fd_classifier", "--lower", "--threshold", "1e9", "--dataset", "digits"
+    crowned = track(root, "champion", *by)
     assert crowned.returncode == 0, crowned.stderr
     assert "flow (version 1) is champion of tessera-digits" in crowned.stdout
     with socket.socket() as free:
