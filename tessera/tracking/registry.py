@@ -39,9 +39,8 @@ def register(client: Any, run_id: str, journal: Path, root: Path, offer: dict[st
     version = _version(client, offer)
     is_new = version is None or version.tags.get(RUN) == run_id
     if is_new and (journal / offer["place"]).is_dir() and _logged_models(client, run_id, offer["digest"]):
-        time.sleep(
-            DOUBT_SECONDS
-        )  # an earlier attempt broke off: a server that was frozen may be carrying it out just now
+        # An earlier attempt broke off: a server that was frozen may be carrying it out at this moment
+        time.sleep(DOUBT_SECONDS)
         version = _version(client, offer)
     if version is None:
         folders = {role: _folder(journal, root, offer, role, path) for role, path in offer["parts"].items()}
