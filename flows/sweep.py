@@ -54,6 +54,7 @@ def combinations(cells: Cells) -> list[dict[str, Any]]:
                 f"the cells of {', '.join(wrong)} are no list of values: expected e.g. {{seed: [0, 1, 2]}}"
             )
         found = [dict(zip(cells, values, strict=True)) for values in itertools.product(*cells.values())]
+    found = [dict(sorted(cell.items())) for cell in found]  # PostgreSQL gives the keys back in an order of its own
     if not any(found):
         raise ValueError("there are no cells: expected {key: [values]}, e.g. {seed: [0, 1, 2]}, or a list of overrides")
     return found

@@ -260,9 +260,12 @@ def test_cancel_on_the_page_ends_a_training_within_ten_seconds(pages: Pages) -> 
         page.get_by_text("list", exact=True).nth(index).click()
         page.get_by_role("button", name="Add item").nth(index).click()
         page.get_by_role("textbox").nth(index + 1).fill(text)  # the first is the name of the run
-    pages.shoot("prefect-custom-run")
+    pages.shoot("prefect-custom-run", 1500)
+    pages.resize(1500)  # the form is longer than a page
     name = page.get_by_role("textbox").first.input_value()
     page.get_by_role("button", name="Submit").click()
+    page.wait_for_timeout(3000)
+    pages.shoot("prefect-submitted")
     pages.open_run(name)
     training = re.compile(r"^train_prior@vqgan-flow\s+step\s+\d+/100000")
     page.get_by_text(training).first.wait_for(timeout=1000 * RUN_SECONDS)
