@@ -264,8 +264,6 @@ def test_cancel_on_the_page_ends_a_training_within_ten_seconds(pages: Pages) -> 
     pages.resize(1500)  # the form is longer than a page
     name = page.get_by_role("textbox").first.input_value()
     page.get_by_role("button", name="Submit").click()
-    page.wait_for_timeout(3000)
-    pages.shoot("prefect-submitted")
     pages.open_run(name)
     training = re.compile(r"^train_prior@vqgan-flow\s+step\s+\d+/100000")
     page.get_by_text(training).first.wait_for(timeout=1000 * RUN_SECONDS)
