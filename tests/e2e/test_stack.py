@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from ports import free_ports
 
 from flows import stack_members, stack_servers
 from tessera.tracking.journal import process_start
@@ -87,16 +88,6 @@ class Checkout:
 
     def url(self, member: str, path: str) -> str:
         return f"http://127.0.0.1:{self.ports[member]}{path}"
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @pytest.fixture
