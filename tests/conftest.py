@@ -83,7 +83,10 @@ def browser():
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate keeps one precision per process; each test may choose its own."""
+    """Accelerate keeps one precision per process; each test may choose its own, and each fixture of a module, which is
+    set up before its first test's fixtures: hence afterwards too."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -30,6 +30,7 @@ from tessera.tracking.journal import process_start
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).parents[2]
 MEMBERS = ("prefect", "mlflow", "worker", "control")
+MAKE_VARIABLES = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # a make in a make names the folders that it enters
 
 # A run whose work is in another session, as the stages of the pipeline are
 SLEEPER = """
@@ -281,8 +282,9 @@ def test_a_target_of_make_whose_port_is_taken_says_so_in_a_sentence(target: str,
         port = taken.getsockname()[1]
         command = ["make", "--assume-old=.venv/.ready", target, f"{variable}={port}"]  # of what is installed already
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        outside_of_make = {name: value for name, value in os.environ.items() if name not in MAKE_VARIABLES}
         done = subprocess.run(
-            command, cwd=REPOSITORY, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60
+            command, cwd=REPOSITORY, env={**outside_of_make, "PATH": path}, capture_output=True, text=True, timeout=60
         )
     assert (done.returncode, done.stdout) == (2, "")
     sentence, ends = done.stderr.splitlines()
