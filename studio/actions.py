@@ -105,9 +105,6 @@ class Studio:
     ) -> Edited:
         """source, other: names of kept pictures. With a label, the prior is told it."""
         self._check(name)
-        settings = dict(settings or {})
-        if label is not None and "is_labelled" in load("edits", kind).Config.model_fields:
-            settings["is_labelled"] = True
         options = {"label": label, "seed": _seed(seed), "share": share}
         asked = edit_file.request(self.params, name, kind, settings, **options)
         picture, other_picture = self.picture(source), self.picture(other) if other else None

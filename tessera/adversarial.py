@@ -92,7 +92,7 @@ class AdversarialObjective(nn.Module):
 
     def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Reconstructions, the loss of the latents, and terms to plot; with a codebook, `self.watch` is told the codes."""
-        raise NotImplementedError
+        raise NotImplementedError("the objectives of vqgan.py and vae.py say how")
 
     def forward(self, batch: ImageBatch, phase: str, step: int) -> dict[str, Tensor] | None:
         if phase == "autoencoder":

@@ -94,7 +94,10 @@ def request(
 ) -> Request:
     """Settings are the defaults of the edit's Config but for those given. Raises ValueError, InvalidParams among them."""
     drawn = _sampling(params, system, sampling)
-    config = parse(load("edits", kind).Config, {"kind": kind, **(settings or {})}, kind)
+    schema, settings = load("edits", kind).Config, {"kind": kind, **(settings or {})}
+    if other.get("label") is not None and "told_label" in schema.model_fields:
+        settings = {"told_label": "own", **settings}
+    config = parse(schema, settings, kind)
     made = Request(system, kind, config, drawn, **other)
     if made.label is not None and not 0 <= made.label < (params.dataset.num_classes or made.label + 1):
         raise ValueError(f"label is {made.label}: expected 0 to {params.dataset.num_classes - 1}")

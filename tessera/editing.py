@@ -5,6 +5,7 @@ and gives (B, C, H, W) float32 images in [-1, 1]; and `trial(...)`, which damage
 anybody could do without a prior, to compare with.
 """
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -146,11 +147,21 @@ def noise(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator).to(like.device)
 
 
-def levels_from(levels: list[float], strength: float) -> list[float]:
-    """As many levels, from that of the strength to 0: level s / (1 - s), at most the first."""
-    first = levels[0] if strength == 1 else min(levels[0], strength / (1 - strength))
+def levels_from(levels: list[float], strength: float, grid: tuple[int, int]) -> list[float]:
+    """As many levels, from that of the strength to 0: level s / (1 - s) on a grid of 8x8 or less, at most the first.
+
+    Neighbors on a finer grid show much the same and average the noise away: it takes as many times the noise as there are
+    times 8 places on a side to hide as much (Hoogeboom et al., "Simple Diffusion", 2023, arXiv:2301.11093, section 3.1).
+    """
+    finer = max(1.0, math.sqrt(grid[0] * grid[1]) / 8)
+    first = levels[0] if strength == 1 else min(levels[0], finer * strength / (1 - strength))
     below = [level for level in levels if level < 0.999 * first]
     return [first, *below]
+
+
+def number_drawn(strength: float, count: int) -> int:
+    """Of `count` indices those to draw again: the share of noise in the variance of latents at level s / (1 - s)."""
+    return round(count * strength**2 / (strength**2 + (1 - strength) ** 2))
 
 
 @torch.no_grad()
@@ -185,3 +196,12 @@ def follow(
             x = ahead + (sigma**2 - following**2) ** 0.5 * noise(x, generator)
         x = ahead
     return x
+
+
+def drawn_around(
+    system: System, tokens: Tensor, strength: float, labels: Tensor, sampling: Any, generator: torch.Generator
+) -> Tensor:
+    """(B, C, H, W) images of latents that got noise of the strength's level and lost it again under the labels."""
+    levels = levels_from(system.prior.levels(sampling), strength, system.grid)
+    x = tokens + levels[0] * noise(tokens, generator)
+    return system.images_of(follow(system, x, levels, labels, sampling, generator)).clamp(-1, 1)

@@ -30,8 +30,7 @@ DAMAGE = (
     EOFError,
     ValueError,
     OverflowError,
-    RuntimeError,  # a chain of headers without end (RecursionError), an encrypted member
-    NotImplementedError,
+    RuntimeError,  # endless headers (RecursionError), an encrypted member, an unknown compression (NotImplementedError)
     zlib.error,
     lzma.LZMAError,
     struct.error,

@@ -2,8 +2,8 @@
 
 The damage is an operator with given config, and what is left is a measurement, y = A(image) + noise. A prior of latents is
 followed from noise to data, and at each level its prediction is moved to where it explains the measurement as well. A
-masked prior draws some of the tokens again, several times, led at each draw by how a token would change the error of
-the measurement, and the draw that explains it best is kept.
+masked prior draws tokens again, first all of them and then ever fewer, led at each draw by how a token would change the
+error of the measurement; the draw is kept that is most probable, by the prior and the measurement.
 
 Sources: Zhu et al. (DiffPIR), "Denoising Diffusion Models for Plug-and-Play Image Restoration", 2023, arXiv:2305.08995,
 algorithm 1; in latents: Song et al. (ReSample), 2023, arXiv:2307.08123, section 3.2; the linear guess of what a token
@@ -33,12 +33,12 @@ class Config(Params):
     noise_std: Annotated[float, Field(ge=0)] = 0.02  # of the measurement, in [-1, 1]; with damage noise, all there is
     blur_std: Positive = 1.0  # pixels
     factor: Annotated[int, Field(ge=1)] = 2  # downsample: means of factor x factor pixels
-    pixel_std: Positive = 0.1  # of what decoded tokens cannot explain, in [-1, 1]; masked priors
-    trust: Positive = 1.0  # weight of the measurement against the prior
+    pixel_std: Positive = 0.2  # of what decoded tokens cannot explain, in [-1, 1]; masked priors
+    trust: Positive = 3.0  # weight of the measurement against the prior, of which a trained one is only an estimate
     correction_steps: Annotated[int, Field(ge=1)] = 40  # of Adam, at each level
-    rounds: Annotated[int, Field(ge=1)] = 3  # of drawing tokens again
+    rounds: Annotated[int, Field(ge=1)] = 8  # of drawing tokens again
     candidates: Annotated[int, Field(ge=1)] = 2
-    is_labelled: bool = False  # whether the prior is told the label of the image
+    told_label: Literal["none", "own"] = "none"
 
     @model_validator(mode="after")
     def _noise_is_some(self) -> "Config":
@@ -98,8 +98,9 @@ def edit(
     """measured: what `measure` gives -> (B, C, *size) images."""
     is_led = system.completes and hasattr(system.prior, "mask_index")
     system.require("enhance", system.denoises or is_led, "a diffusion, flow or masked prior")
-    if not config.is_labelled:
+    if config.told_label == "none":
         labels = system.null_labels(len(measured))
+        sampling = sampling.model_copy(update={"guidance_scale": 1.0})  # there is nothing to guide towards
     if system.denoises:
         images = _followed(measured, labels, system, config, sampling, generator)
     else:
@@ -152,23 +153,32 @@ def _redrawn(
     generator: torch.Generator,
     size: tuple[int, int],
 ) -> Tensor:
-    best = system.tokens_of(first_guess(measured, size))
     std = (config.noise_std**2 + config.pixel_std**2) ** 0.5
-    error = _misfit(system.images_of(best), measured, config, std)
+    same_masks = generator.get_state()  # for every estimate of bits, so that draws differ and not the estimates
+
+    @torch.no_grad()
+    def surprise(indices: Tensor) -> Tensor:
+        """(B,) nats: minus the log-probability of the indices given the measurement, up to a constant."""
+        masks = torch.Generator().set_state(same_masks)
+        bits = system.prior.bits(indices, labels, masks)
+        return _misfit(system.images_of(indices), measured, config, std) + math.log(2) * bits
 
     def lead(shares: Tensor) -> Tensor:
         return _led(shares, measured, system, config, std)
 
+    with torch.no_grad():
+        best = system.tokens_of(first_guess(measured, size))
+    least = surprise(best)
     for number in range(config.rounds):
-        share = 1 - number / config.rounds  # of the tokens that are drawn again: first all of them
+        share = 1 - number / config.rounds  # of the tokens that are drawn again
         current = best
         for _ in range(config.candidates):
             is_known = torch.rand(current.shape, generator=generator).to(current.device) >= share
             drawn = system.prior.complete(current, is_known, labels, sampling, generator, lead=lead)
-            found = _misfit(system.images_of(drawn), measured, config, std)
-            is_better = found < error
+            found = surprise(drawn)
+            is_better = found < least
             best = torch.where(is_better.view(-1, 1, 1), drawn, best)
-            error = torch.where(is_better, found, error)
+            least = torch.where(is_better, found, least)
     return system.images_of(best)
 
 

@@ -5,12 +5,16 @@ autoregressive one with the known ones forced, by diffusion and flow with the kn
 Of several drawn candidates the one is kept that fits best; then the known pixels are put back, exactly, and the seam is
 closed inside the hole.
 
+Unless a label is given, each candidate has one of its own, drawn in proportion to how well it explains what is known
+(label_evidence.py): priors are trained to know labels, and without one, seldom, they know less.
+
 Sources: Chang et al. (MaskGIT), 2022, arXiv:2202.04200, section 4.3 (completion of tokens); Lugmayr et al. (RePaint), 2022,
 arXiv:2201.09865, section 4.2; sampling and importance resampling: Rubin, 1988; the membrane that closes the seam: Perez
 et al., "Poisson Image Editing", 2003, section 2, the guidance field being the gradient of what was drawn.
 Differs from them: which tokens are drawn is measured from the decoder (System.reach); a candidate is drawn in proportion to
 how well it explains what is known and was not used: pixels near the seam, and for a left-to-right prior the known
-tokens behind the hole.
+tokens behind the hole. The tokenizer sees the hole filled with the median of what is known: a mean, which may be a colour
+that no image has, spoils its statistics of the whole image.
 """
 
 from typing import Annotated, Any, Literal
@@ -20,7 +24,9 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
+from tessera.drawing import gumbel_noise
 from tessera.editing import System, Trial, follow, noise
+from tessera.label_evidence import label_chances
 from tessera.nn.membrane import close_seam
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -34,7 +40,9 @@ class Config(Params):
     candidates: Annotated[int, Field(ge=1)] = 4
     pixel_std: Annotated[float, Field(gt=0)] = 0.25  # of the known pixels that a candidate has to explain, in [-1, 1]
     repeats: Annotated[int, Field(ge=1)] = 4  # of each step of diffusion and flow
-    is_labelled: bool = False  # whether the prior is told the label of the image
+    told_label: Literal["none", "inferred", "own"] = (
+        "inferred"  # inferred: from what is known, a draw of each candidate
+    )
     hole: Literal["bottom", "top", "left", "right", "center"] = "bottom"  # of test images: a half, or half of each side
 
 
@@ -49,25 +57,55 @@ def edit(
 ) -> Tensor:
     """mask: (B, H, W) booleans, True where a pixel is covered; what `images` has there is not looked at."""
     system.require("inpaint", system.completes or system.denoises, "a masked, autoregressive, diffusion or flow prior")
-    if not config.is_labelled:
-        labels = system.null_labels(len(images))
     if not mask.any():
         return images
-    images = mean_filled(images, mask)
     is_open = system.touched(mask, config.least_reach)
+    images = torch.where(mask.unsqueeze(1), known_median(images, mask), images)
+    with torch.no_grad():
+        tokens = system.tokens_of(images)
+    chances = _chances(tokens, ~is_open, labels, system, config, sampling, generator)
     best, best_score = images, torch.full((len(images),), -torch.inf, device=images.device)
     for _ in range(config.candidates):
+        told = (chances + gumbel_noise(chances.shape, generator).to(chances.device)).argmax(dim=1)
         if system.completes:
-            drawn, score = _completed(images, is_open, labels, system, sampling, generator)
+            drawn, score = _completed(tokens, is_open, told, system, sampling, generator)
+            if not system.prior.reads_all_known:  # weights of draws from another distribution than the wanted one
+                score = score - chances.gather(1, told.unsqueeze(1)).squeeze(1)
         else:
-            drawn, score = _repainted(images, is_open, labels, system, config.repeats, sampling, generator), 0.0
+            drawn, score = _repainted(tokens, is_open, told, system, config.repeats, sampling, generator), 0.0
         error = ((drawn - images).square() * ~mask.unsqueeze(1)).sum(dim=(1, 2, 3))
         score = score - error / (2 * config.pixel_std**2)
-        chance = score - torch.rand(len(images), generator=generator).log().neg().log().to(score.device)
+        chance = score + gumbel_noise(error.shape, generator).to(error.device)
         is_better = chance > best_score  # the largest of score + Gumbel noise is a draw in proportion to exp(score)
         best = torch.where(is_better.view(-1, 1, 1, 1), drawn, best)
         best_score = torch.where(is_better, chance, best_score)
     return close_seam(images, best, mask)
+
+
+def _chances(
+    tokens: Tensor,
+    is_known: Tensor,
+    labels: Tensor,
+    system: System,
+    config: Config,
+    sampling: Any,
+    generator: torch.Generator,
+) -> Tensor:
+    """(B, num_classes + 1) log-probabilities of the labels that the prior may be told; the last one says nothing."""
+    size = system.spec.num_classes + 1
+    chances = torch.full((len(tokens), size), -torch.inf, device=tokens.device)
+    if config.told_label == "inferred" and system.prior.config.is_conditional:
+        chances[:, :-1] = label_chances(system, tokens, is_known, sampling, generator)
+        return chances
+    told = labels if config.told_label == "own" else system.null_labels(len(tokens))
+    return chances.scatter(1, told.unsqueeze(1), 0.0)
+
+
+def known_median(images: Tensor, mask: Tensor) -> Tensor:
+    """(B, C, 1, 1) The median of each channel's known pixels: what most of an image is, its background often."""
+    hidden = mask.unsqueeze(1).expand_as(images)
+    known = images.masked_fill(hidden, torch.nan).flatten(2).nanmedian(dim=2).values
+    return known.nan_to_num(0.0)[..., None, None]  # of an image that is covered whole nothing is known
 
 
 def mean_filled(images: Tensor, mask: Tensor) -> Tensor:
@@ -81,18 +119,21 @@ def known_mean(images: Tensor, mask: Tensor) -> Tensor:
     return (images * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True).clamp_min(1)
 
 
+@torch.no_grad()
 def _completed(
-    images: Tensor, is_open: Tensor, labels: Tensor, system: System, sampling: Any, generator: torch.Generator
+    tokens: Tensor, is_open: Tensor, labels: Tensor, system: System, sampling: Any, generator: torch.Generator
 ) -> tuple[Tensor, Tensor | float]:
     """Decoded images whose open tokens were drawn, and the log-probability of known tokens that drawing did not look at."""
-    indices, is_known = system.tokens_of(images), ~system.spread(is_open)
-    drawn = system.prior.complete(indices, is_known, labels, sampling, generator)
-    unread = getattr(system.prior, "unread_evidence", None)
-    return system.images_of(drawn), unread(drawn, is_known, labels) if unread else 0.0
+    is_known = ~system.spread(is_open)
+    drawn = system.prior.complete(tokens, is_known, labels, sampling, generator)
+    prior = system.prior
+    score = 0.0 if prior.reads_all_known else prior.evidence(drawn, is_known, labels, generator)
+    return system.images_of(drawn).clamp(-1, 1), score
 
 
+@torch.no_grad()
 def _repainted(
-    images: Tensor,
+    known: Tensor,
     is_open: Tensor,
     labels: Tensor,
     system: System,
@@ -100,14 +141,15 @@ def _repainted(
     sampling: Any,
     generator: torch.Generator,
 ) -> Tensor:
-    known, is_known = system.tokens_of(images), ~is_open.unsqueeze(1)
+    is_known = ~is_open.unsqueeze(1)
 
     def keep(x: Tensor, sigma: float) -> Tensor:
         return torch.where(is_known, known + sigma * noise(known, generator), x)
 
     levels = system.prior.levels(sampling)
     x = levels[0] * noise(known, generator)
-    return system.images_of(follow(system, x, levels, labels, sampling, generator, keep=keep, repeats=repeats))
+    drawn = follow(system, x, levels, labels, sampling, generator, keep=keep, repeats=repeats)
+    return system.images_of(drawn).clamp(-1, 1)
 
 
 def trial(

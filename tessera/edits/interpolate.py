@@ -38,7 +38,7 @@ def edit(
     if not system.denoises or config.strength == 0:
         return system.tokenizer.decode(line).clamp(-1, 1)
     tokens = system.standardized(line)
-    levels = levels_from(system.prior.levels(sampling), config.strength)
+    levels = levels_from(system.prior.levels(sampling), config.strength, system.grid)
     x = tokens + levels[0] * noise(tokens[:1], generator)
     drawn = follow(system, x, levels, system.null_labels(len(images)), sampling, generator)
     return system.images_of(drawn).clamp(-1, 1)

@@ -1,16 +1,16 @@
 """Restyling: an image under another label, or with the look of a reference image, by a strength from 0 to 1.
 
 At strength 0 the image comes back as it is; at 1 nothing of it is left but the label. Between, diffusion and flow add
-noise of a level that rises with the strength and remove it again under the label; priors of indices draw that share of the
-tokens again, first those that are least likely under the label. With a reference the latents first take over the mean and
+noise of a level that rises with the strength and remove it again under the label; priors of indices draw as large a share
+of the tokens again, first those that suit the label least. With a reference the latents first take over the mean and
 deviation of its channels, by the strength.
 
 Sources: Meng et al. (SDEdit), 2021, arXiv:2108.01073, section 3.1; the statistics of a style: Huang and Belongie (AdaIN),
 2017, arXiv:1703.06868, equation 8; drawing unlikely tokens again: Chang et al. (MaskGIT), 2022, arXiv:2202.04200, section
 4.3, where places are chosen by hand.
-Differs from them: a strength is a time, t = 1 - strength, with level (1 - t) / t; a token's likelihood is its probability
-given the others of the image, each half of them masked in turn; of several draws of indices the one is kept that shows the
-label best, by the prior itself.
+Differs from them: a strength is a time, t = 1 - strength, with level (1 - t) / t on a grid of 8x8, and of as many indices
+are kept as the share of data in the variance there (editing.py); of several draws of indices the one is kept that shows
+the label best, by the prior itself.
 """
 
 from typing import Annotated, Any, Literal
@@ -20,9 +20,10 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.editing import System, Trial, follow, levels_from, noise
+from tessera.editing import System, Trial, drawn_around, number_drawn
 
-MASKINGS = 4  # times that each token is judged by the others
+MASKINGS = 4  # times that a masked prior judges the tokens
+SEEN_SHARE = 0.1  # of the tokens, by which it judges the others
 
 
 class Config(Params):
@@ -58,17 +59,14 @@ def edit(
         styled = with_statistics(latents, system.latents_of(reference.unsqueeze(0)))
         latents = latents + config.strength * (styled - latents)
     if system.denoises:
-        tokens = system.standardized(latents)
-        levels = levels_from(system.prior.levels(sampling), config.strength)
-        x = tokens + levels[0] * noise(tokens, generator)
-        return system.images_of(follow(system, x, levels, labels, sampling, generator)).clamp(-1, 1)
+        return drawn_around(system, system.standardized(latents), config.strength, labels, sampling, generator)
     return _drawn_again(system.indices_of(latents), labels, system, config, sampling, generator)
 
 
 def _drawn_again(
     indices: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
 ) -> Tensor:
-    number = round(config.strength * indices[0].numel())
+    number = number_drawn(config.strength, indices[0].numel())
     order = unlikeliness(indices, labels, system, generator).flatten(1).argsort(dim=1, descending=True)
     is_known = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :number], False).view(indices.shape)
     best, best_score = indices, torch.full((len(indices),), -torch.inf, device=indices.device)
@@ -94,22 +92,36 @@ def with_statistics(latents: Tensor, reference: Tensor) -> Tensor:
     return (latents - mean) / std * reference.std(dim=(2, 3), keepdim=True) + reference.mean(dim=(2, 3), keepdim=True)
 
 
+@torch.no_grad()
 def unlikeliness(indices: Tensor, labels: Tensor, system: System, generator: torch.Generator) -> Tensor:
-    """(B, *index_grid) how unlikely each index is under the label: of an autoregressive prior given those before it."""
+    """(B, *index_grid) how little each index suits the label.
+
+    For a masked prior: how much less probable the label makes it than no label does, given a few others: given many, an
+    index would suit the others and with them what the image shows now. An autoregressive one: how improbable it is given
+    all before it.
+    """
     prior, flat = system.prior, indices.flatten(1)
-    places = flat.unsqueeze(2)
     if not hasattr(prior, "mask_index"):
-        with torch.no_grad():
-            return -prior(flat, labels).float().log_softmax(dim=2).gather(2, places).squeeze(2).view(indices.shape)
+        return -_log_probability(flat, flat, labels, system).view(indices.shape)
+    null = system.null_labels(len(flat))
+    says_nothing = (labels == null).unsqueeze(1)
+    rank = torch.rand(flat.shape, generator=generator).argsort(dim=1).to(flat.device)
+    seen = max(1, round(SEEN_SHARE * flat.shape[1]))
     total, times = torch.zeros(flat.shape, device=flat.device), torch.zeros(flat.shape, device=flat.device)
-    for _ in range(MASKINGS):
-        is_masked = (torch.rand(flat.shape, generator=generator) < 0.5).to(flat.device)
-        for masked in (is_masked, ~is_masked):
-            with torch.no_grad():
-                logits = prior(torch.where(masked, prior.mask_index, flat), labels).float()
-            total += -logits.log_softmax(dim=2).gather(2, places).squeeze(2) * masked
-            times += masked
+    for number in range(MASKINGS):
+        is_masked = (rank < number * seen) | (rank >= (number + 1) * seen)
+        given = torch.where(is_masked, prior.mask_index, flat)
+        without = _log_probability(flat, given, null, system)
+        suits = _log_probability(flat, given, labels, system) - without
+        total -= torch.where(says_nothing, without, suits) * is_masked
+        times += is_masked
     return (total / times).view(indices.shape)
+
+
+def _log_probability(indices: Tensor, given: Tensor, labels: Tensor, system: System) -> Tensor:
+    """(B, L) of each index under the label, where the network reads the `given` ones."""
+    logits = system.prior(given, labels).float()
+    return logits.log_softmax(dim=2).gather(2, indices.unsqueeze(2)).squeeze(2)
 
 
 def trial(

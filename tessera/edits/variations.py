@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.editing import System, Trial, follow, levels_from, noise
+from tessera.editing import System, Trial, drawn_around, number_drawn
 
 
 class Config(Params):
@@ -28,10 +28,8 @@ def edit(
         return images
     tokens = system.tokens_of(images)
     if system.denoises:
-        levels = levels_from(system.prior.levels(sampling), config.strength)
-        x = tokens + levels[0] * noise(tokens, generator)
-        return system.images_of(follow(system, x, levels, labels, sampling, generator)).clamp(-1, 1)
-    number = round(config.strength * tokens[0].numel())
+        return drawn_around(system, tokens, config.strength, labels, sampling, generator)
+    number = number_drawn(config.strength, tokens[0].numel())
     order = torch.rand(tokens.flatten(1).shape, generator=generator).argsort(dim=1).to(tokens.device)
     is_known = (order >= number).view(tokens.shape)
     return system.images_of(system.prior.complete(tokens, is_known, labels, sampling, generator)).clamp(-1, 1)

@@ -150,20 +150,27 @@ class Model(nn.Module):
                 x = x + self.read_position[place]
         return torch.empty_like(indices).scatter_(1, order[:batch], indices).view(batch, *self.grid)
 
-    @torch.no_grad()
-    def unread_evidence(self, indices: Tensor, is_known: Tensor, labels: Tensor) -> Tensor:
-        """(B, *index_grid) indices and what was known of them -> (B,) nats: how well the rest explains the known ones.
+    @property
+    def reads_all_known(self) -> bool:
+        """Whether `complete` draws each index given all that is known."""
+        return self.read_position is not None
 
-        In raster order an index is drawn without a look at the known ones behind it. Their log-probability given all that
-        is before them is the weight that makes such draws those of the distribution given everything known.
+    @torch.no_grad()
+    def evidence(self, indices: Tensor, is_known: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """(B, *index_grid) indices and which are known -> (B,) nats: the log-probability of the known ones; nothing is drawn.
+
+        A model of random orders reads the known ones first: those alone matter. In raster order each is given all indices
+        before it: that makes it the weight by which draws of `complete` that did not look at the known ones behind
+        them become draws from the distribution given everything known.
         """
-        if self.read_position is not None:  # `complete` has read all that is known
-            return torch.zeros(len(indices), device=indices.device)
         if not self.config.is_conditional:
             labels = torch.full_like(labels, self.null_label)
         indices, is_known = indices.flatten(1), is_known.flatten(1)
-        log_probability = self(indices, labels).float().log_softmax(dim=2).gather(2, indices.unsqueeze(2)).squeeze(2)
-        return (log_probability * is_known).sum(dim=1)
+        order = (~is_known).long().argsort(dim=1, stable=True) if self.reads_all_known else None
+        if order is not None:
+            indices, is_known = indices.gather(1, order), is_known.gather(1, order)
+        log_probability = self(indices, labels, order).float().log_softmax(dim=2)
+        return (log_probability.gather(2, indices.unsqueeze(2)).squeeze(2) * is_known).sum(dim=1)
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -34,6 +34,7 @@ from tessera.transformer_settings import TransformerConfig
 LEARNS: Learns = "indices"
 MaskSchedule = Literal["arccos", "cosine"]
 BOUND_DRAWS = 8  # network calls for the bits of a batch
+EVIDENCE_ORDERS = 2  # random orders in which known indices are read
 
 
 class Config(TransformerConfig, ConditionalConfig):
@@ -96,6 +97,8 @@ def _radical_inverse(number: int, base: int) -> float:
 
 
 class Model(nn.Module):
+    reads_all_known = True  # `complete` draws each index given all that is known
+
     def __init__(self, config: Config, spec: TokenSpec):
         super().__init__()
         assert spec.codebook_size is not None
@@ -140,6 +143,29 @@ class Model(nn.Module):
             cost = -logits.log_softmax(dim=2).gather(2, indices.unsqueeze(2)).squeeze(2)
             nats += (cost * is_masked).sum(dim=1) / is_masked.sum(dim=1)
         return nats * (length / BOUND_DRAWS / math.log(2))
+
+    @torch.no_grad()
+    def evidence(self, indices: Tensor, is_known: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """(B, *index_grid) indices and which are known -> (B,) nats: an estimate of the log-probability of the known ones.
+
+        They are read in a random order, in pieces that grow with what was read; within one each is given the pieces before.
+        """
+        if not self.config.is_conditional:
+            labels = torch.full_like(labels, self.null_label)
+        indices, is_known = indices.flatten(1), is_known.flatten(1)
+        number = int(is_known.sum(dim=1).max())
+        nats = torch.zeros(len(indices), device=indices.device)
+        for _ in range(EVIDENCE_ORDERS):
+            key = torch.rand(indices.shape, generator=generator).to(indices.device)
+            rank = key.masked_fill(~is_known, 2.0).argsort(dim=1).argsort(dim=1)
+            begin = 0
+            while begin < number:
+                end = begin + max(1, begin // 2)
+                logits = self(torch.where(is_known & (rank < begin), indices, self.mask_index), labels).float()
+                found = logits.log_softmax(dim=2).gather(2, indices.unsqueeze(2)).squeeze(2)
+                nats += (found * (is_known & (rank >= begin) & (rank < end))).sum(dim=1)
+                begin = end
+        return nats / EVIDENCE_ORDERS
 
     def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
         """(B,) labels -> (B, *index_grid) indices. The generator is a CPU one: the same draws on every device."""

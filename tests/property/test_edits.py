@@ -1,10 +1,14 @@
 """Edits over toy systems whose answers are known: a tokenizer of pixels, a Gaussian prior of latents, enumerated priors."""
 
 import itertools
+import math
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel
 from scipy import ndimage
 from torch import Tensor, nn
 
@@ -13,6 +17,7 @@ from tessera.components import InvalidParams, parse
 from tessera.contracts import Encoded, TokenSpec
 from tessera.editing import CannotEdit, System
 from tessera.edits import enhance, inpaint, interpolate, restyle, variations
+from tessera.label_evidence import HIGHEST, LOWEST, NUM_LEVELS, label_chances
 from tessera.nn.membrane import close_seam
 from tessera.optimization import Training
 from tessera.priors import autoregressive, gan, masked
@@ -34,6 +39,13 @@ def spec_of(codebook_size: int | None, shape: tuple[int, int, int]) -> TokenSpec
     )
 
 
+class Steps(BaseModel):
+    """How the Gaussian prior is sampled."""
+
+    num_steps: int = 60
+    guidance_scale: float = 1.0
+
+
 class Pixels(nn.Module):
     """Latents are the pixels."""
 
@@ -45,17 +57,21 @@ class Pixels(nn.Module):
 
 
 class Gaussian(nn.Module):
-    """The prior of independent standard normal pixels: the expected data of x = data + sigma * noise are x / (1 + sigma^2)."""
+    """The prior of independent normal pixels of deviation 1; their mean is -shift, shift or 0 as the label is 0, 1 or null.
 
-    def __init__(self) -> None:
+    The expected data of x = data + sigma * noise are (x + sigma^2 * mean) / (1 + sigma^2).
+    """
+
+    def __init__(self, shift: float = 0.0) -> None:
         super().__init__()
-        self.nothing = nn.Parameter(torch.zeros(1))
+        self.means = nn.Parameter(torch.tensor([-shift, shift, 0.0]), requires_grad=False)
+        self.config = SimpleNamespace(is_conditional=shift != 0)
 
-    def levels(self, sampling: Any) -> list[float]:
-        return [*torch.logspace(1.5, -2, sampling or 60).tolist(), 0.0]
+    def levels(self, sampling: "Steps") -> list[float]:
+        return [*torch.logspace(1.5, -2, sampling.num_steps).tolist(), 0.0]
 
     def denoise(self, x: Tensor, sigma: float, labels: Tensor, sampling: Any) -> Tensor:
-        return x / (1 + sigma**2)
+        return (x + sigma**2 * self.means[labels].view(-1, 1, 1, 1)) / (1 + sigma**2)
 
 
 class Patches(nn.Module):
@@ -85,8 +101,8 @@ class Patches(nn.Module):
         return self.decoder(self.quantizer.indices_to_codes(indices))
 
 
-def gaussian_system(side: int = 8) -> System:
-    return System(Pixels(), Gaussian(), spec_of(None, (1, side, side)), "latents", "toy")
+def gaussian_system(side: int = 8, shift: float = 0.0) -> System:
+    return System(Pixels(), Gaussian(shift), spec_of(None, (1, side, side)), "latents", "toy")
 
 
 def discrete_system(kind: str, side: int = 4, size: int = 4, **settings: Any) -> System:
@@ -116,7 +132,7 @@ SYSTEMS = {
 
 def sampling_of(system: System) -> Any:
     if system.denoises:
-        return None
+        return Steps()
     return masked.Sampling() if isinstance(system.prior, masked.Model) else autoregressive.Sampling()
 
 
@@ -156,18 +172,101 @@ def test_the_reach_of_tokens_is_what_the_decoder_does_with_them() -> None:
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_ancestral_steps_under_an_exact_prior_give_its_distribution(repeats: int) -> None:
-    system, num_levels = gaussian_system(), 400
-    levels = system.prior.levels(num_levels)
+    system, sampling = gaussian_system(), Steps(num_steps=400)
+    levels = system.prior.levels(sampling)
     x = levels[0] * torch.randn(500, 1, 8, 8, generator=seeded())
-    drawn = editing.follow(system, x, levels, torch.zeros(500), num_levels, seeded(1), repeats=repeats)
+    drawn = editing.follow(system, x, levels, torch.zeros(500).long(), sampling, seeded(1), repeats=repeats)
     assert abs(float(drawn.std()) - 1) < 0.03 and abs(float(drawn.mean())) < 0.03
 
 
 def test_levels_begin_where_the_strength_says() -> None:
     levels = [80.0, 9.0, 2.0, 0.5, 0.0]
-    assert editing.levels_from(levels, 0.5) == [1.0, 0.5, 0.0]
-    assert editing.levels_from(levels, 1.0) == levels
-    assert editing.levels_from(levels, 0.9) == pytest.approx([9.0, 2.0, 0.5, 0.0])
+    assert editing.levels_from(levels, 0.5, (8, 8)) == editing.levels_from(levels, 0.5, (4, 4)) == [1.0, 0.5, 0.0]
+    assert editing.levels_from(levels, 1.0, (8, 8)) == levels
+    assert editing.levels_from(levels, 0.9, (8, 8)) == pytest.approx([9.0, 2.0, 0.5, 0.0])
+    assert editing.levels_from(levels, 0.5, (32, 32)) == [4.0, 2.0, 0.5, 0.0]  # each 4x4 of them average to noise of 1
+
+
+def test_as_many_indices_are_drawn_as_noise_hides_of_latents() -> None:
+    assert [editing.number_drawn(strength, 100) for strength in (0.0, 0.2, 0.5, 0.8, 1.0)] == [0, 6, 50, 94, 100]
+
+
+# Labels ---------------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_as_probable_as_an_enumerated_prior_makes_the_known_indices() -> None:
+    """All 2^4 images: the first two indices known; p(label | known) sums over the last two."""
+    system = discrete_system("autoregressive", side=2, size=2)
+    system.spec = system.spec.model_copy(update={"class_counts": (3, 1)})
+    every = torch.tensor(list(itertools.product(range(2), repeat=4))).view(-1, 2, 2)
+    is_known = torch.tensor([[True, True], [False, False]]).expand(16, 2, 2)
+    joint = torch.stack(
+        [(-system.prior.bits(every, torch.full((16,), label), seeded())).exp2() for label in (0, 1)], dim=1
+    ) * torch.tensor([0.75, 0.25])
+    of_first = joint.view(4, 4, 2).sum(dim=1)  # p(first two, label)
+    true = (of_first / of_first.sum(dim=1, keepdim=True)).repeat_interleave(4, dim=0)
+    chances = label_chances(system, every, is_known, autoregressive.Sampling(), seeded()).exp()
+    assert torch.allclose(chances, true, atol=1e-5)
+    assert (true[:, 0] - 0.75).abs().max() > 0.02  # the known ones say something
+
+
+def test_a_masked_prior_explains_one_index_by_its_own_prediction() -> None:
+    system = discrete_system("masked")
+    indices = torch.randint(4, (5, 4, 4), generator=seeded())
+    is_known = torch.zeros(5, 4, 4, dtype=torch.bool)
+    is_known[:, 1, 2] = True
+    labels = torch.zeros(5, dtype=torch.long)
+    logits = system.prior(torch.full((5, 16), system.prior.mask_index), labels)
+    true = logits.log_softmax(dim=2)[torch.arange(5), 6, indices[:, 1, 2]]
+    found = system.prior.evidence(indices, is_known, labels, seeded())
+    assert torch.allclose(found, true, atol=1e-5)
+    is_known[:, 3, 3] = True  # two: in both orders, each given the one before
+    given = torch.full((5, 16), system.prior.mask_index)
+    after = []
+    for first, then in ((6, 15), (15, 6)):
+        read = given.clone()
+        read[:, first] = indices.flatten(1)[:, first]
+        one = logits.log_softmax(dim=2)[torch.arange(5), first, indices.flatten(1)[:, first]]
+        two = system.prior(read, labels).log_softmax(dim=2)[torch.arange(5), then, indices.flatten(1)[:, then]]
+        after.append(one + two)
+    found = system.prior.evidence(indices, is_known, labels, seeded())
+    low, high = torch.minimum(*after), torch.maximum(*after)
+    assert ((found > low - 1e-5) & (found < high + 1e-5)).all()
+
+
+def test_denoising_tells_labels_apart_as_the_likelihood_does() -> None:
+    """Two normal distributions, whose log-odds are 2 * shift * the known pixels' sum: each level holds a known share of it."""
+    system = gaussian_system(4, shift=0.4)
+    truth = torch.arange(400) % 2
+    latents = torch.randn(400, 1, 4, 4, generator=seeded(5)) + 0.4 * (2 * truth - 1).view(-1, 1, 1, 1)
+    is_known = torch.ones(400, 4, 4, dtype=torch.bool)
+    is_known[:, 2:] = False
+    chances = label_chances(system, latents, is_known, Steps(), seeded())
+    found = (chances[:, 1] - chances[:, 0]).double()
+    exact = 2 * 0.4 * latents[:, 0, :2].sum(dim=(1, 2)).double()  # log-odds of 8 known pixels
+    slope = float((found * exact).sum() / exact.square().sum())
+    levels = np.geomspace(HIGHEST, LOWEST, NUM_LEVELS + 1)
+    shares = (levels[1:] ** -2 - levels[:-1] ** -2) * (levels[:-1] ** 2 / (1 + levels[:-1] ** 2)) ** 2
+    assert slope == pytest.approx(shares.sum(), abs=0.05)
+    assert float(torch.corrcoef(torch.stack([found, exact]))[0, 1]) > 0.8
+
+
+@pytest.mark.parametrize(("told", "shift"), [("inferred", 0.5), ("none", 0.0), ("own", -0.5)])
+def test_a_hole_shows_the_label_that_is_told(told: str, shift: float) -> None:
+    """Known pixels say 1, `labels` says 0."""
+    system = gaussian_system(8, shift=0.5)
+    images = torch.full((20, 1, 8, 8), 0.5)
+    mask = torch.zeros(20, 8, 8, dtype=torch.bool)
+    mask[:, 4:] = True
+    tokens, is_known = system.tokens_of(images), ~mask
+    config = inpaint.Config(told_label=told, candidates=1)
+    labels = torch.zeros(20).long()
+    chances = inpaint._chances(tokens, is_known, labels, system, config, Steps(), seeded())
+    wanted = {"inferred": 1, "none": 2, "own": 0}[told]
+    assert (chances.argmax(dim=1) == wanted).all() and torch.allclose(chances.exp().sum(dim=1), torch.ones(20))
+    drawn = inpaint._repainted(tokens, mask, chances.argmax(dim=1), system, 1, Steps(), seeded())
+    expected = (torch.randn(10**5, generator=seeded()) + shift).clamp(-1, 1).mean()
+    assert float(drawn[:, :, 4:].mean()) == pytest.approx(float(expected), abs=0.08)
 
 
 # Inpainting -----------------------------------------------------------------------------------------------------------
@@ -202,7 +301,7 @@ def test_left_to_right_draws_weighted_by_what_they_did_not_read_are_the_true_con
     every = torch.tensor(list(itertools.product(range(2), repeat=4)))
     joint = (-prior.bits(every.view(-1, 2, 2), labels, seeded())).exp2()
     is_known = torch.tensor([[False, False], [True, True]]).expand(16, 2, 2)
-    evidence = prior.unread_evidence(every.view(-1, 2, 2), is_known, labels).exp()
+    evidence = prior.evidence(every.view(-1, 2, 2), is_known, labels, seeded()).exp()
     of_last = (every[:, 2:] == torch.tensor([1, 0])).all(dim=1)
     true = joint[of_last] / joint[of_last].sum()
     first = joint.view(4, 4).sum(dim=1)  # p(first two)
@@ -236,10 +335,10 @@ def test_a_noisy_gaussian_is_denoised_as_its_posterior_says() -> None:
 
     system = System(Pixels(), Narrow(), spec_of(None, (1, 8, 8)), "latents", "toy")
     truth = 0.3 * torch.randn(100, 1, 8, 8, generator=seeded())
-    config = enhance.Config(damage="noise", noise_std=0.3, correction_steps=40)
+    config = enhance.Config(damage="noise", noise_std=0.3, correction_steps=40, trust=1.0)
     measured = enhance.measure(truth, config, seeded(1))
     labels = torch.zeros(100).long()
-    draws = [enhance.edit(measured, labels, system, config, None, seeded(seed), (8, 8)) for seed in range(2, 10)]
+    draws = [enhance.edit(measured, labels, system, config, Steps(), seeded(seed), (8, 8)) for seed in range(2, 10)]
     mean = torch.stack(draws).mean(dim=0)
     slope = float((mean * measured).sum() / measured.square().sum())
     assert 0.4 < slope < 0.65, slope
@@ -250,7 +349,7 @@ def test_a_noisy_gaussian_is_denoised_as_its_posterior_says() -> None:
 def test_tokens_are_led_by_how_they_change_the_misfit() -> None:
     """The decoder is linear, so but for the square the guess is exact: compare with the derivative by differences."""
     system = discrete_system("masked")
-    config = enhance.Config(damage="noise", noise_std=1.0)
+    config = enhance.Config(damage="noise", noise_std=1.0, trust=1.0)
     measured = some_images(1)
     shares = torch.rand(1, 16, 4, generator=seeded()).softmax(dim=2)
     codes = system.tokenizer.quantizer.indices_to_codes(torch.arange(4).view(1, 1, -1)).flatten()
@@ -266,14 +365,20 @@ def test_tokens_are_led_by_how_they_change_the_misfit() -> None:
         assert float(led[0, place, code]) == pytest.approx(-(misfit(moved) - misfit(expected)) / step, abs=5e-3)
 
 
-def test_refined_tokens_explain_the_measurement_better_than_the_first_guess() -> None:
+def test_refined_tokens_are_more_probable_given_the_measurement_than_the_first_guess() -> None:
     system, images = discrete_system("masked"), some_images(8)
-    config = enhance.Config(damage="downsample", factor=4, noise_std=0.1)
+    config = enhance.Config(damage="downsample", factor=4, noise_std=0.1, rounds=3)
     measured = enhance.measure(images, config, seeded())
-    drawn = enhance.edit(measured, torch.zeros(8).long(), system, config, sampling_of(system), seeded(1), (8, 8))
+    null, generator = system.null_labels(8), seeded(1)
+
+    def surprise(edited: Tensor) -> Tensor:
+        std = (config.noise_std**2 + config.pixel_std**2) ** 0.5
+        bits = system.prior.bits(system.tokens_of(edited), null, seeded(1))  # by the masks of the edit
+        return enhance._misfit(edited, measured, config, std) + bits * math.log(2)
+
+    drawn = enhance.edit(measured, null, system, config, sampling_of(system), generator, (8, 8))
     guess = system.images_of(system.tokens_of(enhance.first_guess(measured, (8, 8))))
-    misfits = [enhance._misfit(each, measured, config, 0.1) for each in (drawn, guess)]
-    assert (misfits[0] <= misfits[1]).all() and misfits[0].sum() < misfits[1].sum()
+    assert (surprise(drawn) <= surprise(guess) + 1e-4).all() and surprise(drawn).sum() < surprise(guess).sum() - 1
 
 
 # Restyling, variations, interpolation ---------------------------------------------------------------------------------
@@ -292,6 +397,25 @@ def test_strength_leads_from_the_image_itself_farther_and_farther_away(name: str
         distances.append(float((edited - images).square().mean()))
     assert distances[0] == 0.0
     assert distances == sorted(distances) and distances[1] > 0
+
+
+def test_indices_that_speak_against_the_label_are_drawn_first_though_they_suit_their_neighbors() -> None:
+    """A prior that likes what it sees most of, and label 1 code 3: of twelve 0 and four 3, the 0 are to go."""
+    system = discrete_system("masked")
+    prior = system.prior
+
+    def predict(given: Tensor, labels: Tensor) -> Tensor:
+        seen = torch.stack([(given == code).float().mean(dim=1) for code in range(4)], dim=1)
+        liked = (
+            3 * nn.functional.one_hot(torch.tensor([0, 3, 0])[labels], 4) * (labels != prior.null_label).unsqueeze(1)
+        )
+        return (10 * seen + liked).unsqueeze(1).expand(-1, given.shape[1], -1)
+
+    prior.forward = predict
+    indices = torch.zeros(2, 4, 4, dtype=torch.long)
+    indices[:, 3] = 3
+    unlikely = restyle.unlikeliness(indices, torch.ones(2).long(), system, seeded())
+    assert unlikely[:, :3].min() > unlikely[:, 3].max()
 
 
 def test_a_style_is_the_statistics_of_the_reference_s_channels() -> None:
