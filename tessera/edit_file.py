@@ -92,7 +92,7 @@ def request(
     sampling: dict[str, Any] | None = None,
     **other: Any,
 ) -> Request:
-    """Settings are the defaults of the edit's Config but for those given. Raises ValueError, InvalidParams among them."""
+    """Settings are the defaults of the edit's Config but for those given; a label is told to the prior. Raises ValueError."""
     drawn = _sampling(params, system, sampling)
     schema, settings = load("edits", kind).Config, {"kind": kind, **(settings or {})}
     if other.get("label") is not None and "told_label" in schema.model_fields:
@@ -101,6 +101,10 @@ def request(
     made = Request(system, kind, config, drawn, **other)
     if made.label is not None and not 0 <= made.label < (params.dataset.num_classes or made.label + 1):
         raise ValueError(f"label is {made.label}: expected 0 to {params.dataset.num_classes - 1}")
+    if made.label is None and getattr(config, "told_label", "") == "own":
+        raise ValueError(
+            "told_label is own, but no label is given: expected one, e.g. --label 3, or another told_label"
+        )
     if not 0 <= made.share <= 1:
         raise ValueError(f"share is {made.share}: expected 0, the image itself, to 1, the other one")
     return made

@@ -182,6 +182,21 @@ def test_the_command_of_an_edit_makes_the_same_bits(name, kind, settings, studio
     assert not np.array_equal(np.asarray(edited.picture), np.asarray(studio.picture(source).convert("L")))
 
 
+def test_a_label_that_is_given_is_told_to_the_prior(studio: Studio) -> None:
+    def told(settings: dict[str, str] | None = None, **given: int) -> str:
+        return edit_file.request(studio.params, "flow", "inpaint", settings, **given).config.told_label
+
+    assert (told(), told(label=3), told({"told_label": "none"}, label=3)) == ("inferred", "own", "none")
+    with pytest.raises(ValueError, match="told_label is own, but no label is given: expected one"):
+        told({"told_label": "own"})
+    source = studio.take_test_image(5)[0]
+    edited = [
+        np.asarray(studio.edit("flow", "enhance", source, 7, {"noise_std": 0.4}, label=label).picture)
+        for label in (None, 3, 8)
+    ]
+    assert not np.array_equal(edited[1], edited[0]) and not np.array_equal(edited[1], edited[2])
+
+
 def test_a_command_runs_in_a_shell(studio: Studio, root: Path, tmp_path: Path) -> None:
     edited = studio.edit("flow", "restyle", studio.take_test_image(5)[0], 1, {"target": 2}, label=3)
     command = edited.command.replace("python", sys.executable, 1).replace("out.png", str(tmp_path / "out.png"))
