@@ -29,6 +29,7 @@ from tessera.editing import System, Trial, follow, noise
 from tessera.label_evidence import label_chances
 from tessera.nn.membrane import close_seam
 
+SEAM_SHARE = 1 / 8  # of the image's longer side: how far into the hole its border's correction reaches
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -79,7 +80,7 @@ def edit(
         is_better = chance > best_score  # the largest of score + Gumbel noise is a draw in proportion to exp(score)
         best = torch.where(is_better.view(-1, 1, 1, 1), drawn, best)
         best_score = torch.where(is_better, chance, best_score)
-    return close_seam(images, best, mask)
+    return close_seam(images, best, mask, SEAM_SHARE * max(images.shape[2:]))
 
 
 def _chances(

@@ -159,6 +159,16 @@ def test_a_membrane_takes_the_border_s_difference_into_the_hole_and_leaves_known
     assert torch.equal(close_seam(images, images + 0.1, mask)[:, :, ~mask[0]], images[:, :, ~mask[0]])
 
 
+def test_a_fading_membrane_loses_a_share_of_its_correction_with_every_pixel_from_the_border() -> None:
+    images, filling = torch.ones(1, 1, 4, 40), torch.zeros(1, 1, 4, 40)
+    mask = torch.zeros(1, 4, 40, dtype=torch.bool)
+    mask[:, :, 10:] = True
+    closed = close_seam(images, filling, mask, fade=3.0)
+    true = torch.exp(-torch.arange(1, 13) / 3.0)  # the far side is too far away to matter
+    assert torch.allclose(closed[0, 0, :, 10:22], true.expand(4, -1), atol=2e-3)
+    assert torch.equal(closed[..., :10], images[..., :10])
+
+
 def test_the_reach_of_tokens_is_what_the_decoder_does_with_them() -> None:
     assert torch.equal(gaussian_system(4).reach.view(16, 16), torch.eye(16))  # a pixel decides itself
     reach = discrete_system("masked").reach
