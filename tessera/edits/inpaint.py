@@ -13,7 +13,7 @@ arXiv:2201.09865, section 4.2; sampling and importance resampling: Rubin, 1988; 
 et al., "Poisson Image Editing", 2003, section 2, the guidance field being the gradient of what was drawn.
 Differs from them: which tokens are drawn is measured from the decoder (System.reach); a candidate is drawn in proportion to
 how well it explains what is known and was not used: pixels near the seam, and for a left-to-right prior the known
-tokens behind the hole. The tokenizer sees the hole filled with the median of what is known: a mean, which may be a colour
+tokens behind the hole. The tokenizer sees the hole filled with the median of what is known: a mean, which may be a color
 that no image has, spoils its statistics of the whole image.
 """
 
@@ -41,9 +41,7 @@ class Config(Params):
     candidates: Annotated[int, Field(ge=1)] = 4
     pixel_std: Annotated[float, Field(gt=0)] = 0.25  # of the known pixels that a candidate has to explain, in [-1, 1]
     repeats: Annotated[int, Field(ge=1)] = 4  # of each step of diffusion and flow
-    told_label: Literal["none", "inferred", "own"] = (
-        "inferred"  # inferred: from what is known, a draw of each candidate
-    )
+    told_label: Literal["none", "inferred", "own"] = "inferred"  # by what is known: a draw for each candidate
     hole: Literal["bottom", "top", "left", "right", "center"] = "bottom"  # of test images: a half, or half of each side
 
 
