@@ -19,6 +19,7 @@ from urllib.parse import unquote_plus, urlsplit
 import psutil
 import pytest
 from PIL import Image
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 pytestmark = pytest.mark.e2e
 RUN_SECONDS = 600  # for a whole small pipeline; a busy machine takes several minutes
@@ -88,8 +89,15 @@ class Pages:
         self.page.get_by_role("button", name="Run", exact=True).click()
 
     def open_run(self, name: str = "") -> None:
-        """A run of the deployment whose page is open; without a name, the only one."""
-        self.page.locator("a[href*='/runs/flow-run/']", has_text=name).first.click()
+        """A run of the deployment whose page is open; without a name, the only one. On a busy machine its list may lag."""
+        run = self.page.locator("a[href*='/runs/flow-run/']", has_text=name).first
+        for _ in range(5):
+            try:
+                run.wait_for(timeout=20_000)
+                break
+            except PlaywrightTimeout:  # the page asks anew when it is loaded
+                self.page.reload()
+        run.click()
 
     def wait_for_end(self) -> str:
         """The state in which the run on the page ends."""
