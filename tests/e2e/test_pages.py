@@ -91,7 +91,7 @@ class Pages:
     def open_run(self, name: str = "") -> None:
         """A run of the deployment whose page is open; without a name, the only one. On a busy machine its list may lag."""
         run = self.page.locator("a[href*='/runs/flow-run/']", has_text=name).first
-        for _ in range(5):
+        for _ in range(2):
             try:
                 run.wait_for(timeout=20_000)
                 break
