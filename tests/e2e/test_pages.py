@@ -97,7 +97,7 @@ class Pages:
                 break
             except PlaywrightTimeout:  # the page asks anew when it is loaded
                 self.page.reload()
-        run.click()
+        run.click(timeout=20_000)
 
     def wait_for_end(self) -> str:
         """The state in which the run on the page ends."""
