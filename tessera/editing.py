@@ -150,8 +150,8 @@ def noise(like: Tensor, generator: torch.Generator) -> Tensor:
 def levels_from(levels: list[float], strength: float, grid: tuple[int, int]) -> list[float]:
     """As many levels, from that of the strength to 0: level s / (1 - s) on a grid of 8x8 or less, at most the first.
 
-    Neighbors on a finer grid show much the same and average the noise away: it takes as many times the noise as there are
-    times 8 places on a side to hide as much (Hoogeboom et al., "Simple Diffusion", 2023, arXiv:2301.11093, section 3.1).
+    Neighbors on a finer grid show much the same and average the noise away: with n places on a side it takes n / 8 times
+    the noise to hide as much (Hoogeboom et al., "Simple Diffusion", 2023, arXiv:2301.11093, section 3.1).
     """
     finer = max(1.0, math.sqrt(grid[0] * grid[1]) / 8)
     first = levels[0] if strength == 1 else min(levels[0], finer * strength / (1 - strength))
@@ -162,6 +162,15 @@ def levels_from(levels: list[float], strength: float, grid: tuple[int, int]) -> 
 def number_drawn(strength: float, count: int) -> int:
     """Of `count` indices those to draw again: the share of noise in the variance of latents at level s / (1 - s)."""
     return round(count * strength**2 / (strength**2 + (1 - strength) ** 2))
+
+
+def ancestral_step(x: Tensor, data: Tensor, sigma: float, following: float, generator: torch.Generator) -> Tensor:
+    """From x = data + sigma * noise to the following level, with fresh noise for what the level keeps no more."""
+    kept = (following / sigma) ** 2
+    ahead = data + kept * (x - data)
+    if not following:
+        return ahead
+    return ahead + following * (1 - kept) ** 0.5 * noise(x, generator)
 
 
 @torch.no_grad()
@@ -186,11 +195,7 @@ def follow(
     for sigma, following in zip(levels, levels[1:], strict=False):
         for repeat in range(repeats):
             data = correct(system.prior.denoise(x, sigma, labels, sampling), sigma, following)
-            kept = (following / sigma) ** 2
-            ahead = data + kept * (x - data)
-            if following:
-                ahead = ahead + following * (1 - kept) ** 0.5 * noise(x, generator)
-            ahead = keep(ahead, following)
+            ahead = keep(ancestral_step(x, data, sigma, following, generator), following)
             if not following or repeat == repeats - 1:
                 break
             x = ahead + (sigma**2 - following**2) ** 0.5 * noise(x, generator)

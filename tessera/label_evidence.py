@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.editing import System, noise
+from tessera.editing import System, ancestral_step, noise
 
 HIGHEST, LOWEST = 40.0, 0.5  # noise levels, over the data's deviation
 NUM_LEVELS = 12
@@ -25,10 +25,14 @@ def label_chances(
     system: System, tokens: Tensor, is_known: Tensor, sampling: Any, generator: torch.Generator
 ) -> Tensor:
     """Tokens of B images and which (B, h, w) are known -> (B, num_classes) log-probabilities of the labels given those."""
-    counts = torch.tensor(system.spec.class_counts, device=tokens.device, dtype=torch.float32)
     of_kind = _by_denoising if system.denoises else _by_prediction
     evidence = of_kind(system, tokens, is_known, sampling, generator)
-    return (evidence + counts.log()).log_softmax(dim=1)
+    return (evidence + log_shares(system).to(evidence.device)).log_softmax(dim=1)
+
+
+def log_shares(system: System) -> Tensor:
+    """(num_classes,) log-probabilities of the labels before anything is known: their shares of the training images."""
+    return torch.tensor(system.spec.class_counts, dtype=torch.float32).log().log_softmax(dim=0)
 
 
 def _by_prediction(
@@ -62,6 +66,5 @@ def _by_denoising(
         error = ((predicted - latents.unsqueeze(1)).square() * known.unsqueeze(1)).sum(dim=(2, 3, 4))
         evidence = evidence - (following**-2 - sigma**-2) / 2 * error
         data = (evidence.softmax(dim=1)[:, :, None, None, None] * predicted).sum(dim=1)
-        kept = (following / sigma) ** 2
-        x = data + kept * (x - data) + following * (1 - kept) ** 0.5 * noise(x, generator)
+        x = ancestral_step(x, data, sigma, following, generator)
     return evidence

@@ -20,13 +20,14 @@ that no image has, spoils its statistics of the whole image.
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
 from tessera.drawing import gumbel_noise
 from tessera.editing import System, Trial, follow, noise
-from tessera.label_evidence import label_chances
+from tessera.label_evidence import label_chances, log_shares
 from tessera.nn.membrane import close_seam
 
 SEAM_SHARE = 1 / 8  # of the image's longer side: how far into the hole its border's correction reaches
@@ -63,13 +64,14 @@ def edit(
     with torch.no_grad():
         tokens = system.tokens_of(images)
     chances = _chances(tokens, ~is_open, labels, system, config, sampling, generator)
+    wanted = F.pad(log_shares(system), (0, 1)).to(images.device)  # to the null label no other is compared
     best, best_score = images, torch.full((len(images),), -torch.inf, device=images.device)
     for _ in range(config.candidates):
         told = (chances + gumbel_noise(chances.shape, generator).to(chances.device)).argmax(dim=1)
         if system.completes:
             drawn, score = _completed(tokens, is_open, told, system, sampling, generator)
-            if not system.prior.reads_all_known:  # weights of draws from another distribution than the wanted one
-                score = score - chances.gather(1, told.unsqueeze(1)).squeeze(1)
+            if not system.prior.reads_all_known:  # what is wanted of the label over what it was drawn with
+                score = score + wanted[told] - chances.gather(1, told.unsqueeze(1)).squeeze(1)
         else:
             drawn, score = _repainted(tokens, is_open, told, system, config.repeats, sampling, generator), 0.0
         error = ((drawn - images).square() * ~mask.unsqueeze(1)).sum(dim=(1, 2, 3))

@@ -320,6 +320,33 @@ def test_left_to_right_draws_weighted_by_what_they_did_not_read_are_the_true_con
     assert not torch.allclose(first, true, atol=1e-2)  # without weights it would be something else
 
 
+def test_fills_by_a_left_to_right_prior_are_draws_from_the_posterior_over_labels_and_indices() -> None:
+    """The first row hidden, label 0 nine times as frequent: all 2^4 images of both labels enumerated."""
+    system = discrete_system("autoregressive", side=2, size=2)
+    system.spec = system.spec.model_copy(update={"class_counts": (9, 1)})
+    with torch.no_grad():
+        system.prior.label_embedding.weight.normal_(std=2.0, generator=seeded(4))
+    every = torch.tensor(list(itertools.product(range(2), repeat=4)))
+    joint = torch.stack(
+        [(-system.prior.bits(every.view(-1, 2, 2), torch.full((16,), label), seeded())).exp2() for label in (0, 1)]
+    )
+    of_known = (every[:, 2:] == torch.tensor([1, 0])).all(dim=1)
+
+    def posterior(shares: tuple[float, float]) -> Tensor:
+        weights = (torch.tensor(shares).unsqueeze(1) * joint)[:, of_known].sum(dim=0)
+        return weights / weights.sum()  # of the four first rows
+
+    assert (posterior((0.9, 0.1)) - posterior((0.5, 0.5))).abs().max() > 0.1  # the shares matter
+    images = system.images_of(every[of_known][:1].view(1, 2, 2)).expand(3000, -1, -1, -1)
+    mask = torch.zeros(3000, 4, 4, dtype=torch.bool)
+    mask[:, :2] = True
+    config = inpaint.Config(candidates=150)
+    filled = inpaint.edit(images, torch.zeros(3000).long(), system, config, autoregressive.Sampling(), seeded(1), mask)
+    row = system.tokens_of(filled)[:, 0]
+    found = torch.bincount(2 * row[:, 0] + row[:, 1], minlength=4) / 3000
+    assert torch.allclose(found, posterior((0.9, 0.1)), atol=0.04)
+
+
 # Enhancement ----------------------------------------------------------------------------------------------------------
 
 
