@@ -181,20 +181,20 @@ def follow(
     labels: Tensor,
     sampling: Any,
     generator: torch.Generator,
-    correct: Callable[[Tensor, float, float], Tensor] = lambda data, sigma, following: data,
+    predict: Callable[[Tensor, float], Tensor] | None = None,
     keep: Callable[[Tensor, float], Tensor] = lambda x, sigma: x,
     repeats: int = 1,
 ) -> Tensor:
-    """From x = data + levels[0] * noise down the levels by ancestral steps, each predicted data corrected on the way.
+    """From x = data + levels[0] * noise down the levels by ancestral steps towards the data that are predicted.
 
-    correct: predicted data, level and next level -> the data to step towards. keep: x at a level -> x with what is known of
-    it put in. repeats: how often a step is taken; between two, x gets the noise again that the step took (RePaint:
+    predict: x and its level -> its expected data; the prior's own if None. keep: x at a level -> x with what is known of it
+    put in. repeats: how often a step is taken; between two, x gets the noise again that the step took (RePaint:
     Lugmayr et al., 2022, arXiv:2201.09865, section 4.2), so that what is drawn and what is known come to agree.
     """
     x = keep(x, levels[0])
     for sigma, following in zip(levels, levels[1:], strict=False):
         for repeat in range(repeats):
-            data = correct(system.prior.denoise(x, sigma, labels, sampling), sigma, following)
+            data = predict(x, sigma) if predict else system.prior.denoise(x, sigma, labels, sampling)
             ahead = keep(ancestral_step(x, data, sigma, following, generator), following)
             if not following or repeat == repeats - 1:
                 break

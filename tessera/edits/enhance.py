@@ -1,18 +1,14 @@
 """Enhancement: images that a damaged one could have come from: less noise, less blur, more pixels.
 
-The damage is an operator with given config, and what is left is a measurement, y = A(image) + noise. A prior of latents is
-followed from noise to data, and at each level its prediction is moved to where it explains the measurement as well. A
-masked prior draws tokens again, first all of them and then ever fewer, led at each draw by how a token would change the
-error of the measurement; the draw is kept that is most probable, by the prior and the measurement.
-
-Sources: Zhu et al. (DiffPIR), "Denoising Diffusion Models for Plug-and-Play Image Restoration", 2023, arXiv:2305.08995,
-algorithm 1; in latents: Song et al. (ReSample), 2023, arXiv:2307.08123, section 3.2; the linear guess of what a token
-changes: Grathwohl et al. (Gibbs with gradients), 2021, arXiv:2102.04509, section 3.
-Differs from them: the step to the data is a fixed number of Adam's, through the decoder where there is one; tokens are led
-in the steps of MaskGIT's sampler, from the codes that are expected of the places still open.
+The damage is an operator with given settings, and what is left is a measurement, y = A(image) + noise. A prior of latents is
+followed from noise to data, and at each level the measurement has its say in what data are expected. A masked prior draws
+each token of the damaged image again given all others, several times, and the measurement chooses. Both, with their
+sources, are in posterior.py.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -22,6 +18,7 @@ from torch import Tensor
 
 from tessera.components import Params
 from tessera.editing import System, Trial, follow, noise
+from tessera.posterior import expected_data, resampled
 
 LEAST_STD = 0.02  # of a measurement's noise: with less, the steps towards it would be blind to the prior
 Positive = Annotated[float, Field(gt=0)]
@@ -34,10 +31,10 @@ class Config(Params):
     blur_std: Positive = 1.0  # pixels
     factor: Annotated[int, Field(ge=1)] = 2  # downsample: means of factor x factor pixels
     pixel_std: Positive = 0.2  # of what decoded tokens cannot explain, in [-1, 1]; masked priors
-    trust: Positive = 3.0  # weight of the measurement against the prior, of which a trained one is only an estimate
-    correction_steps: Annotated[int, Field(ge=1)] = 40  # of Adam, at each level
-    rounds: Annotated[int, Field(ge=1)] = 8  # of drawing tokens again
-    candidates: Annotated[int, Field(ge=1)] = 2
+    trust: Positive = 3.0  # weight of the measurement against a masked prior, which is only an estimate
+    correction_steps: Annotated[int, Field(ge=0)] = 10  # of Adam, at each level; diffusion and flow
+    sweeps: Annotated[int, Field(ge=1)] = 6  # in which every token is drawn again; masked priors
+    candidates: Annotated[int, Field(ge=1)] = 16  # for each token; masked priors
     told_label: Literal["none", "own"] = "none"
 
     @model_validator(mode="after")
@@ -96,105 +93,45 @@ def edit(
     size: tuple[int, int],
 ) -> Tensor:
     """measured: what `measure` gives -> (B, C, *size) images."""
-    is_led = system.completes and hasattr(system.prior, "mask_index")
-    system.require("enhance", system.denoises or is_led, "a diffusion, flow or masked prior")
-    if config.told_label == "none":
+    resamples = hasattr(system.prior, "mask_index")
+    system.require("enhance", system.denoises or resamples, "a diffusion, flow or masked prior")
+    observe = partial(damaged, config=config)
+    if config.told_label == "none" or not system.prior.config.is_conditional:
         labels = system.null_labels(len(measured))
         sampling = sampling.model_copy(update={"guidance_scale": 1.0})  # there is nothing to guide towards
     if system.denoises:
-        images = _followed(measured, labels, system, config, sampling, generator)
-    else:
-        images = _redrawn(measured, labels, system, config, sampling, generator, size)
-    return images.clamp(-1, 1)
-
-
-def _misfit(images: Tensor, measured: Tensor, config: Config, std: float) -> Tensor:
-    """(B,) negative log-likelihood of the measurement, up to a constant."""
-    error = (damaged(images, config) - measured).square().sum(dim=(1, 2, 3))
-    return config.trust * error / (2 * std**2)
+        return _followed(observe, measured, labels, system, config, sampling, generator).clamp(-1, 1)
+    std = ((config.noise_std**2 + config.pixel_std**2) / config.trust) ** 0.5
+    with torch.no_grad():
+        first = system.tokens_of(first_guess(measured, size))
+        drawn = resampled(first, labels, system, observe, measured, std, config.sweeps, config.candidates, generator)
+        return system.images_of(drawn).clamp(-1, 1)
 
 
 def _followed(
-    measured: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
-) -> Tensor:
-    levels = system.prior.levels(sampling)
-
-    def correct(data: Tensor, sigma: float, following: float) -> Tensor:
-        std = sigma / (1 + sigma**2) ** 0.5  # of the data around their prediction, where data have unit deviation
-        return _explained(data, std, measured, system, config)
-
-    like = torch.empty(len(measured), *system.spec.latent_shape, device=measured.device)
-    x = levels[0] * noise(like, generator)
-    return system.images_of(follow(system, x, levels, labels, sampling, generator, correct=correct))
-
-
-def _explained(data: Tensor, std: float, measured: Tensor, system: System, config: Config) -> Tensor:
-    """The latents near `data`, by `std`, that explain the measurement best."""
-    least = max(config.noise_std, LEAST_STD)
-    with torch.enable_grad():
-        z = data.clone().requires_grad_()
-        rate = std / 2
-        optimizer = torch.optim.Adam([z], lr=rate, betas=(0.9, 0.9))
-        for number in range(config.correction_steps):
-            optimizer.param_groups[0]["lr"] = rate * (1 - number / config.correction_steps)
-            away = (z - data).square().sum(dim=(1, 2, 3)) / (2 * std**2)
-            loss = (_misfit(system.images_of(z), measured, config, least) + away).sum()
-            (z.grad,) = torch.autograd.grad(loss, [z])
-            optimizer.step()
-    return z.detach()
-
-
-def _redrawn(
+    observe: Callable[[Tensor], Tensor],
     measured: Tensor,
     labels: Tensor,
     system: System,
     config: Config,
     sampling: Any,
     generator: torch.Generator,
-    size: tuple[int, int],
 ) -> Tensor:
-    std = (config.noise_std**2 + config.pixel_std**2) ** 0.5
-    same_masks = generator.get_state()  # for every estimate of bits, so that draws differ and not the estimates
+    std = max(config.noise_std, LEAST_STD)
 
-    @torch.no_grad()
-    def surprise(indices: Tensor) -> Tensor:
-        """(B,) nats: minus the log-probability of the indices given the measurement, up to a constant."""
-        masks = torch.Generator().set_state(same_masks)
-        bits = system.prior.bits(indices, labels, masks)
-        return _misfit(system.images_of(indices), measured, config, std) + math.log(2) * bits
+    def predict(x: Tensor, sigma: float) -> Tensor:
+        def denoise(x: Tensor) -> Tensor:
+            return system.prior.denoise(x, sigma, labels, sampling)
 
-    def lead(shares: Tensor) -> Tensor:
-        return _led(shares, measured, system, config, std)
+        def seen(data: Tensor) -> Tensor:
+            return observe(system.images_of(data))
 
-    with torch.no_grad():
-        best = system.tokens_of(first_guess(measured, size))
-    least = surprise(best)
-    for number in range(config.rounds):
-        share = 1 - number / config.rounds  # of the tokens that are drawn again
-        current = best
-        for _ in range(config.candidates):
-            is_known = torch.rand(current.shape, generator=generator).to(current.device) >= share
-            drawn = system.prior.complete(current, is_known, labels, sampling, generator, lead=lead)
-            found = surprise(drawn)
-            is_better = found < least
-            best = torch.where(is_better.view(-1, 1, 1), drawn, best)
-            least = torch.where(is_better, found, least)
-    return system.images_of(best)
+        return expected_data(x, sigma, denoise, seen, measured, std, config.correction_steps)
 
-
-def _led(shares: Tensor, measured: Tensor, system: System, config: Config, std: float) -> Tensor:
-    """(B, L, K) probabilities of the indices -> what to add to their logits: minus the guessed change of the misfit."""
-    batch, length, size = shares.shape
-    height, width = system.grid
-    every = torch.arange(size, device=shares.device).view(1, 1, -1)
-    codes = system.tokenizer.quantizer.indices_to_codes(every).flatten(2).squeeze(0).T  # (K, D)
-    with torch.enable_grad():
-        expected = (shares @ codes).movedim(2, 1).reshape(batch, -1, height, width).requires_grad_()
-        misfit = _misfit(system.tokenizer.decoder(expected).float(), measured, config, std).sum()
-        (slope,) = torch.autograd.grad(misfit, [expected])
-    slope = slope.flatten(2).movedim(2, 1)  # (B, L, D)
-    change = slope @ codes.T - (slope * expected.detach().flatten(2).movedim(2, 1)).sum(dim=2, keepdim=True)
-    return -change
+    levels = system.prior.levels(sampling)
+    like = torch.empty(len(measured), *system.spec.latent_shape, device=measured.device)
+    x = levels[0] * noise(like, generator)
+    return system.images_of(follow(system, x, levels, labels, sampling, generator, predict))
 
 
 def trial(

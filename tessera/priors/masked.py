@@ -13,7 +13,6 @@ Shape letters: B batch, L = h * w places, K codebook size; index K is the mask.
 """
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Literal
 
@@ -180,12 +179,8 @@ class Model(nn.Module):
         labels: Tensor,
         sampling: Sampling,
         generator: torch.Generator,
-        lead: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Keep the (B, *index_grid) indices where is_known and draw the others, given those.
-
-        lead: (B, L, K) probabilities of the indices, 1 for the placed ones -> (B, L, K) to add to the logits.
-        """
+        """Keep the (B, *index_grid) indices where is_known and draw the others, given those."""
         if not self.config.is_conditional:
             labels = torch.full_like(labels, self.null_label)
         indices, is_known = indices.flatten(1), is_known.flatten(1)
@@ -199,10 +194,6 @@ class Model(nn.Module):
             placed = torch.tensor([plan[step] if step < len(plan) else 0 for plan in plans], device=indices.device)
             progress = [min(1.0, step / max(1, len(plan))) for plan in plans]
             logits = self._guided(indices, labels, sampling, progress) / sampling.temperature
-            if lead:
-                is_placed = (indices != self.mask_index).unsqueeze(2)
-                sure = F.one_hot(indices.clamp_max(self.mask_index - 1), self.mask_index).to(logits.dtype)
-                logits = logits + lead(torch.where(is_placed, sure, logits.softmax(dim=2)))
             drawn = (logits + gumbel_noise(logits.shape, generator).to(logits.device)).argmax(dim=2)  # (B, L)
             if sampling.order == "confidence":
                 heat = [sampling.choice_temperature * (1 - (step + 1) / max(1, len(plan))) for plan in plans]
