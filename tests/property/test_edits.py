@@ -465,6 +465,33 @@ def test_resampled_indices_come_as_often_as_prior_and_measurement_say(tokenizer:
     assert (prior.share - expected).abs().sum() / 2 > 0.15  # the measurement matters
 
 
+@pytest.mark.parametrize("per_code", [1, 3])
+def test_each_sweep_draws_every_index_once_and_no_two_of_neighboring_codes_at_once(
+    per_code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(3, (1, 6, 9)).model_copy(update={"index_grid": (6, 9 * per_code)})
+    system = System(Patches(3).eval(), Enumerated(), spec, "indices", "toy")
+    asked = []
+
+    def recorded(places: Tensor, indices: Tensor, *rest: Any) -> Tensor:
+        misfit = rest[2]
+        assert misfit.keywords["nearby"][0].shape[0] == 6 and misfit.keywords["nearby"][1].shape[0] == 9
+        owners = misfit.keywords["nearby"][1].argmax(dim=1)  # (9,) which column of places a column of codes belongs to
+        columns = (places % (9 * per_code)).unique() // per_code
+        assert (owners[columns] == torch.arange(len(columns))).all()
+        asked.append(places)
+        return indices
+
+    monkeypatch.setattr(posterior, "_drawn_at", recorded)
+    indices = torch.zeros(1, 6, 9 * per_code).long()
+    posterior.resampled(indices, system.null_labels(1), system, lambda x: x, torch.zeros(1), 1.0, 1, 2, seeded())
+    assert torch.equal(torch.cat(asked).sort().values, torch.arange(6 * 9 * per_code))
+    for places in asked:
+        rows, columns = places // (9 * per_code), places % (9 * per_code) // per_code
+        apart = torch.maximum((rows.unsqueeze(1) - rows).abs(), (columns.unsqueeze(1) - columns).abs())
+        assert (apart + 9 * torch.eye(len(places))).min() >= posterior.SPACING
+
+
 def test_a_measurement_is_parted_among_the_places_nearest_to_it() -> None:
     images, measured = some_images(3), torch.zeros(3, 1, 4, 4)
     rows, columns = torch.tensor([1, 5]), torch.tensor([0, 4])
