@@ -75,6 +75,8 @@ def build(studio: Studio) -> gr.Blocks:
             _enhance(studio, system)
         with gr.Tab("Restyle"):
             _restyle(studio, system)
+        with gr.Tab("Vary"):
+            _vary(studio, system)
         with gr.Tab("Interpolate"):
             _interpolate(studio, system)
     return page
@@ -207,6 +209,24 @@ def _restyle(studio: Studio, system: gr.Dropdown) -> None:
 
     given = [system, source.name, other.name, target, strength, seed]
     button.click(telling(restyle), given, [result, command], api_name="restyle")
+
+
+def _vary(studio: Studio, system: gr.Dropdown) -> None:
+    gr.Markdown("Pictures around a picture, the farther from it the larger the strength. Each seed gives another one.")
+    with gr.Row():
+        with gr.Column():
+            picture = _preview("Picture")
+            source = _source(studio, "vary", picture)
+        with gr.Column():
+            strength = gr.Slider(0, 1, 0.5, step=0.05, label="Strength")
+            seed, button = _seed(), gr.Button("Vary", variant="primary", elem_id="vary")
+            result, command = _result("varied"), _command()
+
+    def vary(name: str, source: str, label: int, strength: float, seed: int) -> tuple[Any, str]:
+        return studio.edit(name, "variations", source, seed, {"strength": strength}, _known(label))
+
+    given = [system, source.name, source.label, strength, seed]
+    button.click(telling(vary), given, [result, command], api_name="vary")
 
 
 def _interpolate(studio: Studio, system: gr.Dropdown) -> None:

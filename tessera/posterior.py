@@ -55,12 +55,14 @@ def _updated(mean: Tensor, covariance: Function, observe: Function, measured: Te
     """The mean of a normal distribution given the measurement, `observe` being linear around its mean."""
     origin = mean.clone().requires_grad_()
     seen = observe(origin)
+    zeros = torch.zeros_like(seen, requires_grad=True)
+    (pulled,) = torch.autograd.grad(seen, origin, zeros, create_graph=True)  # linear in zeros: its derivative pushes
 
     def gain(dual: Tensor) -> Tensor:
         return covariance(torch.autograd.grad(seen, origin, dual, retain_graph=True)[0])
 
     def spread(dual: Tensor) -> Tensor:
-        return torch.func.jvp(observe, (mean,), (gain(dual),))[1] + std**2 * dual
+        return torch.autograd.grad(pulled, zeros, gain(dual), retain_graph=True)[0] + std**2 * dual
 
     return (mean + gain(conjugate_gradients(spread, measured - seen.detach(), steps))).detach()
 

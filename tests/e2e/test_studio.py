@@ -167,6 +167,7 @@ def half(size: tuple[int, int]) -> Image.Image:
         ("enhance", {"damage": "downsample", "factor": 2}),
         ("restyle", {"target": 3, "strength": 0.7}),
         ("restyle", {"strength": 0.55}),  # with a reference
+        ("variations", {"strength": 0.6}),
         ("interpolate", {}),
     ],
 )
@@ -319,6 +320,17 @@ def test_what_the_mouse_paints_is_inpainted_and_the_rest_stays(page, root, studi
     original = np.asarray(studio.picture(source).convert("L"))
     assert np.array_equal(edited[mask == 0], original[mask == 0]) and (edited != original).any()
     assert np.array_equal(run(command, root, monkeypatch, tmp_path / "again.png"), edited)
+
+
+def test_each_seed_varies_a_picture_otherwise(address: str, studio: Studio) -> None:
+    from gradio_client import Client
+
+    client, source = Client(address, verbose=False, analytics_enabled=False), studio.take_test_image(3)[0]
+    client.predict(3, api_name="/take_vary")
+    for seed in (1, 2):
+        path, command = client.predict("flow", -1, 0.6, seed, api_name="/vary")
+        alone = studio.edit("flow", "variations", source, seed, {"strength": 0.6})
+        assert (np.asarray(Image.open(path)).tobytes(), command) == (np.asarray(alone.picture).tobytes(), alone.command)
 
 
 def bad_files(shared_data: Path) -> list[Path]:
