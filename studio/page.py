@@ -170,7 +170,8 @@ def _enhance(studio: Studio, system: gr.Dropdown) -> None:
         return {"damage": damage, "noise_std": noise, **own}
 
     def shown(damage: str) -> list[Any]:
-        return [gr.update(visible=damage == "blur"), gr.update(visible=damage == "downsample")]
+        usual = 0.4 if damage == "noise" else 0.02
+        return [gr.update(value=usual), gr.update(visible=damage == "blur"), gr.update(visible=damage == "downsample")]
 
     def spoiled(source: str, seed: int, *chosen: Any) -> tuple[str, Image.Image]:
         name = studio.damage(source, settings(*chosen), seed)
@@ -180,7 +181,7 @@ def _enhance(studio: Studio, system: gr.Dropdown) -> None:
         return studio.edit(name, "enhance", source, seed, settings(*chosen), _known(label))
 
     chosen = [damage, noise, blur, factor]
-    damage.change(shown, damage, [blur, factor], api_name=False)
+    damage.change(shown, damage, [noise, blur, factor], api_name=False)
     spoil.click(telling(spoiled), [source.name, seed, *chosen], [source.name, picture], api_name="damage")
     given = [system, source.name, source.label, seed, *chosen]
     button.click(telling(enhance), given, [result, command], api_name="enhance")
