@@ -31,8 +31,8 @@ class Config(Params):
     blur_std: Positive = 1.0  # pixels
     factor: Annotated[int, Field(ge=1)] = 2  # downsample: means of factor x factor pixels
     pixel_std: Positive = 0.2  # of what decoded tokens cannot explain, in [-1, 1]; masked priors
-    trust: Positive = 3.0  # weight of the measurement against a masked prior, which is only an estimate
-    correction_steps: Annotated[int, Field(ge=0)] = 10  # of Adam, at each level; diffusion and flow
+    trust: Positive = 6.0  # weight of the measurement against a masked prior, which is only an estimate
+    correction_steps: Annotated[int, Field(ge=0)] = 20  # of Adam, at each level; diffusion and flow
     sweeps: Annotated[int, Field(ge=1)] = 6  # in which every token is drawn again; masked priors
     candidates: Annotated[int, Field(ge=1)] = 16  # for each token; masked priors
     told_label: Literal["none", "own"] = "none"
