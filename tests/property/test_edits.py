@@ -332,11 +332,11 @@ def test_fills_by_a_left_to_right_prior_are_draws_from_the_posterior_over_labels
     )
     of_known = (every[:, 2:] == torch.tensor([1, 0])).all(dim=1)
 
-    def posterior(shares: tuple[float, float]) -> Tensor:
+    def shares_of_rows(shares: tuple[float, float]) -> Tensor:
         weights = (torch.tensor(shares).unsqueeze(1) * joint)[:, of_known].sum(dim=0)
         return weights / weights.sum()  # of the four first rows
 
-    assert (posterior((0.9, 0.1)) - posterior((0.5, 0.5))).abs().max() > 0.1  # the shares matter
+    assert (shares_of_rows((0.9, 0.1)) - shares_of_rows((0.5, 0.5))).abs().max() > 0.1  # the shares matter
     images = system.images_of(every[of_known][:1].view(1, 2, 2)).expand(3000, -1, -1, -1)
     mask = torch.zeros(3000, 4, 4, dtype=torch.bool)
     mask[:, :2] = True
@@ -344,7 +344,7 @@ def test_fills_by_a_left_to_right_prior_are_draws_from_the_posterior_over_labels
     filled = inpaint.edit(images, torch.zeros(3000).long(), system, config, autoregressive.Sampling(), seeded(1), mask)
     row = system.tokens_of(filled)[:, 0]
     found = torch.bincount(2 * row[:, 0] + row[:, 1], minlength=4) / 3000
-    assert torch.allclose(found, posterior((0.9, 0.1)), atol=0.04)
+    assert torch.allclose(found, shares_of_rows((0.9, 0.1)), atol=0.04)
 
 
 # Enhancement ----------------------------------------------------------------------------------------------------------
@@ -503,7 +503,7 @@ def test_a_measurement_is_parted_among_the_places_nearest_to_it() -> None:
     assert torch.allclose(found.view(3, 2, 2), rows @ error @ columns.T, atol=1e-5)  # the third column of cells is 0's
 
 
-def test_a_masked_prior_enhances_a_measurement_of_its_own_images_better_than_the_first_guess() -> None:
+def test_what_a_masked_prior_makes_of_noisy_images_explains_the_noise_about_as_well_as_the_images_themselves() -> None:
     system = discrete_system("masked", size=8)
     images = system.images_of(torch.randint(8, (16, 4, 4), generator=seeded(1)))
     config = enhance.Config(damage="noise", noise_std=0.5, pixel_std=0.01, sweeps=3, trust=1.0)
