@@ -24,6 +24,7 @@ from torch import Tensor
 from tessera.editing import System
 
 GRADIENT_STEPS = 2  # of conjugate gradients
+MOST_DEVIATIONS = 2  # root mean square of what a measurement may move the expected data by
 SPACING = 4  # codes between two places whose indices are drawn at once
 
 Function = Callable[[Tensor], Tensor]
@@ -37,6 +38,9 @@ def expected_data(
     around, covariance = _believed(x, sigma, denoise)
     updated = _updated(around, covariance, observe, measured, std, GRADIENT_STEPS)
     spread = sigma / (1 + sigma**2) ** 0.5  # of data around their expectation, where they have unit deviation
+    moved = updated - around  # farther than believable where the derivative is no covariance
+    far = moved.flatten(1).square().mean(dim=1).sqrt() / (MOST_DEVIATIONS * spread)
+    updated = around + moved / far.clamp_min(1.0).view(-1, 1, 1, 1)
     return _nearest_explanation(updated, spread, observe, measured, std, correction_steps)
 
 

@@ -411,6 +411,18 @@ def test_expected_data_of_a_normal_prior_are_those_of_the_closed_form(monkeypatc
     assert not torch.allclose(fewer.flatten(1), expected, atol=1e-2)
 
 
+def test_a_derivative_that_is_no_covariance_moves_no_image_farther_than_believable() -> None:
+    """A rotation by nearly a right angle: gradients see hardly any covariance along a measurement, and a step explodes."""
+    turn = torch.tensor([[1e-6, -1.0], [1.0, 1e-6]])
+
+    def denoise(x: Tensor) -> Tensor:
+        return (x.flatten(1) @ turn.T).view(x.shape)
+
+    x, measured = torch.zeros(1, 2, 1, 1), torch.ones(1, 1, 1, 1)
+    found = posterior.expected_data(x, 1.0, denoise, lambda data: data[:, :1], measured, 0.02, 0)
+    assert found.square().mean().sqrt() <= posterior.MOST_DEVIATIONS * 0.5**0.5 + 1e-6
+
+
 def test_conjugate_gradients_solve_for_each_image_and_go_no_way_that_bends_down() -> None:
     matrices = torch.randn(4, 5, 5, generator=seeded(), dtype=torch.float64)
     matrices = matrices @ matrices.mT + torch.eye(5)
