@@ -33,7 +33,7 @@ setup: .venv/.ready  ## build .venv from the hash-locked requirements
 repro: setup  ## run the whole pipeline, print the table of systems and where their pictures lie
 	dvc repro
 	@python -m tessera.tracking replay || true  # the tracker may be down; nothing is lost, replay later
-	@echo; cat data/comparison/comparison.md; echo; python -m tessera.progress data/timings
+	@echo; cat data/comparison/comparison.md; echo; python -m tessera.running.progress data/timings
 
 test: setup  ## every test, on tiny data, in two processes of one thread each
 	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile

@@ -21,17 +21,18 @@ import torch
 from accelerate.state import AcceleratorState
 
 from tessera import params as all_params
-from tessera import seeding, training, views
+from tessera import seeding
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.images import Images, to_float, to_uint8
-from tessera.artifacts.reference import Reference
 from tessera.artifacts.samples import floor_rows, quotas
 from tessera.components import load
 from tessera.contracts import TokenBatch, TokenSpec
-from tessera.judge import Judge
+from tessera.evaluation.judge import Judge
+from tessera.evaluation.reference import Reference
 from tessera.metrics import copy_rate, frechet, precision_recall
-from tessera.stage_process import Job
+from tessera.running.process import Job
+from tessera.training import loop, views
 
 WARM_STEPS, PACED_STEPS = 5, 60
 
@@ -67,7 +68,7 @@ def fitted(module: Any, config: Any, spec: Any, data: Any, seconds: float, seed:
             job.checkpoint_seconds = float("inf")
             job.resumable()
             began = time.process_time()
-            model = training.fit(objective, data, settings, seed=seed, job=job)
+            model = loop.fit(objective, data, settings, seed=seed, job=job)
             return model, time.process_time() - began
 
     run(WARM_STEPS)  # what happens once, such as imports

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import to_float
-from tessera.artifacts.reference import Reference
 from tessera.artifacts.shards import Shards
-from tessera.judge import Judge, in_batches
+from tessera.evaluation.judge import Judge, in_batches
+from tessera.evaluation.reference import Reference
 from tessera.metrics import frechet
 
 

@@ -24,12 +24,12 @@ import vector_quantize_pytorch as peers
 from PIL import Image
 from torch import Tensor, nn
 
-from tessera.autoencoding import Autoencoder, AutoencoderConfig
+from tessera.bases.autoencoder import Autoencoder, AutoencoderConfig
+from tessera.bases.optimization import Training, learning_rate_factor, optimizers_for
 from tessera.components import parse
 from tessera.contracts import ImageSpec, Quantized
 from tessera.metrics.reconstruction import psnr_db
-from tessera.optimization import Training, learning_rate_factor, optimizers_for
-from tessera.training import rows_of_step
+from tessera.training.loop import rows_of_step
 
 DATA = ("cifar10_lossless4000.npz", "eurosat64_5000.tar")
 OURS: dict[str, dict[str, Any]] = {

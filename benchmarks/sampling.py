@@ -9,8 +9,8 @@ import time
 
 import torch
 
+from tessera.bases.optimization import Training
 from tessera.contracts import TokenSpec
-from tessera.optimization import Training
 from tessera.priors.autoregressive import Config, Model, Sampling, draw
 
 BATCH, LENGTH = 64, 64

@@ -4,7 +4,7 @@
     python -m benchmarks.tracking --shots shots --sqlite
     python -m benchmarks.tracking --shots shots --uri http://127.0.0.1:5000    # a server that runs, and keeps the runs
 
-Journals are written by tessera.tracking.journal and tessera.system_run, and sent by tessera.tracking.mirror when all are
+Journals are written by tessera.tracking.journal and tessera.running.publish, and sent by tessera.tracking.mirror when all are
 there, as after an outage; MLflow's server is started as `make stack` does. Then a headless Chromium, which has opened
 MLflow once, opens the pages that a person would, and waits until their charts are drawn. The first column is the median
 of the rounds. Needs chromium on PATH, and for a server of its own Debian's postgresql.
@@ -30,12 +30,12 @@ import pandas as pd
 import psutil
 import yaml
 
-from flows import stack
-from tessera import stage_process, system_run
+from flows.stack import __main__ as stack
 from tessera.artifacts import folder as artifact
 from tessera.components import parse
-from tessera.figures import Recorder, without_network
+from tessera.evaluation.figures import Recorder, without_network
 from tessera.params import Pipeline
+from tessera.running import process, publish
 from tessera.tracking import journal, mirror
 
 ROOT = Path(__file__).parents[1]
@@ -147,7 +147,7 @@ def write_training(
     with journal.open_run(
         f"train_prior@{name}", root=root, state=None, experiment=f"tessera-{DATASET}", **described
     ) as run:
-        stage_process.track_dataset(run, DATASET, root / "images", "train_prior")
+        process.track_dataset(run, DATASET, root / "images", "train_prior")
         falling = 5 / np.sqrt(np.arange(1, points + 1)) + random.normal(0, 0.03, points) + random.uniform(0, 1)
         for step, loss in enumerate(falling.tolist(), 1):
             values = (loss, 1 / (1 + abs(loss)), abs(loss) * 0.1, 0.002 * (1 - step / points))
@@ -173,7 +173,7 @@ def write_system(root: Path, params: Pipeline, name: str, parts: dict[str, Path]
         "samples.png": root / "picture.png",
         "neighbors.png": root / "picture.png",
     }
-    system_run.publish(params, name, measured, files, root / "images", parts)
+    publish.publish(params, name, measured, files, root / "images", parts)
 
 
 def make_artifact(folder: Path, content: bytes) -> Path:
@@ -225,7 +225,7 @@ def send(root: Path, server: int | None, number: int, points: int, registered: i
     from PIL import Image
 
     random = np.random.default_rng(0)
-    stage_process.ROOT = root
+    process.ROOT = root
     os.environ["TESSERA_TRACKING"] = "on"
     Image.fromarray(random.integers(0, 256, (256, 640), dtype=np.uint8)).save(root / "picture.png")
     make_artifact(root / "images", b"images")

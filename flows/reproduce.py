@@ -44,8 +44,8 @@ from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 from flows import champion as champions  # noqa: E402
 from flows import experiments, locks  # noqa: E402
 from flows.board import Board  # noqa: E402
-from flows.devices import devices  # noqa: E402
-from flows.stage_process import StageProcesses, Stopped, dvc, search_path  # noqa: E402
+from flows.places import devices  # noqa: E402
+from flows.processes import StageProcesses, Stopped, dvc, search_path  # noqa: E402
 from tessera.tracking import journal  # noqa: E402
 
 STATE = Path(".state")

@@ -176,7 +176,7 @@ def _cancel_cells(sweep_id: UUID) -> None:
 
 def compare(kept: dict[str, dict[str, Any]]) -> str:
     """Markdown: the systems of all cells in one table, and their order by each distance."""
-    from tessera import comparison, figures
+    from tessera.evaluation import comparison, figures
 
     texts: dict[str, dict[str, str]] = {}  # by system and cell
     for label, cell in kept.items():

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from tessera import comparison, figures, progress, stage_process
 from tessera.artifacts import folder as artifact
-from tessera.comparison import REAL, Systems
+from tessera.evaluation import comparison, figures
+from tessera.evaluation.comparison import REAL, Systems
 from tessera.params import Pipeline
+from tessera.running import process, progress
 
 GENERATION = {
     "label_agreement": "{:.3f}",
@@ -29,7 +30,7 @@ RECONSTRUCTION = {
 }
 
 
-def run(params: Pipeline, metrics: Path, pictures: Path, out: Path, job: stage_process.Job) -> None:
+def run(params: Pipeline, metrics: Path, pictures: Path, out: Path, job: process.Job) -> None:
     systems = {name: [figures.read(metrics / f"systems/{name}.json")] for name in (REAL, *params.systems)}
     tokenizers = {name: [figures.read(metrics / f"tokenizers/{name}.json")] for name in params.tokenizers}
     comparison.require_one_protocol(systems | tokenizers)
@@ -104,7 +105,7 @@ def _sentences(systems: Systems, distances: list[str], params: Pipeline) -> list
         found.append(f"the judging classifier names {accuracy.value:.1%} of the test images rightly")
     found.append(
         f"± and ~ are about other draws of {params.sample_images.num_images:,} samples (standard error, two of a difference); "
-        f"another training seed moves figures too: python -m tessera.comparison over several runs"
+        f"another training seed moves figures too: python -m tessera.evaluation.comparison over several runs"
     )
     return found
 
@@ -121,4 +122,4 @@ def _long(systems: Systems) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    stage_process.main(run)
+    process.main(run)

@@ -4,7 +4,7 @@
         --tokenizer data/tokenizers/vqgan --prior data/priors/vqgan-masked --out data/edits/vqgan-masked \
         --picture data/pictures/edits/vqgan-masked.png --metrics data/metrics/edits/vqgan-masked.json
 
-    python -m stages.edit_images --system vqgan-masked --inpaint --mask m.png in.png out.png    # see tessera/edit_file.py
+    python -m stages.edit_images --system vqgan-masked --inpaint --mask m.png in.png out.png    # see studio/edit.py
 """
 
 import sys
@@ -15,19 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessera import edit_file, figures, pictures, progress, seeding, stage_process
+from studio import edit
+from tessera import seeding
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
+from tessera.artifacts import pictures
 from tessera.artifacts.images import to_float, to_uint8
-from tessera.artifacts.reference import Reference
 from tessera.artifacts.shards import ShardWriter
 from tessera.components import load
-from tessera.editing import CannotEdit, System, Trial
-from tessera.figures import Recorder
-from tessera.generation import ImageGenerator
-from tessera.judge import Judge, spread
+from tessera.editing.trial import CannotEdit, System, Trial
+from tessera.evaluation import figures
+from tessera.evaluation.figures import Recorder
+from tessera.evaluation.judge import Judge, spread
+from tessera.evaluation.reference import Reference
 from tessera.metrics import frechet
 from tessera.params import Pipeline
+from tessera.running import process, progress
+from tessera.system import ImageGenerator
 
 SHOWN = 10  # images in the picture of each edit
 
@@ -43,7 +47,7 @@ def run(
     out: Path,
     picture: Path,
     metrics: Path,
-    job: stage_process.Job,
+    job: process.Job,
 ) -> None:
     spec, splits = image_artifact.read(images)
     settings, sampling = params.edit_images, params.sampling(name)
@@ -148,6 +152,6 @@ def _mean_where(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 if __name__ == "__main__":
-    if edit_file.is_asked_for(sys.argv[1:]):
-        sys.exit(edit_file.main(sys.argv[1:]))
-    stage_process.main(run)
+    if edit.is_asked_for(sys.argv[1:]):
+        sys.exit(edit.main(sys.argv[1:]))
+    process.main(run)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tessera import progress, stage_process, views
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
@@ -17,12 +16,12 @@ from tessera.artifacts.images import to_float
 from tessera.artifacts.shards import ShardWriter
 from tessera.contracts import TokenSpec
 from tessera.params import Pipeline
+from tessera.running import process, progress
+from tessera.training import views
 
 
 @torch.no_grad()
-def run(
-    params: Pipeline, name: str, images: Path, tokenizer: Path, out: Path, job: stage_process.Job
-) -> dict[str, float]:
+def run(params: Pipeline, name: str, images: Path, tokenizer: Path, out: Path, job: process.Job) -> dict[str, float]:
     spec, splits = image_artifact.read(images)
     model, _, trained_on = checkpoints.load_model(tokenizer, "tokenizers")
     if trained_on != spec:
@@ -78,4 +77,4 @@ def run(
 
 
 if __name__ == "__main__":
-    stage_process.main(run)
+    process.main(run)

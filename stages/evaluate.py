@@ -13,16 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from tessera import figures, pictures, seeding, stage_process, system_run
+from tessera import seeding
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
+from tessera.artifacts import pictures
 from tessera.artifacts.images import Images
 from tessera.artifacts.samples import Samples, floor_rows, quotas
-from tessera.figures import Figure, Measured, Recorder
-from tessera.judge import spread
+from tessera.evaluation import figures
+from tessera.evaluation.figures import Figure, Measured, Recorder
+from tessera.evaluation.judge import spread
+from tessera.evaluation.panel import Panel
 from tessera.metrics import copy_rate
-from tessera.panel import Panel
 from tessera.params import Pipeline
+from tessera.running import process, publish
 
 SUSPICIOUS_COPIES = 3 * copy_rate.HELD_OUT_SHARE
 SHOWN_SAMPLES, SHOWN_NEIGHBORS = 10, 5
@@ -35,7 +38,7 @@ def run(
     features: Path,
     reference: Path,
     metrics: Path,
-    job: stage_process.Job,
+    job: process.Job,
     samples: Path | None = None,
     tokenizer: Path | None = None,
     prior: Path | None = None,
@@ -64,15 +67,13 @@ def run(
         measured = found.measured(drawn.meta, beside)
         measured.write(metrics)
         files = {"metrics.json": metrics, "samples.png": picture, "neighbors.png": neighbors}
-        system_run.publish(
+        publish.publish(
             params, name, measured, files, images, {role: path for role, path in parts.items() if path is not None}
         )
     job.say("  ".join(f"{key} {_shown(one)}" for key, one in found.groups["generation"].items()))
 
 
-def _copies(
-    panel: Panel, drawn: Samples, features: np.ndarray, train: Images, picture: Path, job: stage_process.Job
-) -> None:
+def _copies(panel: Panel, drawn: Samples, features: np.ndarray, train: Images, picture: Path, job: process.Job) -> None:
     """How many samples lie at a training image, and a picture of samples beside their nearest training images."""
     reference, at_most = panel.references[panel.first], panel.settings.max_neighbor_images
     trained, held_out = reference.features("train"), reference.features("test")
@@ -154,4 +155,4 @@ def _shown(figure: Figure) -> str:
 
 
 if __name__ == "__main__":
-    stage_process.main(run)
+    process.main(run)

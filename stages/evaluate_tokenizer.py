@@ -15,19 +15,21 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tessera import figures, pictures, progress, seeding, stage_process
-from tessera.artifacts import checkpoints, weights_file
+from tessera import seeding
+from tessera.artifacts import checkpoints, pictures, weights_file
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.images import Images, to_float, to_uint8
-from tessera.artifacts.reference import Reference
 from tessera.artifacts.samples import floor_rows
-from tessera.figures import Protocol, Recorder
-from tessera.judge import Judge, Summary
+from tessera.evaluation import figures
+from tessera.evaluation.figures import Protocol, Recorder
+from tessera.evaluation.judge import Judge, Summary
+from tessera.evaluation.reference import Reference
 from tessera.metrics import brightness, codebook, frechet, reconstruction
 from tessera.nn.image_losses import Lpips
 from tessera.params import Evaluate, Pipeline
+from tessera.running import process, progress
 
 SMALLEST_LPIPS = 16  # pixels
 SHOWN = 50  # originals in the picture, each beside its reconstruction
@@ -45,7 +47,7 @@ def run(
     picture: Path,
     codebook_uses: Path,
     metrics: Path,
-    job: stage_process.Job,
+    job: process.Job,
 ) -> None:
     spec, splits = image_artifact.read(images)
     test, train = splits["test"], splits["train"]
@@ -201,4 +203,4 @@ def _lpips(settings: Evaluate, shortest_side: int, device: torch.device) -> Lpip
 
 
 if __name__ == "__main__":
-    stage_process.main(run)
+    process.main(run)

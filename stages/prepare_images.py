@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tessera import progress, stage_process
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.images import SPLITS, ImageWriter, write_meta
-from tessera.artifacts.records import Record
 from tessera.components import load
 from tessera.contracts import ImageSpec
+from tessera.running import process, progress
+from tessera.sources.records import Record
 
 BATCH = 256
 COLUMNS = ("id", "split", "shard", "row", "label", "source", "sha256", "kept", "reason")
@@ -132,4 +132,4 @@ class _Index:
 
 
 if __name__ == "__main__":
-    stage_process.main(run)
+    process.main(run)

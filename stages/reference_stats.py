@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from tessera import stage_process
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
-from tessera.artifacts import reference
 from tessera.artifacts.shards import ShardWriter
-from tessera.judge import Judge
+from tessera.evaluation import reference
+from tessera.evaluation.judge import Judge
 from tessera.params import Pipeline
+from tessera.running import process
 
 
-def run(params: Pipeline, name: str, images: Path, features: Path, out: Path, job: stage_process.Job) -> None:
+def run(params: Pipeline, name: str, images: Path, features: Path, out: Path, job: process.Job) -> None:
     spec, splits = image_artifact.read(images)
     judge = Judge.read(features, name)
     described = {}
@@ -45,4 +45,4 @@ def run(params: Pipeline, name: str, images: Path, features: Path, out: Path, jo
 
 
 if __name__ == "__main__":
-    stage_process.main(run)
+    process.main(run)

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from tessera import pictures, progress, seeding, stage_process
+from tessera import seeding
 from tessera.artifacts import folder as artifact
+from tessera.artifacts import pictures
 from tessera.artifacts.samples import quotas
 from tessera.artifacts.shards import ShardWriter
-from tessera.generation import ImageGenerator
 from tessera.params import Pipeline
+from tessera.running import process, progress
+from tessera.system import ImageGenerator
 
 
 def run(
-    params: Pipeline, name: str, tokenizer: Path, prior: Path, out: Path, picture: Path, job: stage_process.Job
+    params: Pipeline, name: str, tokenizer: Path, prior: Path, out: Path, picture: Path, job: process.Job
 ) -> dict[str, float]:
     source = ImageGenerator(tokenizer, prior)
     settings, sampling = params.sample_images, params.sampling(name)
@@ -53,4 +55,4 @@ def run(
 
 
 if __name__ == "__main__":
-    stage_process.main(run)
+    process.main(run)

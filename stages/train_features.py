@@ -8,28 +8,28 @@ from pathlib import Path
 
 import torch
 
-from tessera import figures, stage_process, training
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.components import load
-from tessera.judge import Judge
+from tessera.evaluation import figures
+from tessera.evaluation.judge import Judge
 from tessera.params import Pipeline
+from tessera.running import process
+from tessera.training import loop
 
 
-def run(
-    params: Pipeline, name: str, images: Path, out: Path, history: Path, metrics: Path, job: stage_process.Job
-) -> None:
+def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, metrics: Path, job: process.Job) -> None:
     spec, splits = image_artifact.read(images)
     config = params.features[name]
     module = load("features", config.kind)
     torch.manual_seed(params.seed)
     model = module.Model(config, spec)
-    job.say(f"{config.kind} features of {len(splits['train']):,} images on {training.threads()}")
+    job.say(f"{config.kind} features of {len(splits['train']):,} images on {loop.threads()}")
     job.resumable(*checkpoints.identity(config, spec), artifact.fingerprint(images), params.seed)
     if hasattr(module, "Objective"):
         objective = module.Objective(model, config)
-        model = training.fit(objective, splits["train"], config.training, seed=params.seed, job=job)
+        model = loop.fit(objective, splits["train"], config.training, seed=params.seed, job=job)
         if model is None:
             return
     elif hasattr(module, "prepare"):
@@ -48,4 +48,4 @@ def run(
 
 
 if __name__ == "__main__":
-    stage_process.main(run)
+    process.main(run)

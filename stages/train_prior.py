@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tessera import stage_process, training
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.tokens import Tokens
 from tessera.components import load
-from tessera.figures import Protocol, Recorder, without_network
-from tessera.follow import Follower, bits_of_each, mean_loss, proportional_rows
+from tessera.evaluation.figures import Protocol, Recorder, without_network
 from tessera.params import Pipeline
+from tessera.running import process
+from tessera.training import loop
+from tessera.training.validation import Follower, bits_of_each, mean_loss, proportional_rows
 
 
 def run(
@@ -30,7 +31,7 @@ def run(
     out: Path,
     history: Path,
     metrics: Path,
-    job: stage_process.Job,
+    job: process.Job,
 ) -> dict[str, float] | None:
     config = params.systems[name].prior
     module = load("priors", config.kind)
@@ -40,7 +41,7 @@ def run(
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     job.say(
         f"{len(splits['train']):,} images x {splits['train'].num_views} views, {module.LEARNS} "
-        f"{splits['train'].values.row_shape[1:]}, {millions:.2f} M parameters, {training.threads()}"
+        f"{splits['train'].values.row_shape[1:]}, {millions:.2f} M parameters, {loop.threads()}"
     )
     follower = None
     if params.follow_training.every:
@@ -48,7 +49,7 @@ def run(
     inputs = follower.inputs() if follower else ()
     job.resumable(*checkpoints.identity(config, spec), artifact.fingerprint(tokens), params.seed, *inputs)
     objective = module.Objective(model, config)
-    model = training.fit(objective, splits["train"], config.training, seed=params.seed, job=job, follower=follower)
+    model = loop.fit(objective, splits["train"], config.training, seed=params.seed, job=job, follower=follower)
     if model is None:  # only the first process writes
         return None
     if follower:
@@ -95,4 +96,4 @@ def held_out_figures(params: Pipeline, name: str, model: nn.Module, splits: dict
 
 
 if __name__ == "__main__":
-    stage_process.main(run)
+    process.main(run)

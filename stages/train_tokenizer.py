@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 
-from tessera import stage_process, training
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.components import load
 from tessera.params import Pipeline
+from tessera.running import process
+from tessera.training import loop
 
 
-def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job: stage_process.Job) -> None:
+def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job: process.Job) -> None:
     spec, splits = image_artifact.read(images)
     config = params.tokenizers[name]
     module = load("tokenizers", config.kind)
@@ -28,7 +29,7 @@ def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job
     job.resumable(settings, described, code, artifact.fingerprint(images), params.seed)
     if hasattr(module, "Objective"):
         objective = module.Objective(model, config)
-        model = training.fit(objective, splits["train"], config.training, seed=params.seed, job=job)
+        model = loop.fit(objective, splits["train"], config.training, seed=params.seed, job=job)
         if model is None:  # only the first process writes
             return
     with artifact.create(out) as place:
@@ -43,9 +44,9 @@ def _first_line(model: torch.nn.Module, spec: image_artifact.ImageSpec, num_imag
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     return (
         f"{num_images:,} images {spec.channels}x{spec.height}x{spec.width} -> {height}x{width} tokens of {depth} channels, "
-        f"{codes}, {millions:.2f} M parameters, {training.threads()}"
+        f"{codes}, {millions:.2f} M parameters, {loop.threads()}"
     )
 
 
 if __name__ == "__main__":
-    stage_process.main(run)
+    process.main(run)

@@ -11,11 +11,12 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
-from tessera import comparison, figures, stage_process
-from tessera.comparison import REAL
-from tessera.figures import Measured
+from tessera.evaluation import comparison, figures
+from tessera.evaluation import curves as training_curves
+from tessera.evaluation.comparison import REAL
+from tessera.evaluation.figures import Measured
 from tessera.params import Pipeline
-from tessera.reporting import curves as training_curves
+from tessera.running import process
 
 TEMPLATE = Path("tessera/reporting/report.html")
 FIRST = (
@@ -40,7 +41,7 @@ def run(
     priors: Path,
     reference_curves: Path,
     out: Path,
-    job: stage_process.Job,
+    job: process.Job,
 ) -> None:
     systems = {name: figures.read(metrics / f"systems/{name}.json") for name in (REAL, *params.systems)}
     tokenizers = {name: figures.read(metrics / f"tokenizers/{name}.json") for name in params.tokenizers}
@@ -121,4 +122,4 @@ def _codebook(path: Path) -> str | None:
 
 
 if __name__ == "__main__":
-    stage_process.main(run)
+    process.main(run)

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from tessera import edit_file, seeding
+from studio import edit
 from tessera import params as all_params
+from tessera import seeding
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import to_uint8
 from tessera.components import load
-from tessera.editing import System
+from tessera.editing.trial import System
 
 KEPT = Path(".state/studio")
 MAX_IMAGES = 32  # of one request
@@ -84,10 +85,10 @@ class Studio:
             raise ValueError(f"{name} has no {refused[0]}: its prior samples with {has}")
         sampling = {known[knob].key: int(value) if knob == "steps" else value for knob, value in given.items()}
         options = {"count": _whole(count, "the number of images", 1, MAX_IMAGES), "seed": _seed(seed), "label": label}
-        asked = edit_file.to_draw(self.params, name, sampling, **options)
+        asked = edit.to_draw(self.params, name, sampling, **options)
         with self._models:
             system = self._open(name)
-            tokens, images = edit_file.draw(system, asked)
+            tokens, images = edit.draw(system, asked)
         indices = tokens.numpy() if system.learns == "indices" else None
         return Drawn(images, indices, system.spec.codebook_size, asked.command())
 
@@ -106,18 +107,18 @@ class Studio:
         """source, other: names of kept pictures. With a label, the prior is told it."""
         self._check(name)
         options = {"label": label, "seed": _seed(seed), "share": share}
-        asked = edit_file.request(self.params, name, kind, settings, **options)
+        asked = edit.request(self.params, name, kind, settings, **options)
         picture, other_picture = self.picture(source), self.picture(other) if other else None
         masked = "" if mask is None else self._keep(mask)
         with self._models:
-            edited = edit_file.edit(self._open(name), asked, self.params, picture, mask, other_picture)
+            edited = edit.edit(self._open(name), asked, self.params, picture, mask, other_picture)
         files = {"source": source, "mask": masked, "other": other}
         return Edited(edited, asked.command(**{key: str(KEPT / file) if file else "" for key, file in files.items()}))
 
     def take(self, data: bytes, what: str) -> str:
         """Check an upload, which nothing has decoded before, and keep it; its name."""
         with self._files:  # Pillow's warnings are set for all threads
-            picture = edit_file.read_picture(data, what)
+            picture = edit.read_picture(data, what)
         return self._keep(picture)
 
     def take_test_image(self, number: Any) -> tuple[str, int]:
@@ -130,9 +131,9 @@ class Studio:
 
     def damage(self, source: str, settings: dict[str, Any], seed: Any) -> str:
         """The picture as the models see it, damaged as `enhance` takes it to be; the damaged one's name."""
-        asked = edit_file.request(self.params, self.names[0], "enhance", settings, seed=_seed(seed))
+        asked = edit.request(self.params, self.names[0], "enhance", settings, seed=_seed(seed))
         picture = self.picture(source)
-        images = edit_file.Frame(self.params.dataset, picture.size).tensor(picture)
+        images = edit.Frame(self.params.dataset, picture.size).tensor(picture)
         generator = seeding.generator(asked.seed, "studio_damage")
         return self._keep(
             _picture(to_uint8(load("edits", "enhance").measure(images, asked.config, generator))[0].numpy())
@@ -143,7 +144,7 @@ class Studio:
         if not name:
             raise ValueError("there is no picture yet: upload one, or take a test image")
         with self._files:
-            return edit_file.read_picture((self.root / KEPT / name).read_bytes(), "the picture")
+            return edit.read_picture((self.root / KEPT / name).read_bytes(), "the picture")
 
     def _keep(self, picture: Image.Image) -> str:
         file = io.BytesIO()
@@ -170,7 +171,7 @@ class Studio:
         """Read once, and again where it was trained anew."""
         prints = [artifact.fingerprint(folder) for folder in self._artifacts(name)]
         if name not in self._systems or self._systems[name][0] != prints:
-            self._systems[name] = prints, edit_file.open_system(self.params, name, self.root)
+            self._systems[name] = prints, edit.open_system(self.params, name, self.root)
         return self._systems[name][1]
 
 

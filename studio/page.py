@@ -22,9 +22,11 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"  # gradio asks its
 import gradio as gr  # noqa: E402  after its environment
 from PIL import Image  # noqa: E402
 
-from studio import figures  # noqa: E402
+from studio import (
+    edit,  # noqa: E402
+    figures,  # noqa: E402
+)
 from studio.actions import KNOBS, MAX_IMAGES, MAX_SEED, Studio, for_painting, mask_of  # noqa: E402
-from tessera import edit_file  # noqa: E402
 
 ADDRESS = "127.0.0.1"
 NOBODY_KNOWS = -1  # a drop-down has no value for None
@@ -328,12 +330,12 @@ def main(arguments: list[str]) -> int:
     port = parser.parse_args(arguments).port
     try:
         page = build(Studio())
-        Image.MAX_IMAGE_PIXELS = edit_file.MAX_PIXELS  # also of the painted layer, which gradio decodes
+        Image.MAX_IMAGE_PIXELS = edit.MAX_PIXELS  # also of the painted layer, which gradio decodes
         page.queue(max_size=200, default_concurrency_limit=8)
         page.launch(
             server_name=ADDRESS, server_port=port, share=False, prevent_thread_lock=True, quiet=True, footer_links=[],
             run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, theme=THEME, css=CSS,
-            max_file_size=edit_file.MAX_BYTES + SPARE,
+            max_file_size=edit.MAX_BYTES + SPARE,
         )  # fmt: skip
     except (ValueError, OSError) as error:
         is_taken = "empty port" in str(error)

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from tessera.artifacts.records import Record, array_records, stratified_test_rows
 from tessera.components import Params
 from tessera.contracts import Count, ImageSpec
+from tessera.sources.records import Record, array_records, stratified_test_rows
 
 LICENCE = "CC BY 4.0 (UCI), shipped with scikit-learn (BSD-3-Clause)"
 

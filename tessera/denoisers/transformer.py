@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from tessera.bases.transformer import TransformerConfig
 from tessera.nn.time_features import time_features
 from tessera.nn.transformer import Transformer
-from tessera.transformer_settings import TransformerConfig
 
 
 class Config(TransformerConfig):

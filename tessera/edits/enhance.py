@@ -17,8 +17,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.editing import System, Trial, follow, noise
-from tessera.posterior import expected_data, resampled
+from tessera.editing.posterior import expected_data, resampled
+from tessera.editing.trial import System, Trial, follow, noise
 
 LEAST_STD = 0.02  # of a measurement's noise: with less, the steps towards it would be blind to the prior
 Positive = Annotated[float, Field(gt=0)]

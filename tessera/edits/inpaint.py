@@ -25,9 +25,9 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.drawing import gumbel_noise
-from tessera.editing import System, Trial, follow, noise
-from tessera.label_evidence import label_chances, log_shares
+from tessera.editing.label_evidence import label_chances, log_shares
+from tessera.editing.trial import System, Trial, follow, noise
+from tessera.nn.gumbel import gumbel_noise
 from tessera.nn.membrane import close_seam
 
 SEAM_SHARE = 1 / 8  # of the image's longer side: how far into the hole its border's correction reaches

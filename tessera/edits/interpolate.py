@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.editing import System, Trial, follow, levels_from, noise
+from tessera.editing.trial import System, Trial, follow, levels_from, noise
 
 
 class Config(Params):

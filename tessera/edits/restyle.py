@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.editing import System, Trial, drawn_around, number_drawn
+from tessera.editing.trial import System, Trial, drawn_around, number_drawn
 
 MASKINGS = 4  # times that a masked prior judges the tokens
 SEEN_SHARE = 0.1  # of the tokens, by which it judges the others

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.editing import System, Trial, drawn_around, number_drawn
+from tessera.editing.trial import System, Trial, drawn_around, number_drawn
 
 
 class Config(Params):

@@ -17,10 +17,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tessera.bases.optimization import Training, optimizers_for
 from tessera.components import Params
 from tessera.contracts import ImageBatch, ImageSpec
 from tessera.nn.warp import warp
-from tessera.optimization import Training, optimizers_for
 
 ROTATION, SCALE, SHIFT = 0.1, 0.08, 0.05  # radians, fraction of the size, fraction of the side: each up to this much
 GROUPS = 8

@@ -21,13 +21,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tessera.bases.conditional import ConditionalConfig, Ramp, guided, ramped, seen_labels
+from tessera.bases.optimization import Fraction, Training, optimizers_for
+from tessera.bases.transformer import TransformerConfig
 from tessera.components import Params
-from tessera.conditioning import ConditionalConfig, Ramp, guided, ramped, seen_labels
 from tessera.contracts import Learns, TokenBatch, TokenSpec
-from tessera.drawing import gumbel_noise
+from tessera.nn.gumbel import gumbel_noise
 from tessera.nn.transformer import Transformer
-from tessera.optimization import Fraction, Training, optimizers_for
-from tessera.transformer_settings import TransformerConfig
 
 LEARNS: Learns = "indices"
 

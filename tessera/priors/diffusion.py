@@ -17,11 +17,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tessera.bases.conditional import ConditionalConfig, guided, seen_labels
+from tessera.bases.optimization import Fraction, Positive, Training, optimizers_for
 from tessera.components import DenoiserConfig, Params, load
-from tessera.conditioning import ConditionalConfig, guided, seen_labels
 from tessera.contracts import Learns, TokenBatch, TokenSpec
 from tessera.nn import noise_levels, samplers
-from tessera.optimization import Fraction, Positive, Training, optimizers_for
 
 LEARNS: Learns = "latents"
 

@@ -17,10 +17,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tessera.bases.conditional import ConditionalConfig, guided, seen_labels
+from tessera.bases.optimization import Fraction, Training, optimizers_for
 from tessera.components import DenoiserConfig, Params, load
-from tessera.conditioning import ConditionalConfig, guided, seen_labels
 from tessera.contracts import Learns, TokenBatch, TokenSpec
-from tessera.optimization import Fraction, Training, optimizers_for
 
 LEARNS: Learns = "latents"
 LARGEST_SIGMA = 80.0  # where an edit begins: at time 0 there are no data in x

@@ -22,12 +22,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tessera.bases.conditional import PriorSettings
+from tessera.bases.optimization import Fraction, Training, optimizers_for
 from tessera.components import Params
-from tessera.conditioning import PriorSettings
 from tessera.contracts import Count, Learns, TokenBatch, TokenSpec
 from tessera.nn.adversarial_networks import Discriminator, Generator, Normalization, Sizes, levels_of
 from tessera.nn.augmentation import Augmentation, augmented
-from tessera.optimization import Fraction, Training, optimizers_for
 
 LEARNS: Learns = "latents"
 Weight = Annotated[float, Field(ge=0)]

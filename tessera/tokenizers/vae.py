@@ -16,8 +16,8 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from tessera.adversarial import AdversarialAutoencoder, AdversarialConfig, AdversarialObjective
-from tessera.autoencoding import Weight
+from tessera.bases.adversarial import AdversarialAutoencoder, AdversarialConfig, AdversarialObjective
+from tessera.bases.autoencoder import Weight
 from tessera.contracts import Encoded
 
 

@@ -1,7 +1,7 @@
 """VQGAN: a VQ-VAE whose reconstructions must also look right to a patch discriminator.
 
 Source: Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021, arXiv:2012.09841, equations 4 to 7.
-Differs from it: what the discriminator does differently stands in tessera/adversarial.py; beta is on the commitment term,
+Differs from it: what the discriminator does differently stands in tessera/bases/adversarial.py; beta is on the commitment term,
 where the paper has it and the authors' code has not.
 """
 
@@ -9,8 +9,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from tessera.adversarial import AdversarialAutoencoder, AdversarialConfig, AdversarialObjective
-from tessera.autoencoding import codebook_terms
+from tessera.bases.adversarial import AdversarialAutoencoder, AdversarialConfig, AdversarialObjective
+from tessera.bases.autoencoder import codebook_terms
 
 
 class Config(AdversarialConfig):

@@ -10,10 +10,10 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tessera.autoencoding import Autoencoder, AutoencoderConfig, ReconstructionLoss, codebook_terms
+from tessera.bases.autoencoder import Autoencoder, AutoencoderConfig, ReconstructionLoss, codebook_terms
+from tessera.bases.diagnostics import Watch
+from tessera.bases.optimization import optimizers_for
 from tessera.contracts import Checkup, ImageBatch
-from tessera.health import Watch
-from tessera.optimization import optimizers_for
 
 
 class Config(AutoencoderConfig):

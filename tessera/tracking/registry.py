@@ -173,7 +173,7 @@ def crown(client: Any, name: str, metric: str, lower: bool, threshold: float, di
     with nobody: that is refused, unless `dismiss` takes the alias away first. Codes: 0 there is a champion or nobody
     competes, 2 refused.
     """
-    from tessera.comparison import Estimate, MixedProtocols, estimate, exceeds_noise, require_one_protocol
+    from tessera.evaluation.comparison import Estimate, MixedProtocols, estimate, exceeds_noise, require_one_protocol
 
     versions = sorted(
         client.search_model_versions(f"name = '{name}'"), key=lambda version: int(version.version), reverse=True
@@ -254,7 +254,7 @@ def _measured(client: Any, version: Any, metric: str) -> Any:
     """The figure `metric`, GROUP/NAME, with its protocol, from the run that evaluated a version; or why there is none."""
     from mlflow.exceptions import MlflowException
 
-    from tessera import figures
+    from tessera.evaluation import figures
 
     group, _, key = metric.partition("/")
     try:

@@ -35,7 +35,7 @@ class Refused(MlflowException):
 class ServedImages(PythonModel):
     def load_context(self, context: Any) -> None:
         from tessera.components import parse
-        from tessera.generation import ImageGenerator
+        from tessera.system import ImageGenerator
 
         self.source = ImageGenerator(Path(context.artifacts["tokenizer"]), Path(context.artifacts["prior"]))
         self.settings = dict(context.model_config["sampling"])  # those that were evaluated

@@ -11,11 +11,11 @@ from torch import nn
 
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
+from tessera.bases.optimization import Training, optimizers_for
 from tessera.components import Params, kinds, load, parse
 from tessera.contracts import Encoded, ImageBatch, TokenBatch
-from tessera.optimization import Training, optimizers_for
-from tessera.stage_process import Job, Stopped
-from tessera.training import fit
+from tessera.running.process import Job, Stopped
+from tessera.training.loop import fit
 
 TRAINING = {"num_steps": 2, "batch_size": 4, "learning_rate": 0.01}
 # The smallest sensible settings of each part; a new part adds a line here only if its defaults cannot be built from {}.

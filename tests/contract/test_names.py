@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from tessera import params
+from tessera.bases.diagnostics import Health
+from tessera.bases.optimization import Training
 from tessera.components import kinds, load
-from tessera.health import Health
-from tessera.optimization import Training
 
 ROOT = Path(__file__).parents[2]
 GLOSSARY = set(re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")))

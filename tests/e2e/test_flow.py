@@ -17,7 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from flows import board, experiments, locks, reproduce, stage_process, sweep
+from flows import board, experiments, locks, processes, reproduce, sweep
 from tessera.tracking import journal, mirror
 
 pytestmark = pytest.mark.e2e
@@ -285,10 +285,10 @@ def test_who_waits_for_a_device_hears_whom_for_and_can_be_stopped(device_locks: 
 
     def give_up() -> None:
         if next(asked) == 2:
-            raise stage_process.Stopped
+            raise processes.Stopped
 
     with (
-        pytest.raises(stage_process.Stopped),
+        pytest.raises(processes.Stopped),
         locks.one_of([device_locks / "cpu.lock"], "another", said.append, give_up),
     ):
         raise AssertionError("two have it")
@@ -519,21 +519,21 @@ def test_a_grid_has_every_combination_and_a_wrong_one_is_refused() -> None:
 def test_a_group_that_ignores_sigterm_is_killed_after_the_grace_period(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage_process, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.5)
     stubborn = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     )
-    processes = stage_process.StageProcesses()
+    running = processes.StageProcesses()
 
     def stop_when_up(line: str) -> None:
         assert line == "up"
-        processes.stop()
+        running.stop()
 
     began = time.monotonic()
-    assert processes.run([sys.executable, "-c", stubborn], stop_when_up, tmp_path, {}) == -signal.SIGKILL
+    assert running.run([sys.executable, "-c", stubborn], stop_when_up, tmp_path, {}) == -signal.SIGKILL
     assert time.monotonic() - began < 10
-    with pytest.raises(stage_process.Stopped, match="not started"):
-        processes.run([sys.executable, "-c", ""], print, tmp_path, {})
+    with pytest.raises(processes.Stopped, match="not started"):
+        running.run([sys.executable, "-c", ""], print, tmp_path, {})
 
 
 def test_a_failing_stage_fails_the_flow_and_then_a_dead_server_does_not(

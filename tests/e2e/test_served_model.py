@@ -31,11 +31,12 @@ from stages import (
     train_prior,
     train_tokenizer,
 )
-from tessera import seeding, stage_process
+from tessera import seeding
 from tessera.components import parse
-from tessera.generation import ImageGenerator
 from tessera.params import Pipeline
-from tessera.stage_process import Job
+from tessera.running import process
+from tessera.running.process import Job
+from tessera.system import ImageGenerator
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
@@ -73,7 +74,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(stage_process, "ROOT", root)
+        patch.setattr(process, "ROOT", root)
         prepare_images.run(params, data / "images", job("images"))
         seen = {"images": data / "images", "features": data / "features", "reference": data / "reference"}
         of_features = (data / "images", data / "features" / "classifier", data / "f.csv", data / "f.json")

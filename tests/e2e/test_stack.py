@@ -24,7 +24,7 @@ import pytest
 import yaml
 from ports import free_ports
 
-from flows import stack_members, stack_servers
+from flows.stack.__main__ import members, servers
 from tessera.tracking.journal import process_start
 
 pytestmark = pytest.mark.e2e
@@ -203,16 +203,16 @@ def test_settings_that_cannot_work_or_open_a_door_are_refused_without_telling_se
     environment: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as refused:
-        stack_members.read_settings(tmp_path, environment)
+        members.read_settings(tmp_path, environment)
     assert "canary" not in str(refused.value)
 
 
 def test_other_machines_may_reach_servers_that_ask_for_passwords(tmp_path: Path) -> None:
-    settings = stack_members.read_settings(tmp_path, {"TESSERA_HOST": "10.0.0.1", **SECURE})
+    settings = members.read_settings(tmp_path, {"TESSERA_HOST": "10.0.0.1", **SECURE})
     assert "canary" not in repr(settings)
-    assert "--app-name basic-auth" in " ".join(stack_members.command(settings, "mlflow"))
+    assert "--app-name basic-auth" in " ".join(members.command(settings, "mlflow"))
     environments = {
-        member: stack_members.environment(settings, member, {**SECURE, "DATABASE_URL": "x"}) for member in MEMBERS
+        member: members.environment(settings, member, {**SECURE, "DATABASE_URL": "x"}) for member in MEMBERS
     }
     assert environments["prefect"]["PREFECT_SERVER_API_AUTH_STRING"] == PREFECT_LOGIN
     for member, secrets in {"prefect": [PREFECT_LOGIN], "mlflow": [MLFLOW_PASSWORD]}.items():  # each its own only
@@ -222,8 +222,8 @@ def test_other_machines_may_reach_servers_that_ask_for_passwords(tmp_path: Path)
 
 def test_the_drivers_get_the_same_database_server_and_no_password_in_the_address(tmp_path: Path) -> None:
     url = "postgresql://us%40er:p%2Fw@db.example:6543/my-name?sslmode=require"
-    settings = stack_members.read_settings(tmp_path, {"DATABASE_URL": url})
-    prefect, mlflow = (stack_members.environment(settings, member, {}) for member in ("prefect", "mlflow"))
+    settings = members.read_settings(tmp_path, {"DATABASE_URL": url})
+    prefect, mlflow = (members.environment(settings, member, {}) for member in ("prefect", "mlflow"))
     address = prefect["PREFECT_SERVER_DATABASE_CONNECTION_URL"]
     assert address == "postgresql+asyncpg://us%40er@db.example:6543/my-name_prefect?ssl=require"
     address = mlflow["MLFLOW_BACKEND_STORE_URI"]
@@ -300,13 +300,13 @@ def begin_run(checkout: Checkout) -> int:
     """Have the worker run a flow; the process of its work."""
     (checkout.folder / "sleeper.py").write_text(f"FOLDER = {str(checkout.folder)!r}\n{SLEEPER}")
     api = checkout.url("prefect", "/api")
-    _, flow = stack_servers.ask(f"{api}/flows/", body={"name": "sleeper"})
+    _, flow = servers.ask(f"{api}/flows/", body={"name": "sleeper"})
     deployment = {"name": "sleeper", "flow_id": flow["id"], "entrypoint": "sleeper.py:sleeper"}
-    _, made = stack_servers.ask(
+    _, made = servers.ask(
         f"{api}/deployments/", body={**deployment, "path": str(checkout.folder), "work_pool_name": "gpu"}
     )
     run = f"{api}/deployments/{made['id']}/create_flow_run"
-    wait_for("a run is made", lambda: stack_servers.ask(run, body={"state": {"type": "SCHEDULED"}})[0] == 201, 60)
+    wait_for("a run is made", lambda: servers.ask(run, body={"state": {"type": "SCHEDULED"}})[0] == 201, 60)
     wait_for("the worker runs a flow", (checkout.folder / "child.pid").exists, 60)
     return int((checkout.folder / "child.pid").read_text())
 
@@ -319,11 +319,11 @@ def test_the_stack_comes_up_mends_what_was_killed_and_goes_down_without_a_trace(
     assert checkout.url("prefect", "/api") in done.stdout
     assert f"no prefect.yaml in {checkout.folder}: nothing is deployed" in done.stdout
     assert (
-        stack_servers.ask(checkout.url("prefect", "/ui-settings"))[1]["default_ui"] == "v1"
+        servers.ask(checkout.url("prefect", "/ui-settings"))[1]["default_ui"] == "v1"
     )  # v2 asks a server of Amplitude
     check_listeners(checkout)
     check_private(checkout)
-    pools = [stack_servers.ask(checkout.url("prefect", f"/api/work_pools/{name}"))[1] for name in ("gpu", "control")]
+    pools = [servers.ask(checkout.url("prefect", f"/api/work_pools/{name}"))[1] for name in ("gpu", "control")]
     assert [(pool["type"], pool["concurrency_limit"]) for pool in pools] == [("process", 1), ("process", 10)]
     assert code_of(checkout.url("mlflow", "/api/2.0/mlflow/experiments/search?max_results=1")) == 200
     sessions = {member: os.getsid(checkout.pid(member)) for member in MEMBERS}
@@ -357,7 +357,7 @@ def test_the_stack_comes_up_mends_what_was_killed_and_goes_down_without_a_trace(
     assert not set(pids.values()) & {checkout.pid(member) for member in MEMBERS}
     check_listeners(checkout)  # the killed MLflow's other process does not hold the port any more
     assert psutil.pid_exists(child)  # the work of a killed worker is not lost
-    _, (run,) = stack_servers.ask(checkout.url("prefect", "/api/flow_runs/filter"), body={})
+    _, (run,) = servers.ask(checkout.url("prefect", "/api/flow_runs/filter"), body={})
     assert run["state"]["type"] == "RUNNING"
     os.kill(int(run["infrastructure_pid"]), signal.SIGKILL)  # neither it nor its worker can tell of its end
 
@@ -395,7 +395,7 @@ def test_what_prefect_yaml_lists_is_deployed_and_schedules_stay_as_people_set_th
     api = checkout.url("prefect", "/api")
 
     def deployed() -> dict[str, dict]:
-        _, found = stack_servers.ask(f"{api}/deployments/filter", body={})
+        _, found = servers.ask(f"{api}/deployments/filter", body={})
         return {made["name"]: made for made in found}
 
     def schedules() -> list[tuple[str, bool]]:
@@ -420,11 +420,11 @@ def test_what_prefect_yaml_lists_is_deployed_and_schedules_stay_as_people_set_th
 
     nightly = f"{api}/deployments/{first['nightly']['id']}"
     schedule = f"{nightly}/schedules/{first['nightly']['schedules'][0]['id']}"
-    assert stack_servers.ask(schedule, body={"active": True}, method="PATCH")[0] == 204
+    assert servers.ask(schedule, body={"active": True}, method="PATCH")[0] == 204
     added = {"schedule": {"cron": "0 5 * * *", "timezone": "UTC"}, "active": True}
-    assert stack_servers.ask(f"{nightly}/schedules", body=[added])[0] == 201
-    assert stack_servers.ask(nightly, body={"paused": True}, method="PATCH")[0] == 204
-    assert stack_servers.ask(f"{api}/deployments/{first['by-hand']['id']}", method="DELETE")[0] == 204
+    assert servers.ask(f"{nightly}/schedules", body=[added])[0] == 201
+    assert servers.ask(nightly, body={"paused": True}, method="PATCH")[0] == 204
+    assert servers.ask(f"{api}/deployments/{first['by-hand']['id']}", method="DELETE")[0] == 204
     up("deployed by-hand, nightly: ")  # because one is missing
     assert set(deployed()) == {"by-hand", "nightly"}
     assert deployed()["nightly"]["paused"]
@@ -542,8 +542,8 @@ def test_the_containers_are_private_pinned_and_wait_for_each_other() -> None:
     assert "ports" not in services["postgres"] and "ports" not in services["store"]
     (device,) = services["worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
-    pools = {name: re.search(r"--pool (\w+)", services[name]["command"])[1] for name in stack_members.POOLS}
-    assert pools == stack_members.POOLS
+    pools = {name: re.search(r"--pool (\w+)", services[name]["command"])[1] for name in members.POOLS}
+    assert pools == members.POOLS
     assert services["control"]["deploy"] == {}  # it needs no GPU
     databases = compose["configs"]["databases"]["content"]
     for service, name in (("prefect", "tessera_prefect"), ("mlflow", "tessera_mlflow")):

@@ -20,12 +20,14 @@ import yaml
 from PIL import Image, ImageDraw
 
 from stages import encode_tokens, prepare_images, train_prior, train_tokenizer
+from studio import edit
 from studio.actions import KEPT, Studio, for_painting, mask_of
 from studio.figures import table
-from tessera import edit_file, pictures, stage_process
+from tessera.artifacts import pictures
 from tessera.components import parse
 from tessera.params import Pipeline
-from tessera.stage_process import Job
+from tessera.running import process
+from tessera.running.process import Job
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
@@ -65,7 +67,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(stage_process, "ROOT", root)
+        patch.setattr(process, "ROOT", root)
         prepare_images.run(params, data / "images", job("images"))
         tokenizer, tokens = data / "tokenizers" / "vqvae", data / "tokens" / "vqvae"
         train_tokenizer.run(params, "vqvae", data / "images", tokenizer, data / "t.csv", job("tokenizer"))
@@ -110,7 +112,7 @@ def run(command: str, root: Path, patch: pytest.MonkeyPatch, out: Path) -> np.nd
     words = shlex.split(command)
     assert words[:3] == ["python", "-m", "stages.edit_images"] and words[-1] == "out.png"
     patch.chdir(root)
-    assert edit_file.main([*words[3:-1], str(out)]) == 0
+    assert edit.main([*words[3:-1], str(out)]) == 0
     return np.asarray(Image.open(out))
 
 
@@ -148,7 +150,7 @@ def test_shown_indices_decode_to_the_shown_image(studio: Studio) -> None:
     cells = re.findall(r">(\d+)</td>", "".join(map(table, drawn.indices)))
     indices = torch.tensor([int(cell) for cell in cells]).view(drawn.indices.shape)
     with torch.no_grad():
-        decoded = edit_file.to_uint8(studio._open("masked").tokenizer.decode_indices(indices))
+        decoded = edit.to_uint8(studio._open("masked").tokenizer.decode_indices(indices))
     assert np.array_equal(decoded.numpy(), drawn.images)
 
 
@@ -185,7 +187,7 @@ def test_the_command_of_an_edit_makes_the_same_bits(name, kind, settings, studio
 
 def test_a_label_that_is_given_is_told_to_the_prior(studio: Studio) -> None:
     def told(settings: dict[str, str] | None = None, **given: int) -> str:
-        return edit_file.request(studio.params, "flow", "inpaint", settings, **given).config.told_label
+        return edit.request(studio.params, "flow", "inpaint", settings, **given).config.told_label
 
     assert (told(), told(label=3), told({"told_label": "none"}, label=3)) == ("inferred", "own", "none")
     with pytest.raises(ValueError, match="told_label is own, but no label is given: expected one"):
@@ -356,7 +358,7 @@ def test_each_bad_upload_gives_a_message_and_the_page_lives_on(page, shared_data
     assert len(files) == 10
     huge = tmp_path / "huge.png"
     with huge.open("wb") as file:
-        file.truncate(edit_file.MAX_BYTES + 10)
+        file.truncate(edit.MAX_BYTES + 10)
     page.get_by_role("tab", name="Enhance").click()
     for path in [*files, huge]:
         upload(page, path)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from toy_distributions import GRIDS, draws, few_grids, spec
 
+from tessera.bases.optimization import Training
 from tessera.components import kinds, load
-from tessera.optimization import Training
 from tessera.priors import autoregressive, masked
-from tessera.training import fit
+from tessera.training.loop import fit
 
 LABELS = torch.tensor([0, 1]).repeat_interleave(256)
 EVERY = GRIDS.repeat(2, 1).view(-1, 2, 2)  # (512, 2, 2): each grid for each label

@@ -12,14 +12,13 @@ from pydantic import BaseModel
 from scipy import ndimage
 from torch import Tensor, nn
 
-from tessera import editing, posterior
+from tessera.bases.optimization import Training
 from tessera.components import InvalidParams, parse
 from tessera.contracts import Encoded, TokenSpec
-from tessera.editing import CannotEdit, System
+from tessera.editing.label_evidence import HIGHEST, LOWEST, NUM_LEVELS, label_chances
+from tessera.editing.trial import CannotEdit, System, posterior, trial
 from tessera.edits import enhance, inpaint, interpolate, restyle, variations
-from tessera.label_evidence import HIGHEST, LOWEST, NUM_LEVELS, label_chances
 from tessera.nn.membrane import close_seam
-from tessera.optimization import Training
 from tessera.priors import autoregressive, gan, masked
 from tessera.quantizers import vector
 
@@ -185,20 +184,20 @@ def test_ancestral_steps_under_an_exact_prior_give_its_distribution(repeats: int
     system, sampling = gaussian_system(), Steps(num_steps=400)
     levels = system.prior.levels(sampling)
     x = levels[0] * torch.randn(500, 1, 8, 8, generator=seeded())
-    drawn = editing.follow(system, x, levels, torch.zeros(500).long(), sampling, seeded(1), repeats=repeats)
+    drawn = trial.follow(system, x, levels, torch.zeros(500).long(), sampling, seeded(1), repeats=repeats)
     assert abs(float(drawn.std()) - 1) < 0.03 and abs(float(drawn.mean())) < 0.03
 
 
 def test_levels_begin_where_the_strength_says() -> None:
     levels = [80.0, 9.0, 2.0, 0.5, 0.0]
-    assert editing.levels_from(levels, 0.5, (8, 8)) == editing.levels_from(levels, 0.5, (4, 4)) == [1.0, 0.5, 0.0]
-    assert editing.levels_from(levels, 1.0, (8, 8)) == levels
-    assert editing.levels_from(levels, 0.9, (8, 8)) == pytest.approx([9.0, 2.0, 0.5, 0.0])
-    assert editing.levels_from(levels, 0.5, (32, 32)) == [4.0, 2.0, 0.5, 0.0]  # each 4x4 of them average to noise of 1
+    assert trial.levels_from(levels, 0.5, (8, 8)) == trial.levels_from(levels, 0.5, (4, 4)) == [1.0, 0.5, 0.0]
+    assert trial.levels_from(levels, 1.0, (8, 8)) == levels
+    assert trial.levels_from(levels, 0.9, (8, 8)) == pytest.approx([9.0, 2.0, 0.5, 0.0])
+    assert trial.levels_from(levels, 0.5, (32, 32)) == [4.0, 2.0, 0.5, 0.0]  # each 4x4 of them average to noise of 1
 
 
 def test_as_many_indices_are_drawn_as_noise_hides_of_latents() -> None:
-    assert [editing.number_drawn(strength, 100) for strength in (0.0, 0.2, 0.5, 0.8, 1.0)] == [0, 6, 50, 94, 100]
+    assert [trial.number_drawn(strength, 100) for strength in (0.0, 0.2, 0.5, 0.8, 1.0)] == [0, 6, 50, 94, 100]
 
 
 # Labels ---------------------------------------------------------------------------------------------------------------

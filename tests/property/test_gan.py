@@ -13,8 +13,8 @@ from tessera.contracts import TokenBatch, TokenSpec
 from tessera.nn.adversarial_networks import levels_of
 from tessera.nn.augmentation import augmented
 from tessera.priors import gan
-from tessera.stage_process import Job, Stopped
-from tessera.training import fit
+from tessera.running.process import Job, Stopped
+from tessera.training.loop import fit
 
 
 def spec(shape=(3, 4, 2), num_classes=3) -> TokenSpec:

@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 
 from tessera.artifacts import folder as artifact
-from tessera.autoencoding import ReconstructionLoss, codebook_terms
+from tessera.bases.autoencoder import ReconstructionLoss, codebook_terms
 from tessera.components import InvalidParams, load, parse
 from tessera.contracts import Quantized
 from tessera.nn.image_losses import Lpips, laplacian_loss, laplacian_pyramid, pixel_loss

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from toy_distributions import GRIDS, draws, few_grids, spec, total_variation
 
-from tessera.conditioning import ramped
+from tessera.bases.conditional import ramped
+from tessera.bases.optimization import Training
 from tessera.contracts import TokenBatch
-from tessera.optimization import Training
 from tessera.priors import masked
 from tessera.priors.masked import Config, Model, Objective, Sampling, first, halton_order, mask_ratio, placed_per_step
-from tessera.training import fit
+from tessera.training.loop import fit
 
 
 def random_model(**settings) -> Model:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tessera.autoencoding import Autoencoder, AutoencoderConfig
+from tessera.bases.autoencoder import Autoencoder, AutoencoderConfig
 from tessera.components import parse
 from tessera.contracts import ImageSpec, Quantized
 

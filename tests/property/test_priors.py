@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from toy_distributions import GRIDS, Rows, draws, known_distribution, spec, total_variation
 
+from tessera.bases.optimization import Training
 from tessera.contracts import TokenBatch
 from tessera.denoisers.transformer import Config as transformer
-from tessera.optimization import Training
 from tessera.priors import autoregressive, flow_matching
-from tessera.training import fit
+from tessera.training.loop import fit
 
 
 def random_model(**settings) -> autoregressive.Model:

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from toy_distributions import GRIDS, draws, few_grids, spec, total_variation
 
+from tessera.bases.optimization import Training
 from tessera.contracts import TokenBatch
 from tessera.nn.transformer import Transformer
-from tessera.optimization import Training
 from tessera.priors import autoregressive
 from tessera.priors.autoregressive import Config, Model, Objective, Sampling, random_order_share
-from tessera.training import fit
+from tessera.training.loop import fit
 
 
 def random_model(until=(1.0, 1.0), **settings) -> Model:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tessera.adversarial import adaptive_weight, hinge_loss
+from tessera.bases.adversarial import adaptive_weight, hinge_loss
 from tessera.components import load, parse
 from tessera.contracts import ImageBatch, ImageSpec
 from tessera.tokenizers import vqgan

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from tessera.artifacts.records import stratified_test_rows
 from tessera.components import InvalidParams, load, parse
 from tessera.datasets import cifar10, digits, mnist
+from tessera.sources.records import stratified_test_rows
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,19 +18,19 @@ from stages import (
     train_tokenizer,
     write_report,
 )
-from tessera import comparison, figures
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.folder import ArtifactError
 from tessera.artifacts.images import to_float, to_uint8
-from tessera.artifacts.reference import Reference
 from tessera.artifacts.samples import floor_rows
 from tessera.artifacts.shards import ShardWriter
 from tessera.components import parse
+from tessera.evaluation import comparison, figures
+from tessera.evaluation import curves as training_curves
+from tessera.evaluation.reference import Reference
 from tessera.params import Pipeline
-from tessera.reporting import curves as training_curves
-from tessera.stage_process import Job
+from tessera.running.process import Job
 
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 600

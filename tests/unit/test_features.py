@@ -22,11 +22,11 @@ import torch
 import yaml
 from PIL import Image
 
+from tessera.bases.optimization import Training
 from tessera.components import InvalidParams, kinds, load, parse
 from tessera.contracts import ImageBatch, ImageSpec
 from tessera.features import classifier, dinov2, inception, random
 from tessera.metrics import frechet
-from tessera.optimization import Training
 
 ROOT = Path(__file__).parents[2]
 SHAPES = [(1, 8, 8), (3, 28, 28), (1, 12, 40), (2, 5, 7), (3, 64, 48), (1, 1, 3)]

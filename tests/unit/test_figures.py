@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tessera import comparison, figures
 from tessera.artifacts.folder import ArtifactError
 from tessera.components import InvalidParams
-from tessera.figures import Measured, Protocol, Recorder
+from tessera.evaluation import comparison, figures
+from tessera.evaluation.figures import Measured, Protocol, Recorder
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,7 +125,7 @@ def test_the_same_name_in_another_group_is_another_column():
 
 def test_the_comparison_of_runs_refuses_in_a_sentence_and_prints_equal_ones(tmp_path):
     def compare(*folders):
-        command = [sys.executable, "-m", "tessera.comparison", *map(str, folders)]
+        command = [sys.executable, "-m", "tessera.evaluation.comparison", *map(str, folders)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     for run, fd, changes in (("one", 0.2, {}), ("two", 0.26, {}), ("other", 0.2, {"num_images": 500})):

@@ -13,18 +13,19 @@ import yaml
 from sklearn.datasets import load_digits
 
 from stages import encode_tokens, train_prior, train_tokenizer
-from tessera import figures, follow
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import ImageWriter, to_float, write_meta
 from tessera.contracts import ImageSpec
+from tessera.evaluation import figures
+from tessera.evaluation.judge import Judge
 from tessera.features import random as random_features
-from tessera.follow import Look, memory_of_loss, memory_of_samples, train_share
-from tessera.judge import Judge
 from tessera.params import Pipeline, read
 from tessera.priors import flow_matching
-from tessera.stage_process import Job, Stopped
+from tessera.running.process import Job, Stopped
+from tessera.training import validation
+from tessera.training.validation import Look, memory_of_loss, memory_of_samples, train_share
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {"num_steps": 5, "batch_size": 8, "learning_rate": 0.03}
@@ -199,7 +200,7 @@ def test_a_prior_that_repeats_images_has_no_distance_from_them(striped, tmp_path
     """Instead of the prior's samples: the very images of one split that samples are compared with, in their classes."""
     spec, splits = image_artifact.read(striped.images)
     images = splits[split]
-    rows = follow.proportional_rows(images.labels, 24, seed=0)
+    rows = validation.proportional_rows(images.labels, 24, seed=0)
     waiting = {label: [row for row in rows if images.labels[row] == label] for label in range(3)}
 
     def repeat(self, labels, sampling, generator):
@@ -213,7 +214,7 @@ def test_a_prior_that_repeats_images_has_no_distance_from_them(striped, tmp_path
     look, other = trained.looks.loc[5], "train" if split == "test" else "test"
     judge = Judge(random_features.Model(random_features.Config(), spec), random_features.Config())
     features = [
-        judge.features(splits[name].pixels, follow.proportional_rows(splits[name].labels, 24, 0))
+        judge.features(splits[name].pixels, validation.proportional_rows(splits[name].labels, 24, 0))
         for name in (split, other)
     ]
     assert look[f"follow_fd_{split}"] == pytest.approx(0, abs=1e-5)
@@ -277,7 +278,9 @@ def test_a_training_that_was_killed_and_resumed_saw_and_kept_the_same(striped, t
 def test_the_weights_chosen_by_an_older_checkpoint_are_kept_as_long_as_it_is(striped, tmp_path, monkeypatch):
     """Planted losses, better with each look up to the fourth. The newest checkpoint is damaged; the other needs look 1."""
     losses = iter([5.0, 4.0, 3.0, 2.0, 4.0, 3.0, 2.0, 2.5])
-    monkeypatch.setattr(follow.Follower, "_losses", lambda self, model: {"test_loss": next(losses), "train_loss": 1.0})
+    monkeypatch.setattr(
+        validation.Follower, "_losses", lambda self, model: {"test_loss": next(losses), "train_loss": 1.0}
+    )
     following = {"every": 1, "criterion": "test_loss"}
     dying = Fragile("autoregressive", tmp_path / "state", dies=3, saves=(1, 3))
     with pytest.raises(Killed):
@@ -303,13 +306,13 @@ def test_looks_that_were_lost_are_not_passed_over(striped, tmp_path):
 @pytest.mark.parametrize(("criterion", "column"), [("test_loss", "test_loss"), ("frechet", "follow_fd_test")])
 def test_the_weights_of_the_look_with_the_least_are_kept(striped, tmp_path, monkeypatch, criterion, column):
     """A learning rate at which the training swings, so that the last look is not the best."""
-    seen, look = {}, follow.Follower.look
+    seen, look = {}, validation.Follower.look
 
     def remember(self, step, model):
         seen[step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         return look(self, step, model)
 
-    monkeypatch.setattr(follow.Follower, "look", remember)
+    monkeypatch.setattr(validation.Follower, "look", remember)
     wild = {"num_steps": 8, "batch_size": 8, "learning_rate": 0.3, "ema_decay": 0.0, "warmup_fraction": 0.0}
     system = SYSTEMS["autoregressive"] | {"prior": SYSTEMS["autoregressive"]["prior"] | {"training": wild}}
     trained = striped.train(tmp_path, "autoregressive", system=system, every=1, criterion=criterion)

@@ -11,16 +11,16 @@ import torch.distributed as dist
 from sklearn.datasets import load_digits
 
 from stages import train_tokenizer
-from tessera import stage_process
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
+from tessera.bases.diagnostics import Health, Watch
 from tessera.components import load, parse
 from tessera.contracts import ImageBatch, ImageSpec
-from tessera.health import Health, Watch
 from tessera.params import Description
 from tessera.quantizers import lfq, residual, vector
-from tessera.stage_process import Job, Stopped
-from tessera.training import Unhealthy, fit
+from tessera.running import process
+from tessera.running.process import Job, Stopped
+from tessera.training.loop import Unhealthy, fit
 
 SPEC = ImageSpec(name="x", channels=1, height=8, width=8, num_classes=1, class_names=("all",), licence="none")
 
@@ -293,9 +293,9 @@ def test_stop_ends_the_stage_with_the_sentence_and_looser_bounds_go_on_from_its_
         settings = config(quantizer=quantizer, health={"min_codebook_usage": 0.9, "start_step": 8, **health})
         params = SimpleNamespace(seed=0, tokenizers={"one": settings}, dataset=SimpleNamespace(name="x"))
         params.describe = lambda name: Description({}, {}, {})
-        monkeypatch.setattr(stage_process.all_params, "read", lambda path: params)
+        monkeypatch.setattr(process.all_params, "read", lambda path: params)
         monkeypatch.setattr("sys.argv", ["x", "one", "--images", "i", "--out", "out", "--history", "curve.csv"])
-        stage_process.main(train_tokenizer.run)
+        process.main(train_tokenizer.run)
 
     with pytest.raises(SystemExit) as ended:
         stage(action="stop")

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from tessera.artifacts.decoding import decode, pillow_warnings
-from tessera.artifacts.records import Unreadable
-from tessera.artifacts.sources import Limits, open_source
 from tessera.components import InvalidParams, parse
 from tessera.datasets import image_folder
+from tessera.sources.archives import Limits, open_source
+from tessera.sources.decoding import decode, pillow_warnings
+from tessera.sources.records import Unreadable
 
 RULES = {
     "channels": 3,

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import yaml
 
-from tessera import provenance
 from tessera.artifacts import folder as artifact
 from tessera.components import parse
-from tessera.figures import Recorder, without_network
+from tessera.evaluation.figures import Recorder, without_network
 from tessera.params import Pipeline
 from tessera.tracking import journal as journal_module
-from tessera.tracking import load, mirror, registry
+from tessera.tracking import load, mirror, provenance, registry
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = "tessera-toy"

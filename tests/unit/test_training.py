@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tessera import training
 from tessera.artifacts import folder as artifact
-from tessera.contracts import ImageBatch
-from tessera.optimization import (
+from tessera.bases.optimization import (
     Muon,
     Training,
     learning_rate_factor,
@@ -17,9 +15,10 @@ from tessera.optimization import (
     orthogonalized,
     update_average,
 )
-from tessera.progress import History
-from tessera.stage_process import Job, Stopped
-from tessera.training import Diverged, fit, rows_of_step
+from tessera.contracts import ImageBatch
+from tessera.running.process import Job, Stopped
+from tessera.running.progress import History
+from tessera.training.loop import Diverged, fit, loop, rows_of_step
 
 
 class Toy(nn.Module):
@@ -334,8 +333,8 @@ def test_many_processes_stop_together_when_any_is_asked_to(asked_elsewhere):
         def reduce(self, tensor):
             return tensor + asked_elsewhere
 
-    assert training._any(Two(), lambda: False) is bool(asked_elsewhere)
-    assert training._any(Two(), lambda: True)
+    assert loop._any(Two(), lambda: False) is bool(asked_elsewhere)
+    assert loop._any(Two(), lambda: True)
 
 
 @pytest.mark.parametrize("capabilities", [{"avx2": True, "avx512_bf16": False}, {"avx2": True, "avx512_bf16": True}])

@@ -5,10 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tessera import pictures, seeding, views
+from tessera import seeding
+from tessera.artifacts import pictures
 from tessera.artifacts.shards import ShardWriter
 from tessera.artifacts.tokens import Tokens
 from tessera.params import EncodeTokens
+from tessera.training import views
 
 
 def settings(**changes) -> EncodeTokens:

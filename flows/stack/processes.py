@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from flows.stack_members import MARK, MEMBERS, POOLS, Settings, Trouble, command, environment, folder_of
+from flows.stack.members import MARK, MEMBERS, POOLS, Settings, Trouble, command, environment, folder_of
 from tessera.tracking.journal import is_alive, process_start, replace_json
 
 GRACE_SECONDS = 20.0  # a training saves its state within it

@@ -1,6 +1,6 @@
 """Systems side by side: one protocol per column or none at all, which differences exceed the noise, and whose fault they are.
 
-    python -m tessera.comparison data/metrics ../other-run/data/metrics
+    python -m tessera.evaluation.comparison data/metrics ../other-run/data/metrics
 
 compares runs (folders of metrics): each system's figures over the runs, which may differ in seed. Figures of unequal
 protocols are refused, naming what differs.
@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from tessera import figures
 from tessera.components import InvalidParams
-from tessera.figures import Measured, Protocol
+from tessera.evaluation import figures
+from tessera.evaluation.figures import Measured, Protocol
 
 DEVIATIONS = 2.0  # standard errors of a difference that noise is not believed to reach
 REAL = "real"

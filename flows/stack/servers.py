@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from flows.stack_members import POOLS, Settings, Trouble, environment, folder_of, slots
-from flows.stack_processes import processes_of
+from flows.stack.members import POOLS, Settings, Trouble, environment, folder_of, slots
+from flows.stack.processes import processes_of
 from tessera.tracking.journal import redact, replace_json
 
 ANSWER_SECONDS = 5.0

@@ -17,11 +17,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tessera.autoencoding import Autoencoder, AutoencoderConfig, ReconstructionLoss, Weight
+from tessera.bases.autoencoder import Autoencoder, AutoencoderConfig, ReconstructionLoss, Weight
+from tessera.bases.diagnostics import Watch
+from tessera.bases.optimization import optimizers_for
 from tessera.contracts import Checkup, ImageBatch, ImageSpec
-from tessera.health import Watch
 from tessera.nn.autoencoder import group_norm
-from tessera.optimization import optimizers_for
 
 
 class AdversarialConfig(AutoencoderConfig):

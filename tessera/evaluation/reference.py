@@ -16,8 +16,8 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
 from tessera.artifacts.shards import Shards
 from tessera.components import Params, parse
-from tessera.figures import Protocol, Setting
-from tessera.judge import spread
+from tessera.evaluation.figures import Protocol, Setting
+from tessera.evaluation.judge import spread
 from tessera.metrics.frechet import Moments
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.editing import System, ancestral_step, noise
+from tessera.editing.trial import System, ancestral_step, noise
 
 HIGHEST, LOWEST = 40.0, 0.5  # noise levels, over the data's deviation
 NUM_LEVELS = 12

@@ -2,7 +2,7 @@
 
 Reference curves lie in presets/curves/NAME.csv, one row per training and step: stage, a digest of its settings, step, and the
 columns that the training wrote into its history. They are thinned to ROWS rows a training. From a finished run they are
-written by: python -m tessera.reporting.curves data/curves presets/curves/NAME.csv
+written by: python -m tessera.evaluation.curves data/curves presets/curves/NAME.csv
 """
 
 import base64

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flows.stack_members import (
+from flows.stack.members import (
     MEMBERS,
     POOLS,
     Settings,
@@ -32,8 +32,8 @@ from flows.stack_members import (
     make_databases,
     read_settings,
 )
-from flows.stack_processes import POLL_SECONDS, memory_mb, private, processes_of, read_record, runs, start, stop
-from flows.stack_servers import (
+from flows.stack.processes import POLL_SECONDS, memory_mb, private, processes_of, read_record, runs, start, stop
+from flows.stack.servers import (
     LOG_LINES,
     answers,
     check_login,

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tessera.editing import System
+from tessera.editing.trial import System
 
 GRADIENT_STEPS = 2  # of conjugate gradients
 MOST_DEVIATIONS = 2  # root mean square of what a measurement may move the expected data by

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tessera.artifacts import tokens as token_artifact
 from tessera.contracts import Learns, TokenSpec
-from tessera.generation import ImageGenerator
+from tessera.system import ImageGenerator
 
 PROBES = 8  # random images by which the reach of tokens is measured
 

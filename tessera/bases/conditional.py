@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tessera.bases.optimization import Fraction
 from tessera.components import Params
-from tessera.optimization import Fraction
 
 Ramp = Literal["constant"] | Annotated[float, Field(gt=0)]
 

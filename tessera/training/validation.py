@@ -21,8 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tessera import pictures, seeding
-from tessera.artifacts import checkpoints
+from tessera import seeding
+from tessera.artifacts import checkpoints, pictures
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts import tokens as token_artifact
@@ -33,10 +33,10 @@ from tessera.artifacts.samples import quotas
 from tessera.artifacts.tokens import Tokens
 from tessera.components import load
 from tessera.contracts import Objective, TokenBatch, TokenSpec
-from tessera.judge import Judge
+from tessera.evaluation.judge import Judge
 from tessera.metrics import frechet
 from tessera.params import Pipeline
-from tessera.stage_process import Job
+from tessera.running.process import Job
 
 BATCH = 100  # images that are drawn at a time; fixed, because it decides the noise
 LOSS_BATCH = 500

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from tessera.artifacts.records import Unreadable
+from tessera.sources.records import Unreadable
 
 Resize = Literal["crop", "pad", "stretch"]
 Filter = Literal["lanczos", "bicubic", "bilinear", "box", "nearest"]

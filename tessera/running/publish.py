@@ -4,11 +4,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from tessera import provenance, stage_process
 from tessera.artifacts import folder as artifact
-from tessera.figures import Measured
+from tessera.evaluation.figures import Measured
 from tessera.params import Pipeline
-from tessera.tracking import journal
+from tessera.running import process
+from tessera.tracking import journal, provenance
 
 
 def publish(
@@ -25,18 +25,18 @@ def publish(
     """
     experiment = f"tessera-{params.dataset.name}"
     described = params.describe(f"system@{name}")
-    tags = {"tessera.system": name, **_protocol_tags(measured), **provenance.tags(stage_process.ROOT, parts)}
+    tags = {"tessera.system": name, **_protocol_tags(measured), **provenance.tags(process.ROOT, parts)}
     with journal.open_run(
         name,
         experiment=experiment,
-        root=stage_process.ROOT,
+        root=process.ROOT,
         state=None,
         params=described.params,
         tags=described.tags | tags,
         settings=described.settings,
         kind="system",
     ) as run:
-        stage_process.track_dataset(run, params.dataset.name, images, "evaluation")
+        process.track_dataset(run, params.dataset.name, images, "evaluation")
         for group, some in measured.groups.items():
             run.figures({f"{group}/{key}": one.value for key, one in some.items()})
             if group == "generation":  # what differences between systems are weighed by

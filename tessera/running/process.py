@@ -23,8 +23,8 @@ from types import FrameType
 from typing import Any
 
 from tessera import params as all_params
-from tessera import progress
 from tessera.artifacts import folder as artifact
+from tessera.running import progress
 from tessera.tracking import journal
 
 ROOT = Path(os.environ.get("DVC_ROOT", "."))  # stages run there; DVC sets it

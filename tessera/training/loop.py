@@ -28,10 +28,10 @@ from tessera import seeding
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.checkpoints import read_weights
 from tessera.artifacts.folder import ArtifactError
+from tessera.bases.optimization import Training, learning_rate_factor, update_average
 from tessera.contracts import Objective
-from tessera.optimization import Training, learning_rate_factor, update_average
-from tessera.progress import History, say
-from tessera.stage_process import Job
+from tessera.running.process import Job
+from tessera.running.progress import History, say
 
 HISTORY_ROWS = 200  # at most, per training, besides those of looks
 LONGEST_LOOK = timedelta(hours=2)  # for which other processes wait
@@ -42,7 +42,7 @@ class Diverged(ValueError):
 
 
 class Unhealthy(ValueError):
-    """The objective found an ailment that is to end the training (tessera/health.py)."""
+    """The objective found an ailment that is to end the training (tessera/bases/diagnostics.py)."""
 
 
 class Data(Protocol):

@@ -24,14 +24,15 @@ import yaml
 from PIL import Image
 
 from tessera import params as all_params
-from tessera import pictures, seeding
-from tessera.artifacts.decoding import decode, pillow_warnings
+from tessera import seeding
+from tessera.artifacts import pictures
 from tessera.artifacts.images import to_float, to_uint8
-from tessera.artifacts.records import Unreadable
 from tessera.components import kinds, load, parse
-from tessera.editing import System
-from tessera.generation import ImageGenerator
+from tessera.editing.trial import System
 from tessera.params import Pipeline
+from tessera.sources.decoding import decode, pillow_warnings
+from tessera.sources.records import Unreadable
+from tessera.system import ImageGenerator
 
 MAX_BYTES, MAX_PIXELS = 64 * 2**20, 32 * 2**20  # of a file, of its image
 ROW = 10  # images side by side

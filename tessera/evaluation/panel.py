@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from tessera import seeding
-from tessera.artifacts.reference import Reference
 from tessera.artifacts.shards import Shards
-from tessera.figures import Recorder
-from tessera.judge import Judge, in_batches, spread
+from tessera.evaluation.figures import Recorder
+from tessera.evaluation.judge import Judge, in_batches, spread
+from tessera.evaluation.reference import Reference
 from tessera.metrics import brightness, frechet, inception_score, kernel, precision_recall
 from tessera.params import Pipeline
 

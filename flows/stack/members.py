@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
-from flows.devices import devices
+from flows.places import devices
 from tessera.tracking.journal import redact
 
 # Sweeps only wait for their cells: in the pool of the cells, they would take the slots that those wait for

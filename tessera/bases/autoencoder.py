@@ -15,12 +15,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tessera.artifacts import weights_file
+from tessera.bases.diagnostics import Health
+from tessera.bases.optimization import Training
 from tessera.components import Params, QuantizerConfig, load
 from tessera.contracts import Encoded, ImageSpec, Quantized
-from tessera.health import Health
 from tessera.nn.autoencoder import Decoder, Encoder
 from tessera.nn.image_losses import Lpips, laplacian_loss, pixel_loss
-from tessera.optimization import Training
 
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
