@@ -1,17 +1,14 @@
-"""Put the figures of every system side by side: tables for people (.md) and for programs (.csv).
-
-python -m stages.compare_systems --metrics data/metrics --pictures data/pictures --out data/comparison
-"""
+"""Put the figures of every system side by side: tables for people (.md) and for programs (.csv)."""
 
 from pathlib import Path
 
 import pandas as pd
 
 from tessera.artifacts import folder as artifact
+from tessera.contracts import Job
 from tessera.evaluation import comparison, figures
 from tessera.evaluation.comparison import REAL, Systems
 from tessera.params import Pipeline
-from tessera.running import process, progress
 
 GENERATION = {
     "label_agreement": "{:.3f}",
@@ -30,7 +27,7 @@ RECONSTRUCTION = {
 }
 
 
-def run(params: Pipeline, metrics: Path, pictures: Path, out: Path, job: process.Job) -> None:
+def run(params: Pipeline, metrics: Path, pictures: Path, out: Path, job: Job) -> None:
     systems = {name: [figures.read(metrics / f"systems/{name}.json")] for name in (REAL, *params.systems)}
     tokenizers = {name: [figures.read(metrics / f"tokenizers/{name}.json")] for name in params.tokenizers}
     comparison.require_one_protocol(systems | tokenizers)
@@ -57,7 +54,7 @@ def run(params: Pipeline, metrics: Path, pictures: Path, out: Path, job: process
         _long(systems).to_csv(place / "comparison.csv", index=False)
         pd.concat(pairs).to_csv(place / "differences.csv", index=False)
         (place / "comparison.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    progress.say("\n".join(lines[2:]))
+    print("\n".join(lines[2:]), flush=True)
 
 
 def _generation(systems: Systems, distances: list[str]) -> pd.DataFrame:
@@ -119,7 +116,3 @@ def _long(systems: Systems) -> pd.DataFrame:
         for key, figure in some.items()
     ]
     return pd.DataFrame(rows, columns=["system", "group", "figure", "value", "standard_error", "num_images"])
-
-
-if __name__ == "__main__":
-    process.main(run)

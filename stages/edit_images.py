@@ -1,13 +1,5 @@
-"""Try every edit on test images with one system, measure it against doing without a prior, and lay the results out.
+"""Try every edit on test images with one system, measure it against doing without a prior, and lay the results out."""
 
-    python -m stages.edit_images vqgan-masked --images data/images --features data/features --reference data/reference \
-        --tokenizer data/tokenizers/vqgan --prior data/priors/vqgan-masked --out data/edits/vqgan-masked \
-        --picture data/pictures/edits/vqgan-masked.png --metrics data/metrics/edits/vqgan-masked.json
-
-    python -m stages.edit_images --system vqgan-masked --inpaint --mask m.png in.png out.png    # see studio/edit.py
-"""
-
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from studio import edit
 from tessera import seeding
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
@@ -23,6 +14,7 @@ from tessera.artifacts import pictures
 from tessera.artifacts.images import to_float, to_uint8
 from tessera.artifacts.shards import ShardWriter
 from tessera.components import load
+from tessera.contracts import Job
 from tessera.editing.trial import CannotEdit, System, Trial
 from tessera.evaluation import figures
 from tessera.evaluation.figures import Recorder
@@ -30,7 +22,6 @@ from tessera.evaluation.judge import Judge, spread
 from tessera.evaluation.reference import Reference
 from tessera.metrics import frechet
 from tessera.params import Pipeline
-from tessera.running import process, progress
 from tessera.system import ImageGenerator
 
 SHOWN = 10  # images in the picture of each edit
@@ -47,7 +38,7 @@ def run(
     out: Path,
     picture: Path,
     metrics: Path,
-    job: process.Job,
+    job: Job,
 ) -> None:
     spec, splits = image_artifact.read(images)
     settings, sampling = params.edit_images, params.sampling(name)
@@ -61,7 +52,7 @@ def run(
         for edit in params.edits:
             try:
                 trials = [
-                    _try(params, edit, originals, labels, system, sampling, seed, job.name)
+                    _try(params, edit, originals, labels, system, sampling, seed, job)
                     for seed in range(settings.num_seeds)
                 ]
             except CannotEdit as refusal:
@@ -91,11 +82,11 @@ def run(
 
 
 def _try(
-    params: Pipeline, edit: str, images: Tensor, labels: Tensor, system: System, sampling: Any, seed: int, what: str
+    params: Pipeline, edit: str, images: Tensor, labels: Tensor, system: System, sampling: Any, seed: int, job: Job
 ) -> Trial:
     config, size = params.edits[edit], params.edit_images.batch_size
     starts, parts = range(0, len(images), size), []
-    for start in progress.track(starts, f"{what}  {edit}", len(starts)):
+    for start in job.track(starts, len(starts), edit):
         generator = seeding.generator(params.seed, "edit_images", edit, seed, start)
         given = (each[start : start + size].to(system.device) for each in (images, labels))
         parts.append(load("edits", config.kind).trial(*given, system, config, sampling, generator))
@@ -149,9 +140,3 @@ def _mean_where(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values.mean(dim=(1, 2))
     return (values * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2)).clamp_min(1)
-
-
-if __name__ == "__main__":
-    if edit.is_asked_for(sys.argv[1:]):
-        sys.exit(edit.main(sys.argv[1:]))
-    process.main(run)

@@ -1,7 +1,4 @@
-"""Encode every image into tokens, once, so that no prior ever runs the encoder.
-
-python -m stages.encode_tokens vqgan --images data/images --tokenizer data/tokenizers/vqgan --out data/tokens/vqgan
-"""
+"""Encode every image into tokens, once, so that no prior ever runs the encoder."""
 
 from pathlib import Path
 
@@ -14,14 +11,13 @@ from tessera.artifacts import images as image_artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.images import to_float
 from tessera.artifacts.shards import ShardWriter
-from tessera.contracts import TokenSpec
+from tessera.contracts import Job, TokenSpec
 from tessera.params import Pipeline
-from tessera.running import process, progress
 from tessera.training import views
 
 
 @torch.no_grad()
-def run(params: Pipeline, name: str, images: Path, tokenizer: Path, out: Path, job: process.Job) -> dict[str, float]:
+def run(params: Pipeline, name: str, images: Path, tokenizer: Path, out: Path, job: Job) -> dict[str, float]:
     spec, splits = image_artifact.read(images)
     model, _, trained_on = checkpoints.load_model(tokenizer, "tokenizers")
     if trained_on != spec:
@@ -40,7 +36,7 @@ def run(params: Pipeline, name: str, images: Path, tokenizer: Path, out: Path, j
                 ShardWriter(place / split, "latents") as latents,
                 ShardWriter(place / split, "labels") as labels,
             ):
-                for start in progress.track(starts, f"{job.name}  {split}", len(starts)):
+                for start in job.track(starts, len(starts), split):
                     rows = np.arange(start, min(start + settings.batch_size, len(dataset)))
                     batch = to_float(dataset.uint8(rows).to(device))
                     seen = [batch, *views.others(batch, settings, params.seed, split, start)] if number > 1 else [batch]
@@ -74,7 +70,3 @@ def run(params: Pipeline, name: str, images: Path, tokenizer: Path, out: Path, j
         artifact.write_json(place / "meta.json", {"spec": token_spec.model_dump(), "num_views": views.count(settings)})
     job.say(f"{num_encoded:,} views of {sum(map(len, splits.values())):,} images; wrote {out}")
     return {"num_encoded": num_encoded}
-
-
-if __name__ == "__main__":
-    process.main(run)

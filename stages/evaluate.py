@@ -1,13 +1,4 @@
-"""Judge the samples of one system against the test images; `real` judges training images instead, the floor.
-
-    python -m stages.evaluate vqgan-flow --images data/images --features data/features --reference data/reference \
-        --samples data/samples/vqgan-flow --tokenizer data/tokenizers/vqgan --prior data/priors/vqgan-flow \
-        --tokenizer-metrics data/metrics/tokenizers/vqgan.json \
-        --prior-metrics data/metrics/priors/vqgan-flow.json --picture data/pictures/samples/vqgan-flow.png \
-        --neighbors data/pictures/neighbors/vqgan-flow.png --metrics data/metrics/systems/vqgan-flow.json
-    python -m stages.evaluate real --images data/images --features data/features --reference data/reference \
-        --metrics data/metrics/systems/real.json
-"""
+"""Judge the samples of one system against the test images; `real` judges training images instead, the floor."""
 
 from pathlib import Path
 
@@ -19,13 +10,13 @@ from tessera.artifacts import images as image_artifact
 from tessera.artifacts import pictures
 from tessera.artifacts.images import Images
 from tessera.artifacts.samples import Samples, floor_rows, quotas
+from tessera.contracts import Job
 from tessera.evaluation import figures
 from tessera.evaluation.figures import Figure, Measured, Recorder
 from tessera.evaluation.judge import spread
 from tessera.evaluation.panel import Panel
 from tessera.metrics import copy_rate
 from tessera.params import Pipeline
-from tessera.running import process, publish
 
 SUSPICIOUS_COPIES = 3 * copy_rate.HELD_OUT_SHARE
 SHOWN_SAMPLES, SHOWN_NEIGHBORS = 10, 5
@@ -38,7 +29,7 @@ def run(
     features: Path,
     reference: Path,
     metrics: Path,
-    job: process.Job,
+    job: Job,
     samples: Path | None = None,
     tokenizer: Path | None = None,
     prior: Path | None = None,
@@ -67,13 +58,13 @@ def run(
         measured = found.measured(drawn.meta, beside)
         measured.write(metrics)
         files = {"metrics.json": metrics, "samples.png": picture, "neighbors.png": neighbors}
-        publish.publish(
+        job.publish(
             params, name, measured, files, images, {role: path for role, path in parts.items() if path is not None}
         )
     job.say("  ".join(f"{key} {_shown(one)}" for key, one in found.groups["generation"].items()))
 
 
-def _copies(panel: Panel, drawn: Samples, features: np.ndarray, train: Images, picture: Path, job: process.Job) -> None:
+def _copies(panel: Panel, drawn: Samples, features: np.ndarray, train: Images, picture: Path, job: Job) -> None:
     """How many samples lie at a training image, and a picture of samples beside their nearest training images."""
     reference, at_most = panel.references[panel.first], panel.settings.max_neighbor_images
     trained, held_out = reference.features("train"), reference.features("test")
@@ -152,7 +143,3 @@ def _require_made_by(drawn: Samples, samples: Path, parts: dict[str, Path | None
 def _shown(figure: Figure) -> str:
     error = "" if figure.standard_error is None else f" +- {figure.standard_error:.2g}"
     return f"{figure.value:.4g}{error}"
-
-
-if __name__ == "__main__":
-    process.main(run)

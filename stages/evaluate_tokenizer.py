@@ -1,10 +1,5 @@
 """Judge a tokenizer alone: reconstructions of the test images, also from indices that are a little wrong; what the best
 prior on its tokens could reach; and how the training images (in their first view) use the codebook.
-
-    python -m stages.evaluate_tokenizer vqgan --images data/images --features data/features --reference data/reference \
-        --tokenizer data/tokenizers/vqgan --tokens data/tokens/vqgan \
-        --picture data/pictures/reconstructions/vqgan.png --codebook-uses data/curves/codebooks/vqgan.csv \
-        --metrics data/metrics/tokenizers/vqgan.json
 """
 
 from collections.abc import Iterator
@@ -22,6 +17,7 @@ from tessera.artifacts import images as image_artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.images import Images, to_float, to_uint8
 from tessera.artifacts.samples import floor_rows
+from tessera.contracts import Job
 from tessera.evaluation import figures
 from tessera.evaluation.figures import Protocol, Recorder
 from tessera.evaluation.judge import Judge, Summary
@@ -29,7 +25,6 @@ from tessera.evaluation.reference import Reference
 from tessera.metrics import brightness, codebook, frechet, reconstruction
 from tessera.nn.image_losses import Lpips
 from tessera.params import Evaluate, Pipeline
-from tessera.running import process, progress
 
 SMALLEST_LPIPS = 16  # pixels
 SHOWN = 50  # originals in the picture, each beside its reconstruction
@@ -47,7 +42,7 @@ def run(
     picture: Path,
     codebook_uses: Path,
     metrics: Path,
-    job: process.Job,
+    job: Job,
 ) -> None:
     spec, splits = image_artifact.read(images)
     test, train = splits["test"], splits["train"]
@@ -71,7 +66,7 @@ def run(
 
     def batches(dataset: Images, rows: np.ndarray, what: str) -> Iterator[np.ndarray]:
         starts = range(0, len(rows), size)
-        for start in progress.track(starts, f"{job.name}  {what}", len(starts)):
+        for start in job.track(starts, len(starts), what):
             yield rows[start : start + size]
 
     everything = np.arange(len(test))
@@ -200,7 +195,3 @@ def _lpips(settings: Evaluate, shortest_side: int, device: torch.device) -> Lpip
     path = Path(settings.lpips_weights)
     weights = weights_file.read(path, settings.lpips_sha256, keys, "the VGG weights of LPIPS", remedy)
     return Lpips(weights).eval().to(device)
-
-
-if __name__ == "__main__":
-    process.main(run)

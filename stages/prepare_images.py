@@ -1,7 +1,5 @@
 """Data set -> images: uint8 shards and labels per split, and index.parquet with the fate of every source file.
 
-python -m stages.prepare_images --out data/images
-
 Columns of index.parquet: id (order in the source), split, shard (number of the .npy file), row (in the split, as
 `Images` counts), label, source, sha256, kept, reason. Files without an image have shard and row -1.
 """
@@ -19,10 +17,10 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts.images import SPLITS, ImageWriter, write_meta
 from tessera.components import load
 from tessera.contracts import ImageSpec
-from tessera.running import process, progress
 from tessera.sources.records import Record
 
 BATCH = 256
+SECONDS_BETWEEN_LINES = 5.0
 COLUMNS = ("id", "split", "shard", "row", "label", "source", "sha256", "kept", "reason")
 
 
@@ -39,7 +37,7 @@ def run(params: Any, out: Path, job: Any) -> dict[str, float] | None:
             for record in dataset.records(config):
                 shard, row = (-1, -1) if record.image is None else writers[record.split].append(record)
                 index.append(record, shard, row)
-                if time.monotonic() - said > progress.CONSOLE_SECONDS:
+                if time.monotonic() - said > SECONDS_BETWEEN_LINES:
                     said = time.monotonic()
                     job.say(f"{len(index.rows):,} files, {index.num_unreadable:,} unreadable")
             counts = {split: writer.num_images for split, writer in writers.items()}
@@ -129,7 +127,3 @@ class _Index:
 
     def table(self) -> pd.DataFrame:
         return pd.DataFrame(self.rows, columns=list(COLUMNS))
-
-
-if __name__ == "__main__":
-    process.main(run)

@@ -1,8 +1,4 @@
-"""What a feature network makes of the training and the test images: features, mean and covariance, once for all systems.
-
-python -m stages.reference_stats classifier --images data/images --features data/features/classifier \
-        --out data/reference/classifier
-"""
+"""What a feature network makes of the training and the test images: features, mean and covariance, once for all systems."""
 
 from pathlib import Path
 
@@ -11,13 +7,13 @@ import numpy as np
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.shards import ShardWriter
+from tessera.contracts import Job
 from tessera.evaluation import reference
 from tessera.evaluation.judge import Judge
 from tessera.params import Pipeline
-from tessera.running import process
 
 
-def run(params: Pipeline, name: str, images: Path, features: Path, out: Path, job: process.Job) -> None:
+def run(params: Pipeline, name: str, images: Path, features: Path, out: Path, job: Job) -> None:
     spec, splits = image_artifact.read(images)
     judge = Judge.read(features, name)
     described = {}
@@ -42,7 +38,3 @@ def run(params: Pipeline, name: str, images: Path, features: Path, out: Path, jo
         artifact.write_json(place / "meta.json", meta.model_dump())
     counts = ", ".join(f"{one.num_images:,} {split}" for split, one in described.items())
     job.say(f"{counts} images, {judge.model.feature_dim} features each; wrote {out}")
-
-
-if __name__ == "__main__":
-    process.main(run)

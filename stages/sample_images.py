@@ -1,8 +1,4 @@
-"""Draw tokens from a prior, decode them, and lay the images out in a picture.
-
-    python -m stages.sample_images vqgan-flow --tokenizer data/tokenizers/vqgan --prior data/priors/vqgan-flow \
-        --out data/samples/vqgan-flow --picture data/pictures/samples/vqgan-flow.png
-"""
+"""Draw tokens from a prior, decode them, and lay the images out in a picture."""
 
 from pathlib import Path
 
@@ -13,13 +9,13 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts import pictures
 from tessera.artifacts.samples import quotas
 from tessera.artifacts.shards import ShardWriter
+from tessera.contracts import Job
 from tessera.params import Pipeline
-from tessera.running import process, progress
 from tessera.system import ImageGenerator
 
 
 def run(
-    params: Pipeline, name: str, tokenizer: Path, prior: Path, out: Path, picture: Path, job: process.Job
+    params: Pipeline, name: str, tokenizer: Path, prior: Path, out: Path, picture: Path, job: Job
 ) -> dict[str, float]:
     source = ImageGenerator(tokenizer, prior)
     settings, sampling = params.sample_images, params.sampling(name)
@@ -29,7 +25,7 @@ def run(
     images = []
     with artifact.create(out) as place:
         with ShardWriter(place, "images") as writer, ShardWriter(place, "labels") as label_writer:
-            for start in progress.track(starts, job.name, len(starts)):
+            for start in job.track(starts, len(starts)):
                 wanted = labels[start : start + settings.batch_size]
                 pixels = source.draw(wanted, sampling, seeding.generator(params.seed, "sample_images", start))
                 writer.append(pixels)
@@ -52,7 +48,3 @@ def run(
     job.attach(picture, "samples.png")
     job.say(f"{len(labels):,} images, {sampling}; picture: {picture}")
     return {"num_images": len(labels)}
-
-
-if __name__ == "__main__":
-    process.main(run)

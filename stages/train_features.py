@@ -1,8 +1,4 @@
-"""Make a network that judges images: train the classifier, or fix another's weights.
-
-python -m stages.train_features classifier --images data/images --out data/features/classifier \
-        --history data/curves/features/classifier.csv --metrics data/metrics/features/classifier.json
-"""
+"""Make a network that judges images: train the classifier, or fix another's weights."""
 
 from pathlib import Path
 
@@ -12,14 +8,14 @@ from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.components import load
+from tessera.contracts import Job
 from tessera.evaluation import figures
 from tessera.evaluation.judge import Judge
 from tessera.params import Pipeline
-from tessera.running import process
 from tessera.training import loop
 
 
-def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, metrics: Path, job: process.Job) -> None:
+def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, metrics: Path, job: Job) -> None:
     spec, splits = image_artifact.read(images)
     config = params.features[name]
     module = load("features", config.kind)
@@ -45,7 +41,3 @@ def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, met
         found.add_share("features", "test_accuracy", float(agrees.mean()), protocol)
         job.say(f"test accuracy {agrees.mean():.4f} on {len(test):,} images")
     found.measured().write(metrics)
-
-
-if __name__ == "__main__":
-    process.main(run)

@@ -1,8 +1,4 @@
-"""Train the prior of one system on the tokens of its tokenizer, and look at it meanwhile where params say so.
-
-python -m stages.train_prior vqgan-flow --images data/images --tokenizer data/tokenizers/vqgan --tokens data/tokens/vqgan \
-        --out data/priors/vqgan-flow --history data/curves/priors/vqgan-flow.csv --metrics data/metrics/priors/vqgan-flow.json
-"""
+"""Train the prior of one system on the tokens of its tokenizer, and look at it meanwhile where params say so."""
 
 import math
 from pathlib import Path
@@ -15,9 +11,9 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.tokens import Tokens
 from tessera.components import load
+from tessera.contracts import Job
 from tessera.evaluation.figures import Protocol, Recorder, without_network
 from tessera.params import Pipeline
-from tessera.running import process
 from tessera.training import loop
 from tessera.training.validation import Follower, bits_of_each, mean_loss, proportional_rows
 
@@ -31,7 +27,7 @@ def run(
     out: Path,
     history: Path,
     metrics: Path,
-    job: process.Job,
+    job: Job,
 ) -> dict[str, float] | None:
     config = params.systems[name].prior
     module = load("priors", config.kind)
@@ -93,7 +89,3 @@ def held_out_figures(params: Pipeline, name: str, model: nn.Module, splits: dict
         found.add_mean("prior", "bits_per_image", bits, protocol("test", len(test)))
         found.add_mean("prior", "bits_per_token", bits / math.prod(model.spec.index_grid), protocol("test", len(test)))
     return found
-
-
-if __name__ == "__main__":
-    process.main(run)

@@ -1,8 +1,4 @@
-"""Train one tokenizer: images -> encoder, quantizer, decoder.
-
-python -m stages.train_tokenizer vqgan --images data/images --out data/tokenizers/vqgan \
-        --history data/curves/tokenizers/vqgan.csv
-"""
+"""Train one tokenizer: images -> encoder, quantizer, decoder."""
 
 from pathlib import Path
 
@@ -12,12 +8,12 @@ from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.components import load
+from tessera.contracts import Job
 from tessera.params import Pipeline
-from tessera.running import process
 from tessera.training import loop
 
 
-def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job: process.Job) -> None:
+def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job: Job) -> None:
     spec, splits = image_artifact.read(images)
     config = params.tokenizers[name]
     module = load("tokenizers", config.kind)
@@ -46,7 +42,3 @@ def _first_line(model: torch.nn.Module, spec: image_artifact.ImageSpec, num_imag
         f"{num_images:,} images {spec.channels}x{spec.height}x{spec.width} -> {height}x{width} tokens of {depth} channels, "
         f"{codes}, {millions:.2f} M parameters, {loop.threads()}"
     )
-
-
-if __name__ == "__main__":
-    process.main(run)

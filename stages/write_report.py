@@ -1,8 +1,4 @@
-"""One page of a run that needs nothing beside it: tables, curves, pictures and protocols, to open in a browser or to send.
-
-    python -m stages.write_report --metrics data/metrics --pictures data/pictures --curves data/curves \
-        --priors data/priors --reference-curves presets/curves --out data/reports/report.html
-"""
+"""One page of a run that needs nothing beside it: tables, curves, pictures and protocols, to open in a browser or to send."""
 
 import base64
 from pathlib import Path
@@ -11,12 +7,12 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
+from tessera.contracts import Job
 from tessera.evaluation import comparison, figures
 from tessera.evaluation import curves as training_curves
 from tessera.evaluation.comparison import REAL
 from tessera.evaluation.figures import Measured
 from tessera.params import Pipeline
-from tessera.running import process
 
 TEMPLATE = Path("tessera/reporting/report.html")
 FIRST = (
@@ -41,7 +37,7 @@ def run(
     priors: Path,
     reference_curves: Path,
     out: Path,
-    job: process.Job,
+    job: Job,
 ) -> None:
     systems = {name: figures.read(metrics / f"systems/{name}.json") for name in (REAL, *params.systems)}
     tokenizers = {name: figures.read(metrics / f"tokenizers/{name}.json") for name in params.tokenizers}
@@ -119,7 +115,3 @@ def _png(path: Path) -> str | None:
 def _codebook(path: Path) -> str | None:
     uses = pd.read_csv(path) if path.is_file() else pd.DataFrame()
     return training_curves.histogram_svg(uses) if len(uses) else None
-
-
-if __name__ == "__main__":
-    process.main(run)

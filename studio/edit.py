@@ -1,10 +1,10 @@
 """Edits image files with a trained system of this checkout: what the shell and the studio's page call.
 
-    python -m stages.edit_images --system vqgan-masked --inpaint --mask mask.png in.png out.png
-    python -m stages.edit_images --system vae-flow --enhance --set damage=downsample --set factor=2 in.png out.png
-    python -m stages.edit_images --system vqgan-flow --restyle --set target=3 --set strength=0.7 in.png out.png
-    python -m stages.edit_images --system vqgan-flow --interpolate --other b.png --share 0.5 a.png out.png
-    python -m stages.edit_images --system vqgan-flow --sample --label 3 --count 8 --seed 1 out.png
+    python -m tessera.running edit_images --system vqgan-masked --inpaint --mask mask.png in.png out.png
+    python -m tessera.running edit_images --system vae-flow --enhance --set damage=downsample --set factor=2 in.png out.png
+    python -m tessera.running edit_images --system vqgan-flow --restyle --set target=3 --set strength=0.7 in.png out.png
+    python -m tessera.running edit_images --system vqgan-flow --interpolate --other b.png --share 0.5 a.png out.png
+    python -m tessera.running edit_images --system vqgan-flow --sample --label 3 --count 8 --seed 1 out.png
 
 The image gets the data set's own preprocessing; the result has the size of the input (of a downsampled one: `factor` times
 that). Where a mask is white, pixels are drawn anew, and all others come back as they were. `--sample` edits nothing: it draws
@@ -52,7 +52,7 @@ class Request(NamedTuple):
 
     def command(self, mask: str = "", other: str = "", source: str = "in.png", target: str = "out.png") -> str:
         """The line for the shell that does it again."""
-        parts = ["python -m stages.edit_images", f"--system {self.system}", f"--{self.kind}"]
+        parts = ["python -m tessera.running edit_images", f"--system {self.system}", f"--{self.kind}"]
         parts += [f"--mask {shlex.quote(mask)}"] if mask else []
         parts += [f"--other {shlex.quote(other)} --share {self.share}"] if other else []
         parts += [f"--label {self.label}"] if self.label is not None else []
@@ -74,7 +74,7 @@ class Draw(NamedTuple):
 
     def command(self, target: str = "out.png") -> str:
         """The line for the shell that does it again."""
-        parts = [f"python -m stages.edit_images --system {self.system} --sample"]
+        parts = [f"python -m tessera.running edit_images --system {self.system} --sample"]
         parts += [f"--label {self.label}"] if self.label is not None else []
         parts += [f"--count {self.count}", *_options("--sampling", self.sampling.model_dump(mode="json"))]
         return " ".join([*parts, f"--seed {self.seed}", shlex.quote(target)])
@@ -267,7 +267,9 @@ def is_asked_for(arguments: list[str]) -> bool:
 
 def main(arguments: list[str]) -> int:
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m stages.edit_images", description=__doc__, formatter_class=plain)
+    parser = argparse.ArgumentParser(
+        prog="python -m tessera.running edit_images", description=__doc__, formatter_class=plain
+    )
     parser.add_argument("--system", required=True, help="a system of params.yaml that is trained")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument(

@@ -4,6 +4,9 @@ Shape letters everywhere: B batch, C H W image, D latent channels, h w token gri
 Images in models are float32 in [-1, 1]; on disk they are uint8 in [0, 255].
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -129,6 +132,32 @@ class Objective(Protocol):
     def optimizers(self) -> dict[str, list[Optimizer]]: ...  # by phase
 
     # An objective that watches itself also has `checkup(step) -> Checkup`, which is asked once after each step.
+
+
+class Job(Protocol):
+    """What runs a stage: someone to report to, and a folder that survives a kill. Nothing of it reaches a result.
+
+    Stages and trainings know it by this protocol; `tessera/running` implements it, and hands it in.
+    """
+
+    name: str  # train_prior@vqgan-flow
+    state: Path  # a private folder for resumable state
+    figures: dict[str, float]  # about this execution (speed, memory): never part of an artifact
+    checkpoint_seconds: float
+
+    def say(self, line: str) -> None: ...
+    def track(self, items: Iterable[Any], total: int, what: str = "") -> Iterator[Any]: ...  # the items, counted aloud
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+    def attach(self, path: Path, name: str | None = None) -> None: ...
+    def resumable(self, *inputs: Any) -> Path: ...  # moves `state` to the folder of exactly these inputs
+    def history(self, num_steps: int, quiet: bool) -> Any: ...  # what appends to state/history.csv
+    def keep_history(self, path: Path) -> None: ...
+    def stopping_between_steps(self) -> AbstractContextManager[None]: ...  # inside, a signal waits for the next step
+    def stop_requested(self) -> bool: ...
+    def stop(self, why: str) -> None: ...
+    def publish(
+        self, params: Any, name: str, measured: Any, files: dict[str, Path | None], images: Path, parts: dict[str, Path]
+    ) -> None: ...  # a run of the system in the tracker
 
 
 class Ailment(NamedTuple):

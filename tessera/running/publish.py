@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from tessera.artifacts import folder as artifact
 from tessera.evaluation.figures import Measured
 from tessera.params import Pipeline
-from tessera.running import process
 from tessera.tracking import journal, provenance
+
+ROOT = Path(os.environ.get("DVC_ROOT", "."))  # stages run there; DVC sets it
 
 
 def publish(
@@ -25,18 +27,18 @@ def publish(
     """
     experiment = f"tessera-{params.dataset.name}"
     described = params.describe(f"system@{name}")
-    tags = {"tessera.system": name, **_protocol_tags(measured), **provenance.tags(process.ROOT, parts)}
+    tags = {"tessera.system": name, **_protocol_tags(measured), **provenance.tags(ROOT, parts)}
     with journal.open_run(
         name,
         experiment=experiment,
-        root=process.ROOT,
+        root=ROOT,
         state=None,
         params=described.params,
         tags=described.tags | tags,
         settings=described.settings,
         kind="system",
     ) as run:
-        process.track_dataset(run, params.dataset.name, images, "evaluation")
+        track_dataset(run, params.dataset.name, images, "evaluation")
         for group, some in measured.groups.items():
             run.figures({f"{group}/{key}": one.value for key, one in some.items()})
             if group == "generation":  # what differences between systems are weighed by
@@ -62,3 +64,8 @@ def _protocol_tags(measured: Measured) -> dict[str, str]:
     digest = hashlib.sha256(json.dumps(of_samples, sort_keys=True).encode()).hexdigest()[:12]
     shown = ("num_images", "reference_split", "num_reference_images", "network", "dtype")
     return {"protocol": digest, **{f"protocol.{key}": str(main[key]) for key in shown}}
+
+
+def track_dataset(run: journal.Run, name: str, images: Path, context: str) -> None:
+    """Tell the tracker which images artifact goes into a run."""
+    run.dataset(name, artifact.fingerprint(images), images.as_posix(), context)

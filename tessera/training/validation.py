@@ -32,11 +32,10 @@ from tessera.artifacts.images import to_uint8
 from tessera.artifacts.samples import quotas
 from tessera.artifacts.tokens import Tokens
 from tessera.components import load
-from tessera.contracts import Objective, TokenBatch, TokenSpec
+from tessera.contracts import Job, Objective, TokenBatch, TokenSpec
 from tessera.evaluation.judge import Judge
 from tessera.metrics import frechet
 from tessera.params import Pipeline
-from tessera.running.process import Job
 
 BATCH = 100  # images that are drawn at a time; fixed, because it decides the noise
 LOSS_BATCH = 500

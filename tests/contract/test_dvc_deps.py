@@ -50,7 +50,8 @@ def is_trained(folder: str, kind: str) -> bool:
 def code_run_by(address: str) -> set[str]:
     """The files of stages/ and tessera/ that the stage's process runs and that can change its outputs."""
     stage, _, name = address.partition("@")
-    entry = re.search(r"python -m (\S+)", stages()[address].cmd).group(1)
+    entry = re.search(r"python -m tessera.running (\S+)", stages()[address].cmd).group(1)
+    entry = f"stages.{entry}"
     modules = {entry}
     for folder, part in BUILDS.get(stage, lambda name: [])(name):
         siblings = {f"tessera.{folder}.{kind}" for kind in kinds(folder)}
@@ -79,7 +80,7 @@ def test_code_deps_are_the_import_closure(address):
 
 @pytest.mark.parametrize("address", sorted(stages()))
 def test_a_stage_is_the_child_of_dvc_and_not_of_a_shell(address):
-    assert stages()[address].cmd.startswith("exec python -m stages."), "begin its cmd in dvc.yaml with: exec"
+    assert stages()[address].cmd.startswith("exec python -m tessera.running "), "begin its cmd in dvc.yaml with: exec"
 
 
 def test_no_init_file_imports_the_project_so_no_code_is_hidden_in_one():

@@ -137,7 +137,7 @@ def test_a_file_that_is_no_params_file_is_refused(tmp_path, text, message):
 def test_a_stage_refuses_bad_params_before_touching_anything(tmp_path):
     """Even a stage that does not use the mistaken section: no training runs towards a mistake."""
     written(tmp_path, changed(f"{AUTOREGRESSIVE}.depht", 3))
-    command = [sys.executable, "-m", "stages.prepare_images", "--out", "data/images"]
+    command = [sys.executable, "-m", "tessera.running", "prepare_images", "--out", "data/images"]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "TESSERA_TRACKING": "off"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 2

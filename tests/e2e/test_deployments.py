@@ -143,7 +143,7 @@ class Team:
                 state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
             except OSError:
                 continue
-            if inside and state not in "ZX" and (b"stages." in command or b"repro" in command):
+            if inside and state not in "ZX" and (b"tessera.running" in command or b"repro" in command):
                 found.append(int(entry.name))
         return found
 
@@ -256,7 +256,7 @@ def test_two_runs_at_once_wait_for_the_one_device_and_both_end_right(team: Team)
     runs = [team.submit(targets=targets) for targets in ([TRAINING], ["encode_tokens@vqgan"])]
     most = 0
     while any(team.state(run) not in ("Completed", "Failed", "Crashed") for run in runs):
-        trainings = [pid for pid in team.stages() if b"stages." in command_of(pid)]
+        trainings = [pid for pid in team.stages() if b"tessera.running" in command_of(pid)]
         most = max(most, len(trainings))
         time.sleep(0.05)
     for run in runs:
@@ -280,7 +280,7 @@ def test_a_training_that_is_killed_goes_on_from_its_checkpoint_in_the_same_run(t
     team.forget()
     run = team.submit(targets=[TRAINING])
     wait_for("it trains", team.is_training, 180)
-    (pid,) = [pid for pid in team.stages() if b"stages.train_tokenizer" in command_of(pid)]
+    (pid,) = [pid for pid in team.stages() if b"train_tokenizer" in command_of(pid)]
     os.kill(pid, signal.SIGKILL)
     team.ends(run)
     assert "continues from its checkpoint" in team.logs(run) and "resumed step" in team.logs(run)

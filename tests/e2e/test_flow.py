@@ -308,7 +308,7 @@ def test_who_waits_for_a_device_hears_whom_for_and_can_be_stopped(device_locks: 
         ("sample_images@gan  30/40  eta 4s", 75.0),
         ("sample_images@gan  done in 3.1s, 12 images/s", None),
         ("Running stage 'train_prior@gan':", None),
-        ("> exec python -m stages.train_prior --images data/1/2", None),
+        ("> exec python -m tessera.running train_prior --images data/1/2", None),
     ],
 )
 def test_progress_is_read_from_the_lines_of_stages(line: str, percent: float | None) -> None:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
 
-from stages import train_tokenizer
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.bases.diagnostics import Health, Watch
@@ -294,8 +293,7 @@ def test_stop_ends_the_stage_with_the_sentence_and_looser_bounds_go_on_from_its_
         params = SimpleNamespace(seed=0, tokenizers={"one": settings}, dataset=SimpleNamespace(name="x"))
         params.describe = lambda name: Description({}, {}, {})
         monkeypatch.setattr(process.all_params, "read", lambda path: params)
-        monkeypatch.setattr("sys.argv", ["x", "one", "--images", "i", "--out", "out", "--history", "curve.csv"])
-        process.main(train_tokenizer.run)
+        process.main(["train_tokenizer", "one", "--images", "i", "--out", "out", "--history", "curve.csv"])
 
     with pytest.raises(SystemExit) as ended:
         stage(action="stop")

@@ -1,0 +1,107 @@
+"""What a running stage has around it: a name, a private folder for resumable state, someone to report to.
+
+Stages know it by its protocol alone (tessera/contracts.py), so that none of this is part of what decides their results.
+"""
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+from tessera.evaluation.figures import Measured
+from tessera.params import Pipeline
+from tessera.running import progress
+from tessera.running.publish import publish
+from tessera.tracking import journal
+
+Item = TypeVar("Item")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(SystemExit):
+    """The stage was asked to stop and did so in good order."""
+
+
+class Job:
+    """What a running stage has around it: a name, a private folder for resumable state, someone to report to."""
+
+    def __init__(self, name: str, state: Path, run: journal.Run | None = None):
+        self.name, self.run = name, run
+        self.state = state  # replaced by `resumable` with a folder of its own for each set of inputs
+        self.figures: dict[str, float] = {}  # about this execution (speed, memory): never part of an artifact
+        self.checkpoint_seconds = float(os.environ.get("TESSERA_CHECKPOINT_SECONDS", "60"))
+        self._signal: int | None = None
+        self._state_root = state
+
+    def say(self, line: str) -> None:
+        progress.say(f"{self.name}  {line}")
+
+    def track(self, items: Iterable[Item], total: int, what: str = "") -> Iterator[Item]:
+        """Pass the items through, with a line every few seconds that says how many of `total` are done."""
+        return progress.track(items, f"{self.name}  {what}" if what else self.name, total)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if self.run:
+            self.run.log(step, values)
+
+    def attach(self, path: Path, name: str | None = None) -> None:
+        if self.run:
+            self.run.attach(path, name)
+
+    def publish(
+        self,
+        params: Pipeline,
+        name: str,
+        measured: Measured,
+        files: dict[str, Path | None],
+        images: Path,
+        parts: dict[str, Path],
+    ) -> None:
+        """Give the tracker the one run per system that people compare."""
+        publish(params, name, measured, files, images, parts)
+
+    def resumable(self, *inputs: Any) -> Path:
+        """The state folder for exactly these inputs (JSON values, fingerprints): other inputs never resume from it."""
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.state = self._state_root / key
+        self.state.mkdir(parents=True, exist_ok=True)
+        return self.state
+
+    def history(self, num_steps: int, quiet: bool) -> progress.History:
+        """history.csv of a training, with a line on the console now and then; quiet: another process keeps it."""
+        return progress.History(self.state / "history.csv", self.name, num_steps, self.log, quiet)
+
+    def keep_history(self, path: Path) -> None:
+        """Copy history.csv of a finished training to where the pipeline wants it, and to the tracker."""
+        history = self.state / "history.csv"
+        text = history.read_text() if history.exists() else "step,loss\n"  # nothing to train: an empty curve
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        self.attach(path, "history.csv")
+
+    @contextmanager
+    def stopping_between_steps(self) -> Iterator[None]:
+        """Inside, a signal waits for the loop to ask `stop_requested`; outside, it ends the stage at once."""
+        before = {number: signal.signal(number, self.request_stop) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def request_stop(self, number: int, frame: FrameType | None = None) -> None:
+        if self._signal is not None:  # asked twice: whatever is going on, end
+            raise Stopped(128 + number)
+        self._signal = number
+
+    def stop_requested(self) -> bool:
+        return self._signal is not None
+
+    def stop(self, why: str) -> None:
+        self.say(why)
+        raise Stopped(128 + (self._signal or signal.SIGTERM))

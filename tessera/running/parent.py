@@ -1,0 +1,17 @@
+"""Ties a process to its parent: kill -9 of dvc must not leave a trainer running."""
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def die_with_it() -> None:
+    """Ask the kernel for SIGTERM when the parent dies; end now if it died before the kernel was asked."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(128 + signal.SIGTERM)
