@@ -31,7 +31,7 @@ from tessera.contracts import TokenBatch, TokenSpec
 from tessera.evaluation.judge import Judge
 from tessera.evaluation.reference import Reference
 from tessera.metrics import copy_rate, frechet, precision_recall
-from tessera.running.process import Job
+from tessera.running.job import Job
 from tessera.training import loop, views
 
 WARM_STEPS, PACED_STEPS = 5, 60

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.images import ImageWriter, write_meta
 from tessera.contracts import ImageSpec, TokenSpec
-from tessera.running.process import Job
+from tessera.running.job import Job
 
 os.environ["TESSERA_TRACKING"] = "off"  # tests that track say so
 

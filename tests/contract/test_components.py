@@ -14,7 +14,7 @@ from tessera.artifacts import folder as artifact
 from tessera.bases.optimization import Training, optimizers_for
 from tessera.components import Params, kinds, load, parse
 from tessera.contracts import Encoded, ImageBatch, TokenBatch
-from tessera.running.process import Job, Stopped
+from tessera.running.job import Job, Stopped
 from tessera.training.loop import fit
 
 TRAINING = {"num_steps": 2, "batch_size": 4, "learning_rate": 0.01}

@@ -9,7 +9,7 @@ import yaml
 from stages import encode_tokens, sample_images, train_prior, train_tokenizer
 from tessera.artifacts import folder as artifact
 from tessera.params import read
-from tessera.running.process import Job
+from tessera.running.job import Job
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts.images import ImageWriter, write_meta
 from tessera.contracts import ImageSpec
 from tessera.params import read
-from tessera.running.process import Job
+from tessera.running.job import Job
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]

@@ -34,8 +34,8 @@ from stages import (
 from tessera import seeding
 from tessera.components import parse
 from tessera.params import Pipeline
-from tessera.running import process
-from tessera.running.process import Job
+from tessera.running import publish
+from tessera.running.job import Job
 from tessera.system import ImageGenerator
 
 pytestmark = pytest.mark.e2e
@@ -74,7 +74,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(process, "ROOT", root)
+        patch.setattr(publish, "ROOT", root)
         prepare_images.run(params, data / "images", job("images"))
         seen = {"images": data / "images", "features": data / "features", "reference": data / "reference"}
         of_features = (data / "images", data / "features" / "classifier", data / "f.csv", data / "f.json")

@@ -24,7 +24,7 @@ import pytest
 import yaml
 from ports import free_ports
 
-from flows.stack.__main__ import members, servers
+from flows.stack import members, servers
 from tessera.tracking.journal import process_start
 
 pytestmark = pytest.mark.e2e

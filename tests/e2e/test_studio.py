@@ -26,8 +26,8 @@ from studio.figures import table
 from tessera.artifacts import pictures
 from tessera.components import parse
 from tessera.params import Pipeline
-from tessera.running import process
-from tessera.running.process import Job
+from tessera.running import publish
+from tessera.running.job import Job
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(process, "ROOT", root)
+        patch.setattr(publish, "ROOT", root)
         prepare_images.run(params, data / "images", job("images"))
         tokenizer, tokens = data / "tokenizers" / "vqvae", data / "tokens" / "vqvae"
         train_tokenizer.run(params, "vqvae", data / "images", tokenizer, data / "t.csv", job("tokenizer"))

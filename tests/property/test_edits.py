@@ -16,7 +16,8 @@ from tessera.bases.optimization import Training
 from tessera.components import InvalidParams, parse
 from tessera.contracts import Encoded, TokenSpec
 from tessera.editing.label_evidence import HIGHEST, LOWEST, NUM_LEVELS, label_chances
-from tessera.editing.trial import CannotEdit, System, posterior, trial
+
+XX
 from tessera.edits import enhance, inpaint, interpolate, restyle, variations
 from tessera.nn.membrane import close_seam
 from tessera.priors import autoregressive, gan, masked

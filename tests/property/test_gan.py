@@ -13,7 +13,7 @@ from tessera.contracts import TokenBatch, TokenSpec
 from tessera.nn.adversarial_networks import levels_of
 from tessera.nn.augmentation import augmented
 from tessera.priors import gan
-from tessera.running.process import Job, Stopped
+from tessera.running.job import Job, Stopped
 from tessera.training.loop import fit
 
 

@@ -30,7 +30,7 @@ from tessera.evaluation import comparison, figures
 from tessera.evaluation import curves as training_curves
 from tessera.evaluation.reference import Reference
 from tessera.params import Pipeline
-from tessera.running.process import Job
+from tessera.running.job import Job
 
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 600

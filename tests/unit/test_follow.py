@@ -23,7 +23,7 @@ from tessera.evaluation.judge import Judge
 from tessera.features import random as random_features
 from tessera.params import Pipeline, read
 from tessera.priors import flow_matching
-from tessera.running.process import Job, Stopped
+from tessera.running.job import Job, Stopped
 from tessera.training import validation
 from tessera.training.validation import Look, memory_of_loss, memory_of_samples, train_share
 

@@ -18,7 +18,7 @@ from tessera.contracts import ImageBatch, ImageSpec
 from tessera.params import Description
 from tessera.quantizers import lfq, residual, vector
 from tessera.running import process
-from tessera.running.process import Job, Stopped
+from tessera.running.job import Job, Stopped
 from tessera.training.loop import Unhealthy, fit
 
 SPEC = ImageSpec(name="x", channels=1, height=8, width=8, num_classes=1, class_names=("all",), licence="none")

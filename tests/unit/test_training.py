@@ -16,9 +16,10 @@ from tessera.bases.optimization import (
     update_average,
 )
 from tessera.contracts import ImageBatch
-from tessera.running.process import Job, Stopped
+from tessera.running.job import Job, Stopped
 from tessera.running.progress import History
-from tessera.training.loop import Diverged, fit, loop, rows_of_step
+from tessera.training import loop
+from tessera.training.loop import Diverged, fit, rows_of_step
 
 
 class Toy(nn.Module):
