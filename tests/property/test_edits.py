@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tessera.bases.optimization import Training
 from tessera.components import InvalidParams, parse
 from tessera.contracts import Encoded, TokenSpec
+from tessera.editing import posterior, trial
 from tessera.editing.label_evidence import HIGHEST, LOWEST, NUM_LEVELS, label_chances
-
-XX
+from tessera.editing.trial import CannotEdit, System
 from tessera.edits import enhance, inpaint, interpolate, restyle, variations
 from tessera.nn.membrane import close_seam
 from tessera.priors import autoregressive, gan, masked
