@@ -42,8 +42,8 @@ def run(
     follower = None
     if params.follow_training.every:
         follower = Follower(params, name, spec, splits, images, tokenizer, job)
-    inputs = follower.inputs() if follower else ()
-    job.resumable(*checkpoints.identity(config, spec), artifact.fingerprint(tokens), params.seed, *inputs)
+    inputs = {"prior": config, "tokens": artifact.fingerprint(tokens), "seed": params.seed}
+    job.resumable(inputs | (follower.inputs() if follower else {}), parts=(config, params.follow_training.features))
     objective = module.Objective(model, config)
     model = loop.fit(objective, splits["train"], config.training, seed=params.seed, job=job, follower=follower)
     if model is None:  # only the first process writes
@@ -51,7 +51,7 @@ def run(
     if follower:
         follower.keep(model)
     with artifact.create(out) as place:
-        checkpoints.save(place, "priors", config, spec, model)
+        checkpoints.save(place, "priors", config, spec, model, job.code_of(config))
         if follower:
             follower.write(place)
     job.keep_history(history)

@@ -149,7 +149,8 @@ class Job(Protocol):
     def track(self, items: Iterable[Any], total: int, what: str = "") -> Iterator[Any]: ...  # the items, counted aloud
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def attach(self, path: Path, name: str | None = None) -> None: ...
-    def resumable(self, *inputs: Any) -> Path: ...  # moves `state` to the folder of exactly these inputs
+    def resumable(self, inputs: dict[str, Any], parts: tuple[Params, ...]) -> Path: ...  # moves `state` to their folder
+    def code_of(self, config: Params) -> str: ...  # the fingerprint of a part's code
     def history(self, num_steps: int, quiet: bool) -> Any: ...  # what appends to state/history.csv
     def keep_history(self, path: Path) -> None: ...
     def stopping_between_steps(self) -> AbstractContextManager[None]: ...  # inside, a signal waits for the next step

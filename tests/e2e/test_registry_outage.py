@@ -114,7 +114,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     config = parse(module.Config, {"kind": "vqvae", "training": training, **sizes})
     tokenizer = module.Model(config, spec)
     with artifact.create(folder / "tokenizer") as place:
-        checkpoints.save(place, "tokenizers", config, spec, tokenizer)
+        checkpoints.save(place, "tokenizers", config, spec, tokenizer, "code")
     tokens = TokenSpec(
         codebook_size=16,
         latent_shape=tokenizer.latent_shape,
@@ -128,7 +128,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     module = load("priors", "autoregressive")
     config = parse(module.Config, {"kind": "autoregressive", "training": training, "width": 8, "depth": 1, "heads": 1})
     with artifact.create(folder / "prior") as place:
-        checkpoints.save(place, "priors", config, tokens, module.Model(config, tokens))
+        checkpoints.save(place, "priors", config, tokens, module.Model(config, tokens), "code")
     return {role: folder / role for role in ("tokenizer", "prior")}
 
 
