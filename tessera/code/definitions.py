@@ -68,7 +68,7 @@ class Module:
 
 def _names_bound_by(node: ast.stmt) -> list[str]:
     """The definitions that a statement at the top of a module belongs to."""
-    if isinstance(node, ast.Import | ast.ImportFrom) or _is_docstring(node) or _is_for_type_checkers(node):
+    if isinstance(node, ast.Import | ast.ImportFrom) or _is_docstring(node) or _is_not_imported(node):
         return []
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
@@ -144,8 +144,10 @@ def _is_said(node: ast.AST) -> bool:
     return isinstance(node, ast.Raise) or says
 
 
-def _is_for_type_checkers(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+def _is_not_imported(node: ast.stmt) -> bool:
+    """Whether the statement is for type checkers, or for a module that is run as a program."""
+    test = ast.unparse(node.test) if isinstance(node, ast.If) else ""
+    return "TYPE_CHECKING" in test or test == "__name__ == '__main__'"
 
 
 class Code:

@@ -36,7 +36,8 @@ def read(params: Pipeline, graph: Path) -> list[Entry]:
         if "foreach" in stage:
             body, keys = stage["do"], list(getattr(params, stage["foreach"].strip("${}")))
         for key in keys:
-            wanted = [path.replace("${key}", str(key)) for path in body.get("params", ())]
+            named = [*body.get("params", ()), *body.get("meta", {}).get("params", ())]
+            wanted = [path.replace("${key}", str(key)) for path in named]
             entry = name if key is None else f"{name}@{key}"
             found.append(Entry(entry, RUN.search(body["cmd"])[1], {path: _value(params, path) for path in wanted}))
     return found
