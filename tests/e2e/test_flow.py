@@ -18,6 +18,8 @@ import yaml
 from PIL import Image
 
 from flows import board, experiments, locks, processes, reproduce, sweep
+from flows.places import Places
+from flows.plan import Plan, opened, read_plan
 from tessera.tracking import journal, mirror
 
 pytestmark = pytest.mark.e2e
@@ -146,16 +148,14 @@ def order(toy: Path) -> list[str]:
     return (toy / "order.log").read_text().split() if (toy / "order.log").exists() else []
 
 
-def plan_of(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, targets: tuple[str, ...] = (), force: bool = False
-) -> reproduce.Plan:
+def plan_of(toy: Path, monkeypatch: pytest.MonkeyPatch, targets: tuple[str, ...] = (), force: bool = False) -> Plan:
     monkeypatch.chdir(toy)
-    return reproduce.read_plan(toy, list(targets), force)
+    return read_plan(toy, list(targets), force)
 
 
-def carry_out(plan: reproduce.Plan) -> list[str]:
+def carry_out(plan: Plan) -> list[str]:
     """What the flow's tasks do, one after the other and without Prefect."""
-    places = reproduce.Places()
+    places = Places()
     return [plan.reproduce(stage, lambda line: None, places).what for stage in plan.upstream]
 
 
@@ -240,7 +240,7 @@ def test_each_stage_has_a_gpu_of_its_own_with_one_lock_whatever_it_is_called(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     if parallel:
         monkeypatch.setenv("TESSERA_PARALLEL", parallel)
-    places = reproduce.Places()
+    places = Places()
     found = {path.stem: added.get("CUDA_VISIBLE_DEVICES", "") for path, added in places.environments.items()}
     assert found == expected
     assert {path.parent for path in places.environments} == {device_locks}
@@ -449,7 +449,7 @@ def test_a_run_with_other_params_is_an_experiment_and_the_checkout_stays_as_it_i
     before = git(project, "status", "--short"), (project / "params.yaml").read_text()
     overrides = {"how.text": "bold"}
     for attempt in ("interrupted", "whole", "again"):
-        with reproduce.opened(["copy", "prepare"], False, None, overrides) as plan:
+        with opened(["copy", "prepare"], False, None, overrides) as plan:
             assert plan.experiment is not None and plan.root == plan.experiment.folder
             assert plan.experiment.name.startswith("params-text-bold-")
             assert re.match("how: {text: bold} +# a remark", (plan.root / "params.yaml").read_text())
