@@ -18,6 +18,7 @@ from flows.processes import StageProcesses, Stopped, dvc, search_path
 from tessera.tracking import journal
 
 STATE = Path(".state")
+SMALL_BYTES = 1_000_000  # a file up to this size is compared, which is sooner done than asking dvc: that takes 2 s
 HINTS = (  # dvc gives them after each stage
     "To track the changes with git",
     "Updating lock file",
@@ -50,6 +51,8 @@ class Plan:
     upstream: dict[str, set[str]]  # each stage's direct upstream stages, in an order in which they can run
     outputs: dict[str, list[Path]]
     unversioned: list[str]  # outputs that DVC's cache does not keep: metrics, which git does
+    reads: dict[str, dict[str, list[Path]]]  # by stage and upstream stage: the paths in its outputs that it depends on
+    digests: dict[Path, str]  # of the small files among them, before anything ran
     stale: set[str]
     force: bool
     experiment: experiments.Experiment | None = None  # whose worktree `root` is
@@ -62,17 +65,27 @@ class Plan:
     over: threading.Event = field(default_factory=threading.Event)  # reported: nothing more will run
 
     def reproduce(self, stage: str, say: Callable[[str], None], places: Places) -> Outcome:
-        """Run one stage, whose upstream stages have all come out well; a clean one costs no process.
+        """Run one stage, whose upstream stages have all come out well; a clean one starts no process.
 
         A stage that a signal has ended is not yet an outcome the first time: call again, and it resumes.
         """
-        clean = stage not in self.stale and not any(self.outcomes[name].changed for name in self.upstream[stage])
-        outcome = Outcome("cached") if clean and not self.force else self._run(stage, say, places)
+        outcome = Outcome("cached") if self._is_clean(stage) else self._run(stage, say, places)
         if outcome.interrupted and stage not in self.interrupted:
             self.interrupted.add(stage)
         else:
             self.outcomes[stage] = outcome
         return outcome
+
+    def _is_clean(self, stage: str) -> bool:
+        """Whether dvc would skip the stage: it was not stale, and upstream runs left what it reads as it was."""
+        if self.force or stage in self.stale:
+            return False
+        changed = [above for above in self.upstream[stage] if self.outcomes[above].changed]
+        return all(self._is_same(path) for above in changed for path in self.reads[stage][above])
+
+    def _is_same(self, path: Path) -> bool:
+        """Whether a small file has the content that it had at first; False for a folder or a large file: ask dvc."""
+        return path in self.digests and _digest(path) == self.digests[path]
 
     def _run(self, stage: str, say: Callable[[str], None], places: Places) -> Outcome:
         ran = skipped = False
@@ -157,17 +170,57 @@ def read_plan(root: Path, targets: list[str], force: bool, experiment: experimen
         wanted = {stage for target in targets for stage in repo.stage.collect(target)} if targets else set(graph)
         wanted = wanted.union(*(networkx.descendants(graph, stage) for stage in wanted))
         order = [stage for stage in networkx.dfs_postorder_nodes(graph) if stage in wanted]
-        upstream = {stage.addressing: {above.addressing for above in graph.successors(stage)} for stage in order}
-        if not upstream:
+        reads = {
+            stage.addressing: {above.addressing: _shared(stage, above) for above in graph.successors(stage)}
+            for stage in order
+        }
+        if not reads:
             raise ValueError(f"{repo.root_dir} has no stages: expected some in dvc.yaml, see https://dvc.org/doc")
         outputs = {stage.addressing: [Path(out.fs_path) for out in stage.outs] for stage in order}
         unversioned = [os.path.relpath(out.fs_path) for stage in order for out in stage.outs if not out.use_cache]
+        digests = _digests(reads)  # before the status: a file that changes in between counts as changed
         try:
-            stale = set() if force else set(repo.status()) & set(upstream)
+            stale = set() if force else set(repo.status()) & set(reads)
         except LockError:  # another run is writing: ask dvc for each stage, when its turn comes
-            stale = set(upstream)
-        recipes = _recipes(order, graph) if experiment else {}
-        return Plan(Path(repo.root_dir), upstream, outputs, unversioned, stale, force, experiment, recipes)
+            stale = set(reads)
+        return Plan(
+            root=Path(repo.root_dir),
+            upstream={stage: set(above) for stage, above in reads.items()},
+            outputs=outputs,
+            unversioned=unversioned,
+            reads=reads,
+            digests=digests,
+            stale=stale,
+            force=force,
+            experiment=experiment,
+            recipes=_recipes(order, graph) if experiment else {},
+        )
+
+
+def _shared(stage: Any, above: Any) -> list[Path]:
+    """The dependencies of a stage that hold, are or lie in an output of another stage."""
+    from dvc.dependency import DatasetDependency
+
+    dependencies = [Path(dep.fs_path) for dep in stage.deps if not isinstance(dep, DatasetDependency)]
+    outputs = [Path(out.fs_path) for out in above.outs]
+    return [
+        path for path in dependencies if any(path.is_relative_to(out) or out.is_relative_to(path) for out in outputs)
+    ]
+
+
+def _digests(reads: dict[str, dict[str, list[Path]]]) -> dict[Path, str]:
+    paths = {path for of_stage in reads.values() for some in of_stage.values() for path in some}
+    return {path: digest for path in paths if (digest := _digest(path))}
+
+
+def _digest(path: Path) -> str | None:
+    """A hash of a small file's content; None for a folder, a large file or none at all."""
+    try:
+        if path.is_file() and path.stat().st_size <= SMALL_BYTES:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:  # gone or unreadable: dvc will say so
+        return None
+    return None
 
 
 def _recipes(order: list[Any], graph: Any) -> dict[str, str]:

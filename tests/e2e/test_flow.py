@@ -12,12 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
 
 from flows import board, experiments, locks, processes, reproduce, sweep
+from flows import plan as plans
 from flows.places import Places
 from flows.plan import Plan, opened, read_plan
 from tessera.tracking import journal, mirror
@@ -188,6 +190,59 @@ def test_a_second_run_starts_nothing_and_a_change_runs_what_depends_on_it(
     assert carry_out(fourth).count("ran") == 2
     assert order(toy)[5:] == ["left", "join"]
     assert (toy / "join.txt").read_text() == "joinleftprepare0 signedrightprepare0"
+
+
+PARTS = """
+  split: {cmd: PYTHON parts.py, deps: [parts.py, one.how, two.how], outs: [parts]}
+  whole: {cmd: PYTHON step.py whole parts/one parts/two, deps: [parts], outs: [whole.txt]}
+  one: {cmd: PYTHON step.py one parts/one, deps: [parts/one.txt], outs: [one.txt]}
+  two: {cmd: PYTHON step.py two parts/two, deps: [parts/two.txt], outs: [two.txt]}
+  after: {cmd: PYTHON step.py after one two, deps: [one.txt, two.txt], outs: [after.txt]}
+"""
+SPLIT = """
+from pathlib import Path
+Path("parts").mkdir(exist_ok=True)
+for name in ("one", "two"):
+    Path(f"parts/{name}.txt").write_text(Path(f"{name}.how").read_text().strip())
+"""
+
+
+def test_of_a_folder_that_an_upstream_stage_writes_a_changed_file_concerns_those_alone_that_read_it(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (toy / "dvc.yaml").write_text(DVC_YAML.replace("PYTHON", sys.executable) + PARTS.replace("PYTHON", sys.executable))
+    (toy / "parts.py").write_text(SPLIT)
+    (toy / "one.how").write_text("1")
+    (toy / "two.how").write_text("2")
+    asked: list[str] = []
+    run = processes.StageProcesses.run
+
+    def ask(self: processes.StageProcesses, command: list[str], *arguments: Any) -> int:
+        asked.append(command[command.index("--single-item") + 1])
+        return run(self, command, *arguments)
+
+    monkeypatch.setattr(processes.StageProcesses, "run", ask)
+
+    def changed() -> tuple[set[str], set[str]]:
+        """The stages that dvc is asked about, and those that run."""
+        asked.clear()
+        plan = plan_of(toy, monkeypatch, ("whole", "after"))
+        carry_out(plan)
+        assert not read_plan(toy, ["whole", "after"], False).stale  # dvc: whoever was not asked about had nothing to do
+        return set(asked), {stage for stage, outcome in plan.outcomes.items() if outcome.what == "ran"}
+
+    assert changed()[1] == {"split", "whole", "one", "two", "after"}
+    (toy / "two.how").write_text("2 ")  # split writes what it wrote
+    assert changed() == ({"split", "whole"}, {"split"})
+    (toy / "two.how").write_text("3")
+    assert changed() == ({"split", "whole", "two", "after"}, {"split", "whole", "two", "after"})
+    (toy / "parts.py").write_text(SPLIT.replace('"two"', '"two", "three"'))
+    (toy / "three.how").write_text("new")
+    assert changed() == ({"split", "whole"}, {"split", "whole"})  # a further file is not read by the others
+    assert (toy / "after.txt").read_text() == "afterone1two3"
+    monkeypatch.setattr(plans, "SMALL_BYTES", 0)  # as if the files were large: of those, dvc is asked
+    (toy / "two.how").write_text("3 ")
+    assert changed() == ({"split", "whole", "one", "two"}, {"split"})
 
 
 def test_a_target_is_reproduced_with_what_it_depends_on_and_a_wrong_one_is_refused(
