@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from flows import experiments, locks
 from flows.places import Places
 from flows.processes import StageProcesses, Stopped, dvc, search_path
-from tessera.tracking import journal
+from tessera.tracking.processes import start_uploader
 
 STATE = Path(".state")
 SMALL_BYTES = 1_000_000  # a file up to this size is compared, which is sooner done than asking dvc: that takes 2 s
@@ -109,7 +109,7 @@ class Plan:
             mine = [held.enter_context(locks.one_of([path], owner, say, self._check_going_on)) for path in single]
             device, environment = held.enter_context(places.one(owner, say, self._check_going_on))
             if self.experiment:  # its stages would start an uploader for a folder that goes away
-                journal.start_uploader(self.experiment.checkout)
+                start_uploader(self.experiment.checkout)
                 environment = environment | experiments.environment(self.experiment)
             began = time.monotonic()
             command = dvc("--wait-for-lock", "repro", "--single-item", stage, *(["--force"] if self.force else []))

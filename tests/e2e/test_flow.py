@@ -436,7 +436,7 @@ def test_the_end_waits_for_links_to_mlflow_unless_it_is_in_trouble(
     for told in ("the journals are being sent again", "http://127.0.0.1:9 did not take run 0123 (refused)"):
         shown = board.Board(None)
         time.sleep(0.1)  # clocks of files are coarse
-        mirror._note(root, told)
+        mirror.note(root, told)
         shown.link("train_prior@a", tmp_path, 0.0, None)
         time.sleep(0.3)
         began = time.monotonic()
