@@ -116,6 +116,8 @@ def unlikeliness(indices: Tensor, labels: Tensor, system: System, generator: tor
             return -prior.log_probs(indices, labels)
         return torch.rand(indices.shape, generator=generator).to(indices.device)
     null = system.null_labels(len(flat))
+    if not prior.config.is_conditional:
+        labels = null  # its network was never told any other
     says_nothing = (labels == null).unsqueeze(1)
     rank = torch.rand(flat.shape, generator=generator).argsort(dim=1).to(flat.device)
     seen = max(1, round(SEEN_SHARE * flat.shape[1]))

@@ -106,6 +106,8 @@ class Model(nn.Module):
     @torch.no_grad()
     def log_probs(self, indices: Tensor, labels: Tensor) -> Tensor:
         """(B, *index_grid) nats: the log-probability of each index given all before it in raster order."""
+        if not self.config.is_conditional:
+            labels = torch.full_like(labels, self.null_label)
         flat = indices.flatten(1)
         return self(flat, labels).float().log_softmax(dim=2).gather(2, flat.unsqueeze(2)).view(indices.shape)
 
