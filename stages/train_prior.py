@@ -11,7 +11,7 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.tokens import Tokens
 from tessera.components import load
-from tessera.contracts import Job
+from tessera.contracts import Job, KnowsLikelihood
 from tessera.evaluation.figures import Protocol, Recorder, without_network
 from tessera.params import Pipeline
 from tessera.training import loop
@@ -84,7 +84,7 @@ def held_out_figures(params: Pipeline, name: str, model: nn.Module, splits: dict
         of_train = mean_loss(objective, splits["train"], trained_on, params.seed)
         found.add("prior", "test_loss", of_test, protocol("test", len(test)))
         found.add("prior", "train_loss", of_train, protocol("training", number))
-    if hasattr(model, "bits"):
+    if isinstance(model, KnowsLikelihood):
         bits = bits_of_each(model, test, rows, params.seed)
         found.add_mean("prior", "bits_per_image", bits, protocol("test", len(test)))
         found.add_mean("prior", "bits_per_token", bits / math.prod(model.spec.index_grid), protocol("test", len(test)))

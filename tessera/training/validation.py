@@ -179,10 +179,7 @@ class Follower:
             labels = torch.from_numpy(self.labels[start : start + BATCH]).to(device)
             generator = seeding.generator(self.seed, "follow_samples", start)
             tokens = model.sample(labels, self.prior.Sampling(), generator)
-            if self.prior.LEARNS == "indices":
-                decoded = self.decoder.decode_indices(tokens)
-            else:
-                decoded = self.decoder.decode(token_artifact.unstandardize(tokens, self.spec))
+            decoded = token_artifact.decode(tokens, self.decoder, self.spec, self.prior.LEARNS)
             pixels = to_uint8(decoded).cpu().numpy()
             features = self.judge.features(pixels)
             drawn.update(features)
