@@ -74,7 +74,9 @@ class Mirror:
         self.journal = folder / JOURNAL
         self.uid = folder.name
         opening = next((event for _, event in events_of(self.journal)), {})
-        self.order = opening.get("time", 0), bool(opening.get("parent"))  # parents first, even in one millisecond
+        self.began = opening.get("time", 0)  # in milliseconds, which several runs may share
+        # Parents are sent first, and systems last: a system looks for the runs that made its artifacts
+        self.order = opening.get("kind") == "system", self.began, bool(opening.get("parent"))
         self.record = folder / f"sent-{server}.json"
         self.sent = _Sent(**json.loads(self.record.read_text(encoding="utf-8"))) if self.record.exists() else _Sent()
         self._ahead = replace(self.sent)  # what the journal says beyond what was sent
@@ -99,7 +101,7 @@ class Mirror:
         if self._load is None:
             self._load = load.Watch(self._ahead.pid)
         if values := self._load.due():
-            append_load(self.journal, (time.time_ns() // 1_000_000 - self.order[0]) // 1000, values)
+            append_load(self.journal, (time.time_ns() // 1_000_000 - self.began) // 1000, values)
 
     def pending(self) -> bool:
         """Whether MLflow lacks something."""

@@ -16,7 +16,7 @@ LONGEST_PAUSE_SECONDS = 30.0
 
 
 def all_mirrors(root: Path, known: dict[str, Mirror]) -> list[Mirror]:
-    """All journals of the checkout, oldest first (parents before children); `known` keeps them from round to round."""
+    """All journals of the checkout, in the order in which they can be sent; `known` keeps them from round to round."""
     server = hashlib.sha256(tracking_uri(root).encode()).hexdigest()[:12]
     for journal in folder_of(root).glob(f"*/{JOURNAL}"):
         if journal.parent.name not in known:

@@ -1,6 +1,7 @@
 """What a team sees in MLflow: params by a rule, data sets, nested runs, versions of a model, a champion. On a database file."""
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -273,14 +274,19 @@ def test_the_registry_can_be_switched_off_and_is_off_without_tracking(
     assert sorted(folder_of(root).rglob("*")) == before
 
 
-def test_systems_are_rows_and_what_made_them_lies_below(root: Path) -> None:
+def test_systems_are_rows_and_what_made_them_lies_below_even_if_the_clock_was_set_back(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fingerprint = artifact.fingerprint(root / "prior")
-    with open_run(root, "train_prior@one") as training:
-        training.dataset("toy", "a" * 64, "data/images", "train_prior")
-        training.tag({"tessera.artifact": fingerprint})
-    with open_run(root, "encode_tokens@one"):
-        pass
-    evaluate(root, "one")
+    clock = itertools.count(10**18, -(10**6))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time_ns", lambda: next(clock))
+        with open_run(root, "train_prior@one") as training:
+            training.dataset("toy", "a" * 64, "data/images", "train_prior")
+            training.tag({"tessera.artifact": fingerprint})
+        with open_run(root, "encode_tokens@one"):
+            pass
+        evaluate(root, "one")
     assert uploader.replay(root, 60) == 0
     client = client_of(root)
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
