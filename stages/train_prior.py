@@ -1,4 +1,4 @@
-"""Train the prior of one system on the tokens of its tokenizer, and look at it meanwhile where params say so."""
+"""Train the prior of one system on the tokens of its tokenizer, and validate it meanwhile where params say so."""
 
 import math
 from pathlib import Path
@@ -13,9 +13,10 @@ from tessera.artifacts.tokens import Tokens
 from tessera.components import load
 from tessera.contracts import Job, KnowsLikelihood
 from tessera.evaluation.figures import Protocol, Recorder, without_network
+from tessera.evaluation.likelihood import bits_of_each, mean_loss, proportional_rows
 from tessera.params import Pipeline
 from tessera.training import loop
-from tessera.training.validation import Follower, bits_of_each, mean_loss, proportional_rows
+from tessera.training.validation import PriorValidation
 
 
 def run(
@@ -39,21 +40,21 @@ def run(
         f"{len(splits['train']):,} images x {splits['train'].num_views} views, {module.LEARNS} "
         f"{splits['train'].values.row_shape[1:]}, {millions:.2f} M parameters, {loop.threads()}"
     )
-    follower = None
+    validation = None
     if params.follow_training.every:
-        follower = Follower(params, name, spec, splits, images, tokenizer, job)
+        validation = PriorValidation(params, name, spec, splits, images, tokenizer, job)
     inputs = {"prior": config, "tokens": artifact.fingerprint(tokens), "seed": params.seed}
-    job.resumable(inputs | (follower.inputs() if follower else {}), parts=(config, params.follow_training.features))
+    job.resumable(inputs | (validation.inputs() if validation else {}), parts=(config, params.follow_training.features))
     objective = module.Objective(model, config)
-    model = loop.fit(objective, splits["train"], config.training, seed=params.seed, job=job, follower=follower)
+    model = loop.fit(objective, splits["train"], config.training, seed=params.seed, job=job, validation=validation)
     if model is None:  # only the first process writes
         return None
-    if follower:
-        follower.keep(model)
+    if validation:
+        validation.keep(model)
     with artifact.create(out) as place:
         checkpoints.save(place, "priors", config, spec, model, job.code_of(config))
-        if follower:
-            follower.write(place)
+        if validation:
+            validation.write(place)
     job.keep_history(history)
     found = held_out_figures(params, name, model, splits)
     found.measured().write(metrics)
@@ -63,9 +64,9 @@ def run(
 
 
 def held_out_figures(params: Pipeline, name: str, model: nn.Module, splits: dict[str, Tokens]) -> Recorder:
-    """What the prior makes of all test images, as far as it can tell; of training images, the loss of as many.
+    """Loss and bits of all test images, where the prior has them, and the loss of equally many training images.
 
-    A GAN can tell nothing: it has no loss of images that were held out.
+    A GAN has neither: no loss of its training says anything of images held out.
     """
     config, test = params.systems[name].prior, splits["test"]
     module, found = load("priors", config.kind), Recorder()

@@ -218,7 +218,7 @@ class Objective(Protocol):
 
     def optimizers(self) -> dict[str, list[Optimizer]]: ...  # by phase
 
-    # An objective that watches itself also has `checkup(step) -> Checkup`, which is asked once after each step.
+    # An objective that diagnoses itself also has `diagnose(step) -> Diagnosis`, which is asked once after each step.
 
 
 class Job(Protocol):
@@ -248,16 +248,16 @@ class Job(Protocol):
     ) -> None: ...  # a run of the system in the tracker
 
 
-class Ailment(NamedTuple):
-    """Something that makes a training useless though its losses are finite."""
+class Failure(NamedTuple):
+    """A failure of a training whose losses are finite, such as a collapsed codebook."""
 
-    name: str  # a figure: the step at which it was first seen
+    name: str  # of a figure: the step at which it was first seen
     sentence: str  # the value found, its bound, and what to change
     is_fatal: bool  # the training ends here
 
 
-class Checkup(NamedTuple):
-    """What an objective says of itself after a step; the same in all processes."""
+class Diagnosis(NamedTuple):
+    """What an objective diagnoses of itself after a step; the same in all processes."""
 
-    signs: dict[str, float]  # terms to plot
-    ailments: list[Ailment]  # those to report now
+    metrics: dict[str, float]  # terms to plot
+    failures: list[Failure]  # those to report now

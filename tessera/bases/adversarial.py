@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tessera.bases.autoencoder import Autoencoder, AutoencoderConfig, ReconstructionLoss, Weight
-from tessera.bases.diagnostics import Watch
+from tessera.bases.diagnostics import Monitor
 from tessera.bases.optimization import optimizers_for
-from tessera.contracts import Checkup, ImageBatch, ImageSpec
+from tessera.contracts import Diagnosis, ImageBatch, ImageSpec
 from tessera.nn.autoencoder import group_norm
 
 
@@ -41,7 +41,7 @@ class AdversarialAutoencoder(Autoencoder):
         self.image_channels = spec.channels
 
 
-class Discriminator(nn.Module):
+class PatchDiscriminator(nn.Module):
     """(B, C, H, W) -> (B, 1, h, w) logits, one per overlapping patch: high for real."""
 
     def __init__(self, image_channels: int, channels: int, num_layers: int):
@@ -82,16 +82,16 @@ class AdversarialObjective(nn.Module):
         self.model, self.config = model, config
         self.phases = ("autoencoder", "discriminator") if config.adversarial_weight else ("autoencoder",)
         if config.adversarial_weight:
-            self.discriminator = Discriminator(
+            self.discriminator = PatchDiscriminator(
                 model.image_channels, config.discriminator_channels, config.discriminator_layers
             )
             self.register_buffer("average_logits", torch.zeros(2))  # of real and fake, for LeCam
         self.reconstruction_loss = ReconstructionLoss(config)
-        self.watch = Watch(config.health, config.quantizer, has_discriminator=config.adversarial_weight > 0)
+        self.watch = Monitor(config.health, config.quantizer, has_discriminator=config.adversarial_weight > 0)
         self._judged: list[tuple[Tensor, Tensor]] = []  # images and their reconstructions, for the second phase
 
     def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Reconstructions, the loss of the latents, and terms to plot; with a codebook, `self.watch` is told the codes."""
+        """Reconstructions, the loss of the latents, and terms to plot; with a codebook, `self.watch` notes the codes."""
         raise NotImplementedError("the objectives of vqgan.py and vae.py say how")
 
     def forward(self, batch: ImageBatch, phase: str, step: int) -> dict[str, Tensor] | None:
@@ -144,8 +144,8 @@ class AdversarialObjective(nn.Module):
         self.watch.note_discriminator(real - fake, accuracy)
         return {"loss": loss, "real_logits": real, "fake_logits": fake, "discriminator_accuracy": accuracy}
 
-    def checkup(self, step: int) -> Checkup:
-        return self.watch.checkup(step)
+    def diagnose(self, step: int) -> Diagnosis:
+        return self.watch.diagnose(step)
 
     def optimizers(self) -> dict[str, list[Optimizer]]:
         training = self.config.training

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tessera.artifacts import weights_file
-from tessera.bases.diagnostics import Health
+from tessera.bases.diagnostics import Diagnostics
 from tessera.bases.optimization import Training
 from tessera.components import Params, QuantizerConfig, load
 from tessera.contracts import Encoded, HasLevels, ImageSpec, Quantized
@@ -41,7 +41,7 @@ class AutoencoderConfig(Params):
     perturbation_share: Fraction = 0.0  # of the indices, replaced by near ones for the decoder at the first step
     perturbation_until: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the training after which none is left
     perturbation_neighbors: Annotated[int, Field(ge=1)] = 8  # nearest other codes to choose from
-    health: Health = Health()
+    health: Diagnostics = Diagnostics()
     training: Training
 
     @property

@@ -1,8 +1,8 @@
-"""Labels as priors see them: hidden from a share of the training images, so that guidance has something to lead away from.
+"""Priors that are conditioned on a label: label dropout in training, the null label, guidance in sampling.
 
-Sources: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, arXiv:2207.12598, algorithm 1 (label dropout) and
-equation 6, written here so that a scale of 1 is the conditional model and 0 the unconditional one; the ramp of the scale:
-Weber et al. (MaskBit), 2024, arXiv:2409.16211, and Yu et al. (RAR), 2024, arXiv:2411.00776.
+Sources: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, arXiv:2207.12598, algorithm 1 and equation 6; the ramp
+of the guidance scale: Weber et al. (MaskBit), 2024, arXiv:2409.16211, and Yu et al. (RAR), 2024, arXiv:2411.00776.
+Differs from them: the scale is s = 1 + w, so that 1 is the conditional model and 0 the unconditional one.
 """
 
 import math
@@ -10,44 +10,84 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from tessera.bases.optimization import Fraction
+from tessera.bases.optimization import Fraction, optimizers_for
 from tessera.components import Params
+from tessera.contracts import TokenBatch, TokenSpec
 
 Ramp = Literal["constant"] | Annotated[float, Field(gt=0)]
 
 
 class PriorSettings(Params):
-    """What every prior has among its settings."""
+    """The settings of every prior."""
 
     num_views: Annotated[int, Field(ge=1)] | None = None  # of each image, to train on; 1: the image itself, None: all
 
 
 class ConditionalConfig(PriorSettings):
-    """What every prior that is given labels has among its settings."""
+    """The settings of every prior that is conditioned on a label."""
 
     label_dropout: Fraction = 0.1  # share of the labels replaced by the null label: what guidance needs
     is_conditional: bool = True  # False: every label is the null label
 
 
-def seen_labels(labels: Tensor, config: ConditionalConfig, null_label: int, is_training: bool) -> Tensor:
-    """(B,) labels -> (B,) the labels that the network is told, some or all of them the null label."""
-    if not config.is_conditional:
-        return torch.full_like(labels, null_label)
-    if not is_training or not config.label_dropout:
-        return labels
-    is_hidden = torch.rand(labels.shape, device=labels.device) < config.label_dropout
-    return torch.where(is_hidden, null_label, labels)
+class ConditionalModel(nn.Module):
+    """A network with one label more than there are classes: the null label, which says nothing of the class."""
+
+    def __init__(self, config: ConditionalConfig, spec: TokenSpec):
+        super().__init__()
+        self.config, self.spec = config, spec
+        self.null_label = spec.num_classes
+
+    def null_labels(self, labels: Tensor) -> Tensor:
+        """(B,) labels -> (B,) null labels."""
+        return torch.full_like(labels, self.null_label)
+
+    def condition(self, labels: Tensor) -> Tensor:
+        """(B,) labels -> (B,) what the network is conditioned on: null labels where the prior is not conditional."""
+        return labels if self.config.is_conditional else self.null_labels(labels)
+
+
+class ConditionalObjective(nn.Module):
+    """A loss in one phase, under label dropout. A prior defines `loss`; its Config has `training`."""
+
+    phases = ("prior",)
+
+    def __init__(self, model: ConditionalModel, config: ConditionalConfig):
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, batch: TokenBatch, phase: str, step: int) -> dict[str, Tensor]:
+        """The loss and further terms to plot, scalars."""
+        return self.loss(batch.tokens, self.dropped(batch.labels), step)
+
+    def loss(self, tokens: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
+        """TokenBatch.tokens, (B,) labels up to and including null_label -> terms, among them "loss"."""
+        raise NotImplementedError("the objective of each prior defines its loss")
+
+    def dropped(self, labels: Tensor) -> Tensor:
+        """Ho and Salimans, algorithm 1: in training a share `label_dropout` of the labels becomes the null label."""
+        if not self.config.is_conditional or not self.training or not self.config.label_dropout:
+            return self.model.condition(labels)
+        is_dropped = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
+        return torch.where(is_dropped, self.model.null_label, labels)
+
+    def optimizers(self) -> dict[str, list[Optimizer]]:
+        return {"prior": optimizers_for(self.model, self.config.training)}
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """Away from what the network says without the label, towards what it says with it; 1 is `conditional`."""
+    """Ho and Salimans, equation 6, with scale = 1 + w: a scale of 1 gives `conditional`."""
     return unconditional + scale * (conditional - unconditional)
 
 
 def ramped(scale: float, ramp: Ramp, progress: float) -> float:
-    """The scale in force when the share `progress` of the sampling is done: from 1 to `scale`, later for a larger power."""
+    """The guidance scale when the share `progress` of the sampling is done, by a power cosine from 1 to `scale`.
+
+    Weber et al. and Yu et al.; the larger the power `ramp`, the later it rises.
+    """
     if ramp == "constant":
         return scale
     return 1 + (scale - 1) * (1 - math.cos(math.pi * progress**ramp)) / 2

@@ -1,6 +1,6 @@
-"""What the training of a tokenizer watches of itself, and what it says of a collapsed codebook or a dead discriminator.
+"""Diagnostics of a tokenizer's training: a collapsed codebook, a discriminator that has won or is silent.
 
-Both leave every loss finite, so that nothing else stops a training that has already failed.
+Both leave every loss finite, so that nothing else ends a training that has already failed.
 
 Source: dead codes: Williams et al., "Hierarchical Quantized Autoencoders", 2020, arXiv:2002.08111, section 3; a
 discriminator that has won gives no useful gradient: Arjovsky and Bottou, "Towards Principled Methods for Training
@@ -18,11 +18,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tessera.components import Params
-from tessera.contracts import Ailment, Checkup, Count, HasLevels, StartsLate
+from tessera.contracts import Count, Diagnosis, Failure, HasLevels, StartsLate
 
 WON = 0.99  # accuracy from which on hardly a patch is left for the discriminator to learn from
 SILENT_GAP = 0.02  # between the mean logits of images and reconstructions: a hinge loss within 0.01 of 1
-MOST_CODES = 2**22  # a larger codebook is not watched: its ages would take more memory than the network
+MOST_CODES = 2**22  # a larger codebook is not monitored: its ages would take more memory than the network
 
 REMEDIES = {  # by the key of the quantizer that they are about
     "revive_below": "raise quantizer.revive_below",
@@ -34,74 +34,79 @@ REMEDIES = {  # by the key of the quantizer that they are about
 }
 
 
-class Health(Params):
+class Diagnostics(Params):
+    """The key `health` of a tokenizer."""
+
     min_codebook_usage: Annotated[float, Field(ge=0, lt=1)] = 0.05  # share of the codes used within `window`; 0: off
     window: Count = 100  # steps
     max_dead_discriminator_steps: Annotated[int, Field(ge=0)] = 500  # in a row, won or silent; 0: off
-    start_step: Annotated[int, Field(ge=0)] = 200  # nothing is judged before
+    start_step: Annotated[int, Field(ge=0)] = 200  # nothing is diagnosed before
     action: Literal["warn", "stop"] = "warn"
 
 
-class Watch(nn.Module):
-    """Counters of a training, in buffers: a checkpoint has them, the model that is kept has not.
+class Monitor(nn.Module):
+    """Counters of a training, in buffers: a checkpoint holds them, the model that is kept does not.
 
     `quantizer` is the quantizer's Config. In each step call `note_codes` and `note_discriminator` for every micro-batch, then
-    `checkup` once.
+    `diagnose` once.
     """
 
-    def __init__(self, settings: Health, quantizer: Params, has_discriminator: bool = False):
+    def __init__(self, settings: Diagnostics, quantizer: Params, has_discriminator: bool = False):
         super().__init__()
         self.settings = settings
         self.quantizer = quantizer.quantizer if isinstance(quantizer, HasLevels) else quantizer
         size = quantizer.codebook_size
-        self.watches_codes = size is not None and size <= MOST_CODES
-        if self.watches_codes:
+        self.monitors_codes = size is not None and size <= MOST_CODES
+        if self.monitors_codes:
             self.levels = quantizer.num_levels if isinstance(quantizer, HasLevels) else 1
             self.register_buffer("last_used", torch.full((size,), -1, dtype=torch.int32))  # (K,) step; -1: never
         if has_discriminator:
             self.register_buffer("dead_steps", torch.zeros(2, dtype=torch.long))  # in a row: won, silent
         self._judgements: list[Tensor] = []  # of the micro-batches of this step
-        self._last_ill: dict[str, int] = {}  # name of an ailment -> step; not kept: a resumed training says it again
+        self._last_step: dict[str, int] = {}  # of a failure by name; not kept: a resumed training warns again
 
     @torch.no_grad()
     def note_codes(self, indices: Tensor | None, step: int) -> None:
         """indices: int64 of any shape, those of a micro-batch of this process."""
-        if self.watches_codes:
+        if self.monitors_codes:
             self.last_used.index_fill_(0, indices.flatten(), step)
 
     def note_discriminator(self, gap: Tensor, accuracy: Tensor) -> None:
-        """Scalars of a micro-batch: mean logit of images minus that of reconstructions, and the share named rightly."""
+        """Scalars of a micro-batch: mean logit of images minus that of reconstructions, and the accuracy."""
         self._judgements.append(torch.stack([gap, accuracy]).detach())
 
     @torch.no_grad()
-    def checkup(self, step: int) -> Checkup:
-        """Ailments come once: again only after `window` steps without them."""
-        signs: dict[str, float] = {}
+    def diagnose(self, step: int) -> Diagnosis:
+        """A failure is reported once, and again only after `window` steps without it."""
+        metrics: dict[str, float] = {}
         found: list[tuple[str, str]] = []
-        if self.watches_codes:
-            found += self._codebook(step, signs)
+        if self.monitors_codes:
+            found += self._codebook(step, metrics)
         if self._judgements:
             found += self._discriminator(step)
         is_fatal = self.settings.action == "stop"
-        new = [Ailment(name, sentence, is_fatal) for name, sentence in found if self._is_new(name, step)]
-        self._last_ill |= {name: step for name, _ in found}
-        return Checkup(signs, new)
+        new = [Failure(name, sentence, is_fatal) for name, sentence in found if self._is_new(name, step)]
+        self._last_step |= {name: step for name, _ in found}
+        return Diagnosis(metrics, new)
 
     def _is_new(self, name: str, step: int) -> bool:
-        return name not in self._last_ill or step - self._last_ill[name] > self.settings.window
+        return name not in self._last_step or step - self._last_step[name] > self.settings.window
 
-    def _codebook(self, step: int, signs: dict[str, float]) -> list[tuple[str, str]]:
+    def _codebook(self, step: int, metrics: dict[str, float]) -> list[tuple[str, str]]:
+        """Adds the usage and the age of dead codes to `metrics`; names and sentences of failures."""
         settings, size = self.settings, len(self.last_used)
         if dist.is_initialized():  # each process has the codes of its share of the batch
             dist.all_reduce(self.last_used, op=dist.ReduceOp.MAX)
         num_used = (self.last_used > max(step - settings.window, -1)).sum()
         used, oldest = torch.stack([num_used, self.last_used.min()]).tolist()
-        signs |= {"codebook_usage": used / size, "dead_code_age": float(step - oldest)}
+        metrics |= {"codebook_usage": used / size, "dead_code_age": float(step - oldest)}
         start = settings.start_step
         late = self.quantizer.codes_start_step if isinstance(self.quantizer, StartsLate) else None
         if late is not None:  # before the codes start, index 0 stands for all
             start = max(start, late + settings.window)
-        is_collapsed = used / size < settings.min_codebook_usage or used <= self.levels  # one code tells nothing
+        is_collapsed = (
+            used / size < settings.min_codebook_usage or used <= self.levels
+        )  # one code carries no information
         if step + 1 < start or not settings.min_codebook_usage or not is_collapsed:
             return []
         keys = type(self.quantizer).model_fields
@@ -117,6 +122,7 @@ class Watch(nn.Module):
         ]
 
     def _discriminator(self, step: int) -> list[tuple[str, str]]:
+        """Names and sentences of failures."""
         settings = self.settings
         judgement = torch.stack(self._judgements).mean(dim=0)
         self._judgements.clear()

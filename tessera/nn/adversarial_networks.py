@@ -146,7 +146,7 @@ class Generator(nn.Module):
         return self.to_latents(self.layers(x.view(-1, *self.top)))
 
 
-class Discriminator(nn.Module):
+class ProjectionDiscriminator(nn.Module):
     """(B, D, H, W) and (B,) labels -> (B,) logits: high for real."""
 
     def __init__(self, sizes: Sizes, feature_dim: int):

@@ -19,13 +19,12 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from tessera.bases.conditional import ConditionalConfig, Ramp, guided, ramped, seen_labels
-from tessera.bases.optimization import Fraction, Training, optimizers_for
+from tessera.bases.conditional import ConditionalConfig, ConditionalModel, ConditionalObjective, Ramp, guided, ramped
+from tessera.bases.optimization import Fraction, Training
 from tessera.bases.transformer import TransformerConfig
 from tessera.components import Params
-from tessera.contracts import Learns, TokenBatch, TokenSpec
+from tessera.contracts import Learns, TokenSpec
 from tessera.nn.gumbel import gumbel_noise
 from tessera.nn.transformer import Transformer
 
@@ -60,13 +59,11 @@ class Sampling(Params):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # keep the fewest indices that hold this probability; 1: all
 
 
-class Model(nn.Module):
+class Model(ConditionalModel):
     def __init__(self, config: Config, spec: TokenSpec):
-        super().__init__()
+        super().__init__(config, spec)
         assert spec.codebook_size is not None
-        self.config, self.spec = config, spec
         self.grid = spec.index_grid
-        self.null_label = spec.num_classes
         length = self.grid[0] * self.grid[1]
         self.index_embedding = nn.Embedding(spec.codebook_size, config.width)
         self.label_embedding = nn.Embedding(spec.num_classes + 1, config.width)
@@ -97,11 +94,9 @@ class Model(nn.Module):
     @torch.no_grad()
     def bits(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """(B, *index_grid) indices, (B,) labels -> (B,) -log2 of their probability in raster order, exact; nothing is drawn."""
-        if not self.config.is_conditional:
-            labels = torch.full_like(labels, self.null_label)
         indices = tokens.flatten(1)
-        log_probability = self(indices, labels).float().log_softmax(dim=2)
-        return -log_probability.gather(2, indices.unsqueeze(2)).sum(dim=(1, 2)) / math.log(2)
+        log_probs = self(indices, self.condition(labels)).float().log_softmax(dim=2)
+        return -log_probs.gather(2, indices.unsqueeze(2)).sum(dim=(1, 2)) / math.log(2)
 
     @torch.no_grad()
     def log_probs(self, indices: Tensor, labels: Tensor) -> Tensor:
@@ -127,8 +122,7 @@ class Model(nn.Module):
         (random_order_until of (1, 1) keeps it). Other models go through all places in raster order, and an index is drawn
         given what comes before it alone: not the distribution given all that is known.
         """
-        if not self.config.is_conditional:
-            labels = torch.full_like(labels, self.null_label)
+        labels = self.condition(labels)
         indices, is_known = indices.flatten(1), is_known.flatten(1)
         batch, length = indices.shape
         order = torch.arange(length, device=indices.device).expand(batch, length)
@@ -137,7 +131,7 @@ class Model(nn.Module):
         indices, is_known = indices.gather(1, order), is_known.gather(1, order)
         is_guided = sampling.guidance_scale != 1.0 and self.config.is_conditional
         if is_guided:
-            labels = torch.cat([labels, torch.full_like(labels, self.null_label)])
+            labels = torch.cat([labels, self.null_labels(labels)])
             order = torch.cat([order, order])
         x = self.label_embedding(labels)
         caches = self.transformer.new_caches(len(labels), like=x)
@@ -171,14 +165,13 @@ class Model(nn.Module):
         before it: that makes it the weight by which draws of `complete` that did not look at the known ones behind
         them become draws from the distribution given everything known.
         """
-        if not self.config.is_conditional:
-            labels = torch.full_like(labels, self.null_label)
+        labels = self.condition(labels)
         indices, is_known = indices.flatten(1), is_known.flatten(1)
         order = (~is_known).long().argsort(dim=1, stable=True) if self.reads_all_known else None
         if order is not None:
             indices, is_known = indices.gather(1, order), is_known.gather(1, order)
-        log_probability = self(indices, labels, order).float().log_softmax(dim=2)
-        return (log_probability.gather(2, indices.unsqueeze(2)).squeeze(2) * is_known).sum(dim=1)
+        log_probs = self(indices, labels, order).float().log_softmax(dim=2)
+        return (log_probs.gather(2, indices.unsqueeze(2)).squeeze(2) * is_known).sum(dim=1)
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -189,8 +182,8 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tens
         logits = logits.masked_fill(logits < least, -torch.inf)
     if sampling.top_p < 1:
         ordered, order = logits.sort(dim=1, descending=True)
-        shares = ordered.softmax(dim=1)
-        beyond = shares.cumsum(dim=1) - shares >= sampling.top_p  # the probability before this index is enough
+        probs = ordered.softmax(dim=1)
+        beyond = probs.cumsum(dim=1) - probs >= sampling.top_p  # the probability before this index is enough
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     return (logits + gumbel_noise(logits.shape, generator).to(logits.device)).argmax(dim=1)
 
@@ -203,16 +196,9 @@ def random_order_share(until: tuple[float, float], progress: float) -> float:
     return (end - progress) / (end - begin) if progress < end else 0.0
 
 
-class Objective(nn.Module):
-    phases = ("prior",)
-
-    def __init__(self, model: Model, config: Config):
-        super().__init__()
-        self.model, self.config = model, config
-
-    def forward(self, batch: TokenBatch, phase: str, step: int) -> dict[str, Tensor]:
-        indices = batch.tokens.flatten(1)  # (B, L)
-        labels = seen_labels(batch.labels, self.config, self.model.null_label, self.training)
+class Objective(ConditionalObjective):
+    def loss(self, tokens: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
+        indices = tokens.flatten(1)  # (B, L)
         order = self._orders(indices, step)
         indices = indices if order is None else indices.gather(1, order)
         read = indices
@@ -232,6 +218,3 @@ class Objective(nn.Module):
         is_random = torch.rand(len(indices), 1, device=indices.device) < share
         order = torch.rand(indices.shape, device=indices.device).argsort(dim=1)
         return torch.where(is_random, order, torch.arange(indices.shape[1], device=indices.device))
-
-    def optimizers(self) -> dict[str, list[Optimizer]]:
-        return {"prior": optimizers_for(self.model, self.config.training)}

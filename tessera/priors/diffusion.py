@@ -15,13 +15,12 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from tessera.bases.conditional import ConditionalConfig, guided, seen_labels
-from tessera.bases.optimization import Fraction, Positive, Training, optimizers_for
+from tessera.bases.conditional import ConditionalConfig, ConditionalModel, ConditionalObjective, guided
+from tessera.bases.optimization import Fraction, Positive, Training
 from tessera.components import DenoiserConfig, Params, load
-from tessera.contracts import Learns, TokenBatch, TokenSpec
+from tessera.contracts import Learns, TokenSpec
 from tessera.nn import noise_levels, samplers
 
 LEARNS: Learns = "latents"
@@ -58,11 +57,9 @@ class Sampling(Params):
         return self
 
 
-class Model(nn.Module):
+class Model(ConditionalModel):
     def __init__(self, config: Config, spec: TokenSpec):
-        super().__init__()
-        self.config, self.spec = config, spec
-        self.null_label = spec.num_classes
+        super().__init__(config, spec)
         network = load("denoisers", config.denoiser.kind)
         self.denoiser = network.Model(config.denoiser, spec.latent_shape, spec.num_classes + 1)
 
@@ -99,8 +96,7 @@ class Model(nn.Module):
 
     def denoise(self, x: Tensor, sigma: float, labels: Tensor, sampling: Sampling) -> Tensor:
         """The expected data of x = data + sigma * noise, guided and clipped."""
-        if not self.config.is_conditional:
-            labels = torch.full_like(labels, self.null_label)
+        labels = self.condition(labels)
         levels = torch.full((len(x),), sigma, device=x.device)
         a, b = (share.view(-1, 1, 1, 1) for share in noise_levels.shares(levels))
         x = a * x
@@ -108,7 +104,7 @@ class Model(nn.Module):
         if sampling.guidance_scale == 1.0 or not self.config.is_conditional or not low <= 1 / (1 + sigma) <= high:
             out = self(x, levels, labels)
         else:  # the three predictions differ by terms without the network, so guiding any of them is guiding all
-            null = torch.full_like(labels, self.null_label)
+            null = self.null_labels(labels)
             both = self(torch.cat([x, x]), torch.cat([levels, levels]), torch.cat([labels, null]))
             out = guided(*both.chunk(2), sampling.guidance_scale)
         data = noise_levels.data_of(self.config.predicts, out, x, a, b)
@@ -119,16 +115,9 @@ class Model(nn.Module):
         return torch.clamp(data, low, high)
 
 
-class Objective(nn.Module):
-    phases = ("prior",)
-
-    def __init__(self, model: Model, config: Config):
-        super().__init__()
-        self.model, self.config = model, config
-
-    def forward(self, batch: TokenBatch, phase: str, step: int) -> dict[str, Tensor]:
-        config, data = self.config, batch.tokens
-        labels = seen_labels(batch.labels, config, self.model.null_label, self.training)
+class Objective(ConditionalObjective):
+    def loss(self, tokens: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
+        config, data = self.config, tokens
         uniforms = noise_levels.even_uniforms(len(data), data.device)
         if config.schedule == "cosine":
             sigma = noise_levels.cosine_sigma(uniforms, config.log_snr_shift).clamp_min(1e-3)
@@ -140,6 +129,3 @@ class Objective(nn.Module):
         target = noise_levels.target_of(config.predicts, data, noise, a, b)
         weight = noise_levels.loss_weight(config.predicts, sigma, config.min_snr)
         return {"loss": (weight * (out - target).square().mean(dim=(1, 2, 3))).mean()}
-
-    def optimizers(self) -> dict[str, list[Optimizer]]:
-        return {"prior": optimizers_for(self.model, self.config.training)}

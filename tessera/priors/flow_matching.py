@@ -15,13 +15,12 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from tessera.bases.conditional import ConditionalConfig, guided, seen_labels
-from tessera.bases.optimization import Fraction, Training, optimizers_for
+from tessera.bases.conditional import ConditionalConfig, ConditionalModel, ConditionalObjective, guided
+from tessera.bases.optimization import Fraction, Training
 from tessera.components import DenoiserConfig, Params, load
-from tessera.contracts import Learns, TokenBatch, TokenSpec
+from tessera.contracts import Learns, TokenSpec
 from tessera.nn import samplers
 
 LEARNS: Learns = "latents"
@@ -44,11 +43,9 @@ class Sampling(Params):
     solver: Literal["euler", "heun"] = "heun"  # Heun: two network calls a step, one in the last
 
 
-class Model(nn.Module):
+class Model(ConditionalModel):
     def __init__(self, config: Config, spec: TokenSpec):
-        super().__init__()
-        self.config, self.spec = config, spec
-        self.null_label = spec.num_classes
+        super().__init__(config, spec)
         network = load("denoisers", config.denoiser.kind)
         self.denoiser = network.Model(config.denoiser, spec.latent_shape, spec.num_classes + 1)
 
@@ -62,8 +59,7 @@ class Model(nn.Module):
     @torch.no_grad()
     def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
         """(B,) labels -> (B, D, h, w) standardized latents. The generator is a CPU one: the same noise on every device."""
-        if not self.config.is_conditional:
-            labels = torch.full_like(labels, self.null_label)
+        labels = self.condition(labels)
         x = torch.randn(len(labels), *self.spec.latent_shape, generator=generator).to(labels.device)
         times = torch.linspace(0, 1, sampling.num_steps + 1).tolist()
 
@@ -82,8 +78,7 @@ class Model(nn.Module):
 
     def denoise(self, x: Tensor, sigma: float, labels: Tensor, sampling: Sampling) -> Tensor:
         """The expected data of x = data + sigma * noise, guided. The path's own x is t * x, with t = 1 / (1 + sigma)."""
-        if not self.config.is_conditional:
-            labels = torch.full_like(labels, self.null_label)
+        labels = self.condition(labels)
         t = 1 / (1 + sigma)
         return t * x + (1 - t) * self._guided(t * x, t, labels, sampling)
 
@@ -92,27 +87,17 @@ class Model(nn.Module):
         low, high = sampling.guidance_interval
         if sampling.guidance_scale == 1.0 or not self.config.is_conditional or not low <= t <= high:
             return self(x, times, labels)
-        null = torch.full_like(labels, self.null_label)
+        null = self.null_labels(labels)
         both = self(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, null]))
         conditional, unconditional = both.chunk(2)
         return guided(conditional, unconditional, sampling.guidance_scale)
 
 
-class Objective(nn.Module):
-    phases = ("prior",)
-
-    def __init__(self, model: Model, config: Config):
-        super().__init__()
-        self.model, self.config = model, config
-
-    def forward(self, batch: TokenBatch, phase: str, step: int) -> dict[str, Tensor]:
-        x_1 = batch.tokens
-        labels = seen_labels(batch.labels, self.config, self.model.null_label, self.training)
+class Objective(ConditionalObjective):
+    def loss(self, tokens: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
+        x_1 = tokens
         t = torch.sigmoid(self.config.time_mean + self.config.time_std * torch.randn(len(x_1), device=x_1.device))
         x_0 = torch.randn_like(x_1)
         at = t.view(-1, 1, 1, 1)
         velocity = self.model((1 - at) * x_0 + at * x_1, t, labels)
         return {"loss": F.mse_loss(velocity, x_1 - x_0)}
-
-    def optimizers(self) -> dict[str, list[Optimizer]]:
-        return {"prior": optimizers_for(self.model, self.config.training)}

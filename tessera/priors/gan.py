@@ -26,7 +26,7 @@ from tessera.bases.conditional import PriorSettings
 from tessera.bases.optimization import Fraction, Training, optimizers_for
 from tessera.components import Params
 from tessera.contracts import Count, Learns, TokenBatch, TokenSpec
-from tessera.nn.adversarial_networks import Discriminator, Generator, Normalization, Sizes, levels_of
+from tessera.nn.adversarial_networks import Generator, Normalization, ProjectionDiscriminator, Sizes, levels_of
 from tessera.nn.augmentation import Augmentation, augmented
 
 LEARNS: Learns = "latents"
@@ -140,7 +140,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config = model, config
         sizes = network_sizes(config, model.spec)
-        self.discriminator = Discriminator(sizes, feature_dim=sizes.levels[-1].channels)
+        self.discriminator = ProjectionDiscriminator(sizes, feature_dim=sizes.levels[-1].channels)
         self.register_buffer("last_penalties", torch.zeros(2))  # of real and fake: what is plotted between penalties
         self._judged: list[Tensor] = []  # what the generator's phase drew, one for each micro-batch
 

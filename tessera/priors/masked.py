@@ -20,13 +20,12 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from tessera.bases.conditional import ConditionalConfig, Ramp, guided, ramped, seen_labels
-from tessera.bases.optimization import Fraction, Training, optimizers_for
+from tessera.bases.conditional import ConditionalConfig, ConditionalModel, ConditionalObjective, Ramp, guided, ramped
+from tessera.bases.optimization import Fraction, Training
 from tessera.bases.transformer import TransformerConfig
 from tessera.components import Params
-from tessera.contracts import Learns, TokenBatch, TokenSpec
+from tessera.contracts import Learns, TokenSpec
 from tessera.nn.gumbel import gumbel_noise
 from tessera.nn.transformer import Transformer
 
@@ -95,15 +94,14 @@ def _radical_inverse(number: int, base: int) -> float:
     return value
 
 
-class Model(nn.Module):
+class Model(ConditionalModel):
     reads_all_known = True  # `complete` draws each index given all that is known
 
     def __init__(self, config: Config, spec: TokenSpec):
-        super().__init__()
+        super().__init__(config, spec)
         assert spec.codebook_size is not None
-        self.config, self.spec = config, spec
         self.grid = spec.index_grid
-        self.null_label, self.mask_index = spec.num_classes, spec.codebook_size
+        self.mask_index = spec.codebook_size
         length = self.grid[0] * self.grid[1]
         self.index_embedding = nn.Embedding(spec.codebook_size + 1, config.width)
         self.label_embedding = nn.Embedding(spec.num_classes + 1, config.width)
@@ -128,8 +126,7 @@ class Model(nn.Module):
         m = 1..L of the mean cost of one of m masked places given the others; the mean over orders is a bound by Jensen's
         inequality. m is spread evenly over BOUND_DRAWS draws of an image, and which places are masked is random.
         """
-        if not self.config.is_conditional:
-            labels = torch.full_like(labels, self.null_label)
+        labels = self.condition(labels)
         indices = tokens.flatten(1)
         batch, length = indices.shape
         offset = torch.rand(batch, generator=generator)
@@ -149,8 +146,7 @@ class Model(nn.Module):
 
         They are read in a random order, in pieces that grow with what was read; within one each is given the pieces before.
         """
-        if not self.config.is_conditional:
-            labels = torch.full_like(labels, self.null_label)
+        labels = self.condition(labels)
         indices, is_known = indices.flatten(1), is_known.flatten(1)
         number = int(is_known.sum(dim=1).max())
         nats = torch.zeros(len(indices), device=indices.device)
@@ -181,8 +177,7 @@ class Model(nn.Module):
         generator: torch.Generator,
     ) -> Tensor:
         """Keep the (B, *index_grid) indices where is_known and draw the others, given those."""
-        if not self.config.is_conditional:
-            labels = torch.full_like(labels, self.null_label)
+        labels = self.condition(labels)
         indices, is_known = indices.flatten(1), is_known.flatten(1)
         indices = torch.where(is_known, indices, self.mask_index)
         plans = [
@@ -219,8 +214,7 @@ class Model(nn.Module):
         scales = [ramped(sampling.guidance_scale, sampling.guidance_ramp, share) for share in progress]
         if not self.config.is_conditional or all(scale == 1 for scale in scales):
             return self(indices, labels).float()
-        null = torch.full_like(labels, self.null_label)
-        both = self(torch.cat([indices, indices]), torch.cat([labels, null])).float()
+        both = self(torch.cat([indices, indices]), torch.cat([labels, self.null_labels(labels)])).float()
         conditional, unconditional = both.chunk(2)
         return guided(conditional, unconditional, torch.tensor(scales, device=both.device).view(-1, 1, 1))
 
@@ -231,16 +225,9 @@ def first(precedence: Tensor, is_open: Tensor, number: Tensor) -> Tensor:
     return (order.argsort(dim=1) < number.unsqueeze(1)) & is_open
 
 
-class Objective(nn.Module):
-    phases = ("prior",)
-
-    def __init__(self, model: Model, config: Config):
-        super().__init__()
-        self.model, self.config = model, config
-
-    def forward(self, batch: TokenBatch, phase: str, step: int) -> dict[str, Tensor]:
-        indices = batch.tokens.flatten(1)  # (B, L)
-        labels = seen_labels(batch.labels, self.config, self.model.null_label, self.training)
+class Objective(ConditionalObjective):
+    def loss(self, tokens: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
+        indices = tokens.flatten(1)  # (B, L)
         is_masked = self._masks(indices)
         logits = self.model(torch.where(is_masked, self.model.mask_index, indices), labels)
         logits, truth = logits[is_masked].float(), indices[is_masked]
@@ -254,6 +241,3 @@ class Objective(nn.Module):
         return first(
             torch.rand(indices.shape, device=indices.device), torch.ones_like(indices, dtype=torch.bool), number
         )
-
-    def optimizers(self) -> dict[str, list[Optimizer]]:
-        return {"prior": optimizers_for(self.model, self.config.training)}

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tessera.bases.autoencoder import Autoencoder, AutoencoderConfig, ReconstructionLoss, codebook_terms
-from tessera.bases.diagnostics import Watch
+from tessera.bases.diagnostics import Monitor
 from tessera.bases.optimization import optimizers_for
-from tessera.contracts import Checkup, ImageBatch
+from tessera.contracts import Diagnosis, ImageBatch
 
 
 class Config(AutoencoderConfig):
@@ -31,7 +31,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config = model, config
         self.reconstruction_loss = ReconstructionLoss(config)
-        self.watch = Watch(config.health, config.quantizer)
+        self.watch = Monitor(config.health, config.quantizer)
 
     def forward(self, batch: ImageBatch, phase: str, step: int) -> dict[str, Tensor]:
         reconstructions, quantized = self.model(batch.images, step)
@@ -40,8 +40,8 @@ class Objective(nn.Module):
         terms["loss"] = terms["loss"] + quantized.loss
         return {**terms, "quantizer_loss": quantized.loss, **codebook_terms(quantized, self.model.codebook_size)}
 
-    def checkup(self, step: int) -> Checkup:
-        return self.watch.checkup(step)
+    def diagnose(self, step: int) -> Diagnosis:
+        return self.watch.diagnose(step)
 
     def optimizers(self) -> dict[str, list[Optimizer]]:
         return {"autoencoder": optimizers_for(self.model, self.config.training)}

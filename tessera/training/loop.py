@@ -25,16 +25,16 @@ from tessera.bases.optimization import Training, learning_rate_factor, update_av
 from tessera.contracts import Job, Objective
 from tessera.training.state import State
 
-HISTORY_ROWS = 200  # at most, per training, besides those of looks
-LONGEST_LOOK = timedelta(hours=2)  # for which other processes wait
+HISTORY_ROWS = 200  # at most, per training, besides those of validations
+LONGEST_VALIDATION = timedelta(hours=2)  # for which other processes wait
 
 
 class Diverged(ValueError):
     """A loss or gradient is not finite; no optimizer step was taken with it."""
 
 
-class Unhealthy(ValueError):
-    """The objective found an ailment that is to end the training (tessera/bases/diagnostics.py)."""
+class TrainingFailed(ValueError):
+    """The objective diagnosed a failure that is to end the training (tessera/bases/diagnostics.py)."""
 
 
 class Data(Protocol):
@@ -43,12 +43,12 @@ class Data(Protocol):
     def on(self, device: torch.device) -> "Data": ...  # the same data, held there; asked for by data_on_device
 
 
-class Follower(Protocol):
-    """Looks at the averaged model now and then and changes nothing; only the main process asks more than `is_due`."""
+class Validation(Protocol):
+    """Measures the averaged model every so many steps and changes nothing; only the main process asks more than `is_due`."""
 
     def begin(self, step: int) -> None: ...  # the training begins, or resumes, after this step
     def is_due(self, step: int) -> bool: ...
-    def look(self, step: int, model: nn.Module) -> dict[str, float]: ...  # columns of history.csv
+    def measure(self, step: int, model: nn.Module) -> dict[str, float]: ...  # columns of history.csv
 
 
 def rows_of_step(step: int, batch_size: int, num_rows: int, seed: int) -> Tensor:
@@ -65,33 +65,16 @@ def rows_of_step(step: int, batch_size: int, num_rows: int, seed: int) -> Tensor
 
 
 def fit(
-    objective: Objective, data: Data, settings: Training, *, seed: int, job: Job, follower: Follower | None = None
+    objective: Objective, data: Data, settings: Training, *, seed: int, job: Job, validation: Validation | None = None
 ) -> nn.Module | None:
     """Train `objective` for settings.num_steps steps and return its averaged model on the CPU.
 
     Writes history.csv into job.state and resumes from the newest whole checkpoint there. Returns None in all but the
-    main process. Raises Diverged at the first loss or gradient that is not finite, before it is applied, and Unhealthy
-    at an ailment that the objective calls fatal.
+    main process. Raises Diverged at the first loss or gradient that is not finite, before it is applied, and
+    TrainingFailed at a failure that the objective calls fatal.
     """
-    if settings.batch_size % settings.gradient_accumulation:
-        raise ValueError(
-            f"training.batch_size {settings.batch_size} is not divisible by gradient_accumulation "
-            f"{settings.gradient_accumulation}; choose a divisor"
-        )
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="bf16" if settings.precision == "bf16" else "no",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
-            *([InitProcessGroupKwargs(timeout=LONGEST_LOOK)] if follower else []),
-        ],
-    )
-    shares = accelerator.num_processes * settings.gradient_accumulation
-    if settings.batch_size % shares:
-        raise ValueError(
-            f"training.batch_size {settings.batch_size} is not divisible by {accelerator.num_processes} processes x "
-            f"{settings.gradient_accumulation} accumulation steps; choose a multiple of {shares}"
-        )
+    accelerator = _accelerator(settings, is_validated=validation is not None)
+    is_main = accelerator.is_main_process
     if settings.precision == "bf16" and accelerator.device.type == "cpu" and not computes_in_bf16():
         job.say("this processor has no bf16 instructions: precision fp32 is many times faster on it")
     objective.to(accelerator.device).train()
@@ -99,20 +82,16 @@ def fit(
     optimizers = objective.optimizers()
     base_rates = [group["lr"] for group in _groups(optimizers)]
     state = State(job.state, objective, average, optimizers)
-    history = job.history(settings.num_steps, quiet=not accelerator.is_main_process)
+    history = job.history(settings.num_steps, quiet=not is_main)
     start = state.load(job.say)
     history.resume(start)  # also from 0: a training that was killed before its first checkpoint left rows
     if start:
         job.say(f"resumed step {start}")
-    if follower and accelerator.is_main_process:
-        follower.begin(start)
+    if validation and is_main:
+        validation.begin(start)
     if settings.data_on_device:
         data = data.on(accelerator.device)
-    if settings.gradient_checkpointing:
-        recompute_activations(objective)
-    if settings.compile:
-        compile_networks(objective)
-    network = accelerator.prepare(objective)
+    network = _prepared(objective, settings, accelerator)
 
     row_interval = max(1, math.ceil(settings.num_steps / HISTORY_ROWS))
     began = saved = time.monotonic()
@@ -124,34 +103,78 @@ def fit(
             terms = _step(network, objective, optimizers, data, settings, accelerator, seed, step)
             update_average(average, objective.model, settings.ema_decay, step)
             done = step + 1
-            if hasattr(objective, "checkup"):
-                terms |= _checkup(objective, step, job, is_main=accelerator.is_main_process)
-            is_looking = follower is not None and follower.is_due(done)
-            if done % row_interval == 0 or done == settings.num_steps or is_looking:
+            if hasattr(objective, "diagnose"):
+                terms |= _diagnosed(objective, step, job, is_main)
+            is_validated = validation is not None and validation.is_due(done)
+            if done % row_interval == 0 or done == settings.num_steps or is_validated:
                 terms = _mean_over_processes(terms, accelerator)
                 terms["learning_rate"] = rate * settings.learning_rate
-                if is_looking:
-                    paused = time.monotonic()
-                    if accelerator.is_main_process:
-                        terms |= follower.look(done, average)
-                    accelerator.wait_for_everyone()
-                    began += time.monotonic() - paused
+                if is_validated:
+                    metrics, seconds = _validated(validation, done, average, accelerator)
+                    terms |= metrics
+                    began += seconds  # no part of the training's speed
                 history.add(done, terms, settings.batch_size)
             stopping = _any(accelerator, job.stop_requested)
-            due = accelerator.is_main_process and time.monotonic() - saved >= job.checkpoint_seconds
-            if (due or stopping) and accelerator.is_main_process:
+            if is_main and (stopping or time.monotonic() - saved >= job.checkpoint_seconds):
                 state.save(done)
                 saved = time.monotonic()
             if stopping:
                 job.stop(f"stopped after step {done}; the same command continues from there")
-    seconds = time.monotonic() - began
+    _report(job, accelerator, (settings.num_steps - start) * settings.batch_size, time.monotonic() - began)
+    return average.cpu().eval() if is_main else None
+
+
+def _accelerator(settings: Training, is_validated: bool) -> Accelerator:
+    """Devices, processes and precision. Raises ValueError where a batch cannot be divided among them."""
+    if settings.batch_size % settings.gradient_accumulation:
+        raise ValueError(
+            f"training.batch_size {settings.batch_size} is not divisible by gradient_accumulation "
+            f"{settings.gradient_accumulation}; choose a divisor"
+        )
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if settings.precision == "bf16" else "no",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+            *([InitProcessGroupKwargs(timeout=LONGEST_VALIDATION)] if is_validated else []),
+        ],
+    )
+    shares = accelerator.num_processes * settings.gradient_accumulation
+    if settings.batch_size % shares:
+        raise ValueError(
+            f"training.batch_size {settings.batch_size} is not divisible by {accelerator.num_processes} processes x "
+            f"{settings.gradient_accumulation} accumulation steps; choose a multiple of {shares}"
+        )
+    return accelerator
+
+
+def _prepared(objective: Objective, settings: Training, accelerator: Accelerator) -> nn.Module:
+    """The objective as it is called in a step: compiled where asked for, and averaging gradients over processes."""
+    if settings.gradient_checkpointing:
+        recompute_activations(objective)
+    if settings.compile:
+        compile_networks(objective)
+    return accelerator.prepare(objective)
+
+
+def _validated(
+    validation: Validation, step: int, average: nn.Module, accelerator: Accelerator
+) -> tuple[dict[str, float], float]:
+    """The metrics that the main process measured, none in the others, and the seconds for which all waited."""
+    began = time.monotonic()
+    metrics = validation.measure(step, average) if accelerator.is_main_process else {}
+    accelerator.wait_for_everyone()
+    return metrics, time.monotonic() - began
+
+
+def _report(job: Job, accelerator: Accelerator, num_images: int, seconds: float) -> None:
+    """The speed of the main process and the memory it took."""
     if not accelerator.is_main_process:
-        return None
-    if start < settings.num_steps:
-        job.figures["images_per_second"] = (settings.num_steps - start) * settings.batch_size / seconds
+        return
+    if num_images:
+        job.figures["images_per_second"] = num_images / seconds
     if accelerator.device.type == "cuda":
         job.figures["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
-    return average.cpu().eval()
 
 
 def computes_in_bf16() -> bool:
@@ -227,17 +250,17 @@ def _step(
     return terms
 
 
-def _checkup(objective: Objective, step: int, job: Job, is_main: bool) -> dict[str, float]:
-    """Ask the objective how it is; say what it complains of, or stop with that. Returns its signs."""
-    signs, ailments = objective.checkup(step)
-    job.figures["num_warnings"] = job.figures.get("num_warnings", 0.0) + len(ailments)
-    for ailment in ailments:
-        if ailment.is_fatal:
-            raise Unhealthy(ailment.sentence)
-        job.figures.setdefault(ailment.name, float(step + 1))
+def _diagnosed(objective: Objective, step: int, job: Job, is_main: bool) -> dict[str, float]:
+    """Warn of the failures that the objective diagnoses, or raise TrainingFailed; returns its metrics."""
+    metrics, failures = objective.diagnose(step)
+    job.figures["num_warnings"] = job.figures.get("num_warnings", 0.0) + len(failures)
+    for failure in failures:
+        if failure.is_fatal:
+            raise TrainingFailed(failure.sentence)
+        job.figures.setdefault(failure.name, float(step + 1))
         if is_main:
-            job.say(f"warning: {ailment.sentence}")
-    return signs
+            job.say(f"warning: {failure.sentence}")
+    return metrics
 
 
 def _groups(optimizers: dict[str, list[Optimizer]]) -> list[dict[str, Any]]:

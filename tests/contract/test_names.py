@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tessera import params
-from tessera.bases.diagnostics import Health
+from tessera.bases.diagnostics import Diagnostics
 from tessera.bases.optimization import Training
 from tessera.components import kinds, load
 
@@ -108,7 +108,7 @@ def test_every_setting_of_a_part_is_in_the_glossary(folder, kind):
         params.Evaluate,
         params.FollowTraining,
         Training,
-        Health,
+        Diagnostics,
     ],
     ids=lambda settings: settings.__name__,
 )

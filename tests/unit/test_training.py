@@ -7,15 +7,9 @@ import torch
 from torch import nn
 
 from tessera.artifacts import folder as artifact
-from tessera.bases.optimization import (
-    Muon,
-    Training,
-    learning_rate_factor,
-    optimizers_for,
-    orthogonalized,
-    update_average,
-)
+from tessera.bases.optimization import Training, learning_rate_factor, optimizers_for, update_average
 from tessera.contracts import ImageBatch
+from tessera.nn.muon import Muon, orthogonalized
 from tessera.running.job import Job, Stopped
 from tessera.running.progress import History
 from tessera.training import loop

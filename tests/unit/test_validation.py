@@ -1,4 +1,4 @@
-"""Looks at a prior while it trains: they change nothing, survive a kill, choose the weights, and see overfitting."""
+"""Validations of a prior while it trains: they change nothing, survive a kill, choose the weights, and see overfitting."""
 
 import itertools
 from pathlib import Path
@@ -20,12 +20,13 @@ from tessera.artifacts.images import ImageWriter, to_float, write_meta
 from tessera.contracts import ImageSpec
 from tessera.evaluation import figures
 from tessera.evaluation.judge import Judge
+from tessera.evaluation.likelihood import proportional_rows
 from tessera.features import random as random_features
 from tessera.params import Pipeline, read
 from tessera.priors import flow_matching
 from tessera.running.job import Job, Stopped
-from tessera.training import validation
-from tessera.training.validation import Look, memory_of_loss, memory_of_samples, train_share
+from tessera.training.alarms import copying_alarm, loss_alarm, train_share
+from tessera.training.validation import PriorValidation
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {"num_steps": 5, "batch_size": 8, "learning_rate": 0.03}
@@ -101,7 +102,7 @@ class Trained:
         self.weights = safetensors.torch.load_file(self.out / "weights.safetensors")
 
     @property
-    def looks(self) -> pd.DataFrame:
+    def validations(self) -> pd.DataFrame:
         return self.history[self.history.follow_fd_test.notna()].set_index("step")
 
     @property
@@ -127,23 +128,23 @@ def striped(tmp_path_factory, images_folder) -> Setting:
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_looks_change_no_bit_of_the_training(striped, tmp_path, name):
+def test_validations_change_no_bit_of_the_training(striped, tmp_path, name):
     """With dropout, hidden labels, drawn views, batch statistics, two phases: all that chance and state could disturb."""
     without = striped.train(tmp_path / "without", name)
-    looking = striped.train(tmp_path / "looking", name, every=2)
-    assert equal(without.weights, looking.weights)
+    validated = striped.train(tmp_path / "validated", name, every=2)
+    assert equal(without.weights, validated.weights)
     columns = list(without.history.columns)
-    pd.testing.assert_frame_equal(without.history, looking.history[columns])
-    assert without.figures == looking.figures
+    pd.testing.assert_frame_equal(without.history, validated.history[columns])
+    assert without.figures == validated.figures
     assert not (without.out / "looks").exists() and "kept_step" not in without.job.figures
 
 
 @pytest.mark.parametrize("name", ["autoregressive", "gan"])
-def test_looks_are_rows_of_the_curve_at_every_k_steps_and_at_the_last(striped, tmp_path, name):
+def test_validations_are_rows_of_the_curve_at_every_k_steps_and_at_the_last(striped, tmp_path, name):
     trained = striped.train(tmp_path, name, every=2)
-    assert trained.looks.index.tolist() == [2, 4, 5] and trained.history.step.tolist() == [1, 2, 3, 4, 5]
-    assert (trained.looks[["follow_fd_test", "follow_fd_train"]] > 0).all(axis=None)
-    assert trained.looks.follow_train_share.between(0, 1).all()
+    assert trained.validations.index.tolist() == [2, 4, 5] and trained.history.step.tolist() == [1, 2, 3, 4, 5]
+    assert (trained.validations[["follow_fd_test", "follow_fd_train"]] > 0).all(axis=None)
+    assert trained.validations.follow_train_share.between(0, 1).all()
     losses = {"test_loss", "train_loss"}
     assert losses & set(trained.history.columns) == (losses if name != "gan" else set())
     assert trained.job.figures["kept_step"] == 5
@@ -155,15 +156,15 @@ def test_looks_are_rows_of_the_curve_at_every_k_steps_and_at_the_last(striped, t
     assert config.kind == name and equal(model.state_dict(), trained.weights)
 
 
-def test_the_last_look_sees_the_losses_that_the_metrics_file_has(striped, tmp_path):
+def test_the_last_validation_has_the_losses_that_the_metrics_file_has(striped, tmp_path):
     """24 test images, fewer than num_images, so that both are of all of them."""
     trained = striped.train(tmp_path, "autoregressive", every=5)
     group = figures.read(tmp_path / "metrics.json").groups["prior"]
     found = {key: figure.value for key, figure in group.items()}
     assert found == trained.figures and {figure.num_images for figure in group.values()} == {24}
     assert group["bits_per_image"].standard_error > 0
-    assert found["test_loss"] == pytest.approx(trained.looks.test_loss[5], rel=1e-6)
-    assert found["train_loss"] == pytest.approx(trained.looks.train_loss[5], rel=1e-6)
+    assert found["test_loss"] == pytest.approx(trained.validations.test_loss[5], rel=1e-6)
+    assert found["train_loss"] == pytest.approx(trained.validations.train_loss[5], rel=1e-6)
     assert found["bits_per_token"] == pytest.approx(found["test_loss"] / np.log(2), rel=1e-5)
     assert found["bits_per_image"] == pytest.approx(found["bits_per_token"] * 8, rel=1e-9)  # 4 x 2 places
 
@@ -180,7 +181,7 @@ def test_the_metrics_file_has_what_a_prior_can_tell(striped, tmp_path, name, key
     assert striped.train(tmp_path, name).figures.keys() == keys
 
 
-def test_every_look_draws_with_the_same_labels_in_proportion_and_the_same_noise(striped, tmp_path, monkeypatch):
+def test_every_validation_draws_with_the_same_labels_in_proportion_and_the_same_noise(striped, tmp_path, monkeypatch):
     seen, sample = [], flow_matching.Model.sample
 
     def watched(self, labels, sampling, generator):
@@ -189,7 +190,7 @@ def test_every_look_draws_with_the_same_labels_in_proportion_and_the_same_noise(
         return sample(self, labels, sampling, generator)
 
     monkeypatch.setattr(flow_matching.Model, "sample", watched)
-    striped.train(tmp_path, "flow", every=2, num_images=210)  # three batches a look
+    striped.train(tmp_path, "flow", every=2, num_images=210)  # three batches each
     assert len(seen) == 9 and seen[:3] == seen[3:6] == seen[6:] and len({seed for _, seed in seen}) == 3
     labels = sum((labels for labels, _ in seen[:3]), [])
     assert sorted(labels) == [0] * 70 + [1] * 70 + [2] * 70 and labels != sorted(labels)
@@ -200,7 +201,7 @@ def test_a_prior_that_repeats_images_has_no_distance_from_them(striped, tmp_path
     """Instead of the prior's samples: the very images of one split that samples are compared with, in their classes."""
     spec, splits = image_artifact.read(striped.images)
     images = splits[split]
-    rows = validation.proportional_rows(images.labels, 24, seed=0)
+    rows = proportional_rows(images.labels, 24, seed=0)
     waiting = {label: [row for row in rows if images.labels[row] == label] for label in range(3)}
 
     def repeat(self, labels, sampling, generator):
@@ -211,15 +212,14 @@ def test_a_prior_that_repeats_images_has_no_distance_from_them(striped, tmp_path
 
     monkeypatch.setattr("tessera.priors.gan.Model.sample", repeat)
     trained = striped.train(tmp_path, "gan", every=5, num_images=24)
-    look, other = trained.looks.loc[5], "train" if split == "test" else "test"
+    last, other = trained.validations.loc[5], "train" if split == "test" else "test"
     judge = Judge(random_features.Model(random_features.Config(), spec), random_features.Config())
     features = [
-        judge.features(splits[name].pixels, validation.proportional_rows(splits[name].labels, 24, 0))
-        for name in (split, other)
+        judge.features(splits[name].pixels, proportional_rows(splits[name].labels, 24, 0)) for name in (split, other)
     ]
-    assert look[f"follow_fd_{split}"] == pytest.approx(0, abs=1e-5)
-    assert look[f"follow_fd_{other}"] == pytest.approx(frechet_by_the_book(*features), rel=1e-3)
-    assert look.follow_train_share == (1.0 if split == "train" else 0.0)
+    assert last[f"follow_fd_{split}"] == pytest.approx(0, abs=1e-5)
+    assert last[f"follow_fd_{other}"] == pytest.approx(frechet_by_the_book(*features), rel=1e-3)
+    assert last.follow_train_share == (1.0 if split == "train" else 0.0)
     assert bool(trained.alarms) == (split == "train")
     assert trained.job.figures.get("overfitting_step") == (5 if split == "train" else None)
 
@@ -252,8 +252,8 @@ class Fragile(Job):
 DEATHS = [
     ("last", {"dies": 3, "asked": True}),
     ("test_loss", {"dies": 3, "asked": True}),
-    ("frechet", {"dies": 4, "asked": True}),  # at a look
-    ("test_loss", {"dies": 4, "saves": (1,)}),  # long after the last checkpoint: two looks are taken again
+    ("frechet", {"dies": 4, "asked": True}),  # at a validation
+    ("test_loss", {"dies": 4, "saves": (1,)}),  # long after the last checkpoint: two validations are made again
     ("last", {"dies": 2}),  # before the first
 ]
 
@@ -276,50 +276,50 @@ def test_a_training_that_was_killed_and_resumed_saw_and_kept_the_same(striped, t
 
 
 def test_the_weights_chosen_by_an_older_checkpoint_are_kept_as_long_as_it_is(striped, tmp_path, monkeypatch):
-    """Planted losses, better with each look up to the fourth. The newest checkpoint is damaged; the other needs look 1."""
+    """Planted losses, better each time up to the fourth. The newest checkpoint is damaged; the other needs the first."""
     losses = iter([5.0, 4.0, 3.0, 2.0, 4.0, 3.0, 2.0, 2.5])
-    monkeypatch.setattr(
-        validation.Follower, "_losses", lambda self, model: {"test_loss": next(losses), "train_loss": 1.0}
-    )
+    monkeypatch.setattr(PriorValidation, "_losses", lambda self, model: {"test_loss": next(losses), "train_loss": 1.0})
     following = {"every": 1, "criterion": "test_loss"}
     dying = Fragile("autoregressive", tmp_path / "state", dies=3, saves=(1, 3))
     with pytest.raises(Killed):
         striped.train(tmp_path, "autoregressive", dying, **following)
-    folders = sorted(path.name for path in (dying.state / "looks").glob("weights-*"))
+    folders = sorted(path.name for path in (dying.state / "validations").glob("weights-*"))
     assert folders == ["weights-000000001", "weights-000000003", "weights-000000004"]
     (dying.state / "step-000000003/objective.safetensors").write_bytes(b"")
     again = Job("autoregressive", tmp_path / "state")
     resumed = striped.train(tmp_path, "autoregressive", again, **following)
     assert "resumed step 1" in resumed.said and again.figures["kept_step"] == 4
-    assert resumed.looks.test_loss.tolist() == [5.0, 4.0, 3.0, 2.0, 2.5]
+    assert resumed.validations.test_loss.tolist() == [5.0, 4.0, 3.0, 2.0, 2.5]
 
 
-def test_looks_that_were_lost_are_not_passed_over(striped, tmp_path):
+def test_validations_that_were_lost_are_not_passed_over(striped, tmp_path):
     dying = Fragile("gan", tmp_path / "state", dies=4, asked=True)
     with pytest.raises(Stopped):
         striped.train(tmp_path, "gan", dying, every=2)
-    (dying.state / "looks/step-000000002/look.json").unlink()
-    with pytest.raises(ValueError, match="resume at step 4, but what its looks saw is not whole .* to train anew"):
+    (dying.state / "validations/step-000000002/result.json").unlink()
+    with pytest.raises(
+        ValueError, match="resume at step 4, but its validations up to there are not whole .* to train anew"
+    ):
         striped.train(tmp_path, "gan", Job("gan", tmp_path / "state"), every=2)
 
 
 @pytest.mark.parametrize(("criterion", "column"), [("test_loss", "test_loss"), ("frechet", "follow_fd_test")])
-def test_the_weights_of_the_look_with_the_least_are_kept(striped, tmp_path, monkeypatch, criterion, column):
-    """A learning rate at which the training swings, so that the last look is not the best."""
-    seen, look = {}, validation.Follower.look
+def test_the_weights_of_the_best_validation_are_kept(striped, tmp_path, monkeypatch, criterion, column):
+    """A learning rate at which the training swings, so that the last validation is not the best."""
+    seen, measure = {}, PriorValidation.measure
 
     def remember(self, step, model):
         seen[step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        return look(self, step, model)
+        return measure(self, step, model)
 
-    monkeypatch.setattr(validation.Follower, "look", remember)
+    monkeypatch.setattr(PriorValidation, "measure", remember)
     wild = {"num_steps": 8, "batch_size": 8, "learning_rate": 0.3, "ema_decay": 0.0, "warmup_fraction": 0.0}
     system = SYSTEMS["autoregressive"] | {"prior": SYSTEMS["autoregressive"]["prior"] | {"training": wild}}
     trained = striped.train(tmp_path, "autoregressive", system=system, every=1, criterion=criterion)
-    best = int(trained.looks[column].idxmin())
+    best = int(trained.validations[column].idxmin())
     assert best != 8 and trained.job.figures["kept_step"] == best
     assert equal(trained.weights, seen[best]) and not equal(trained.weights, seen[8])
-    value = trained.looks[column][best]
+    value = trained.validations[column][best]
     assert f"kept the averaged weights of step {best} of 8, criterion {criterion}: {column} {value:.4g}" in trained.said
     if criterion == "test_loss":
         assert trained.figures["test_loss"] == pytest.approx(value, rel=1e-6)
@@ -334,32 +334,32 @@ def test_a_tokenizer_that_the_tokens_are_not_of_is_refused_before_the_training(s
         train_prior.run(params, "x", striped.images, tokenizers / "none", tokens, *paths, Job("x", tmp_path / "state"))
 
 
-def test_the_share_nearest_to_training_images_and_its_chance_are_those_over_all_halves():
+def test_the_share_nearest_to_training_images_and_its_std_are_those_over_all_halves():
     """Brute force: each of the 70 halves of 8 real images might be the one that was trained on."""
     nearest = torch.tensor([0, 0, 0, 5, 5, 6, 1, 7, 7, 7, 7])
     uses = torch.bincount(nearest, minlength=8).double() / 11
     shares = np.array([float(uses[list(half)].sum()) for half in itertools.combinations(range(8), 4)])
-    share, chance = train_share(nearest, 4)
+    share, std = train_share(nearest, 4)
     assert share == pytest.approx(7 / 11) and shares.mean() == pytest.approx(0.5)
-    assert chance == pytest.approx(shares.std(), rel=1e-12)
+    assert std == pytest.approx(shares.std(), rel=1e-12)
 
 
-def losses(*pairs: tuple[float, float]) -> list[Look]:
-    return [Look(10 * number, {"test_loss": a, "train_loss": b}, None) for number, (a, b) in enumerate(pairs, 1)]
+def losses(*pairs: tuple[float, float]) -> dict[int, dict[str, float]]:
+    return {10 * number: {"test_loss": a, "train_loss": b} for number, (a, b) in enumerate(pairs, 1)}
 
 
 def test_the_alarm_on_losses_wants_both_a_rise_and_a_fall():
-    assert memory_of_loss(losses((3, 3), (2, 2), (1.9, 1.5))) is None  # both fall
-    assert memory_of_loss(losses((3, 3), (2, 2), (2.03, 1.9))) is None  # within 2 %
-    assert memory_of_loss(losses((3, 3), (2, 2), (2.5, 2.4))) is None  # both rise: the training goes badly
-    sentence = memory_of_loss(losses((3, 3), (2, 2), (1.9, 1.8), (2.1, 1.7)))
+    assert loss_alarm(losses((3, 3), (2, 2), (1.9, 1.5))) is None  # both fall
+    assert loss_alarm(losses((3, 3), (2, 2), (2.03, 1.9))) is None  # within 2 %
+    assert loss_alarm(losses((3, 3), (2, 2), (2.5, 2.4))) is None  # both rise: the training goes badly
+    sentence = loss_alarm(losses((3, 3), (2, 2), (1.9, 1.8), (2.1, 1.7)))
     assert "since step 30 the loss rose from 1.9 to 2.1 on test images and fell from 1.8 to 1.7" in sentence
-    assert memory_of_loss([Look(1, {"follow_fd_test": 1.0}, None)]) is None  # a GAN
+    assert loss_alarm({1: {"follow_fd_test": 1.0}}) is None  # a GAN
 
 
 def test_the_alarm_on_samples_wants_many_and_more_than_chance():
-    assert memory_of_samples(7, 0.64, 0.01) is None and memory_of_samples(7, 0.9, 0.14) is None
-    assert "at step 7 90% of the samples" in memory_of_samples(7, 0.9, 0.05)
+    assert copying_alarm(7, 0.64, 0.01) is None and copying_alarm(7, 0.9, 0.14) is None
+    assert "at step 7 90% of the samples" in copying_alarm(7, 0.9, 0.05)
 
 
 def digits(out: Path, num_train: int, num_test: int) -> Path:
@@ -390,11 +390,11 @@ def test_memory_of_few_images_is_alarmed_at_and_a_healthy_training_is_not(tmp_pa
     prior = {"kind": "autoregressive", "heads": 4, "dropout": 0.0, "training": training, **sizes}
     system = {"tokenizer": "vqvae", "prior": prior}
     trained = setting.train(tmp_path / "x", "x", system=system, every=30, num_images=200)
-    last = trained.looks.iloc[-1]
-    assert len(trained.alarms) == is_planted  # once, however many looks would
+    last = trained.validations.iloc[-1]
+    assert len(trained.alarms) == is_planted  # once, however many validations would
     if is_planted:
         assert trained.job.figures["overfitting_step"] == 60
         assert last.follow_train_share > 0.9 and last.follow_fd_train < 0.5 * last.follow_fd_test
-        assert memory_of_samples(90, last.follow_train_share, train_share(torch.arange(20, 40), 20)[1])
+        assert copying_alarm(90, last.follow_train_share, train_share(torch.arange(20, 40), 20)[1])
     else:
-        assert last.test_loss < trained.looks.test_loss.iloc[0] and "overfitting_step" not in trained.job.figures
+        assert last.test_loss < trained.validations.test_loss.iloc[0] and "overfitting_step" not in trained.job.figures

@@ -12,14 +12,14 @@ from sklearn.datasets import load_digits
 
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
-from tessera.bases.diagnostics import Health, Watch
+from tessera.bases.diagnostics import Diagnostics, Monitor
 from tessera.components import load, parse
 from tessera.contracts import ImageBatch, ImageSpec
 from tessera.params import Description
 from tessera.quantizers import lfq, residual, vector
 from tessera.running import process
 from tessera.running.job import Job, Stopped
-from tessera.training.loop import Unhealthy, fit
+from tessera.training.loop import TrainingFailed, fit
 
 SPEC = ImageSpec(name="x", channels=1, height=8, width=8, num_classes=1, class_names=("all",), licence="none")
 
@@ -83,18 +83,18 @@ COLLAPSES |= {"revive_below": 0.0}
 
 def test_ages_and_usage_are_those_counted_from_a_list_of_batches():
     torch.manual_seed(0)
-    watch = Watch(Health(window=4), lfq.Config(code_dim=5))
+    watch = Monitor(Diagnostics(window=4), lfq.Config(code_dim=5))
     batches = [torch.randint(32, (2, 3, 2)) for _ in range(12)]
     for step, indices in enumerate(batches):
         for half in indices:  # two micro-batches
             watch.note_codes(half, step)
-        signs, _ = watch.checkup(step)
+        metrics, _ = watch.diagnose(step)
         seen = [set(batch.flatten().tolist()) for batch in batches[: step + 1]]
         ages = [next((age for age, codes in enumerate(reversed(seen)) if k in codes), step + 1) for k in range(32)]
-        assert signs["dead_code_age"] == max(ages)
-        assert signs["codebook_usage"] == len(set().union(*seen[-4:])) / 32
+        assert metrics["dead_code_age"] == max(ages)
+        assert metrics["codebook_usage"] == len(set().union(*seen[-4:])) / 32
     watch.note_codes(torch.arange(32), 12)
-    assert watch.checkup(12).signs == {"codebook_usage": 1.0, "dead_code_age": 0.0}
+    assert watch.diagnose(12).metrics == {"codebook_usage": 1.0, "dead_code_age": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -127,52 +127,52 @@ def test_a_collapsed_codebook_is_warned_of_once_with_its_value_its_bound_and_a_r
 
 
 def test_one_code_is_a_collapse_however_small_the_codebook():
-    watch = Watch(Health(window=2, start_step=0), vector.Config(codebook_size=4, init_step=0))
+    watch = Monitor(Diagnostics(window=2, start_step=0), vector.Config(codebook_size=4, init_step=0))
     for step in range(4):
         watch.note_codes(torch.tensor([step // 3 + 1]), step)
-        found = [ailment.name for ailment in watch.checkup(step).ailments]
+        found = [failure.name for failure in watch.diagnose(step).failures]
         assert found == (["codebook_collapsed"] if step == 1 else []), step
 
 
 def test_a_residual_quantizer_has_collapsed_when_each_level_has_one_code_left():
     inner = vector.Config(codebook_size=4, init_step=0)
-    watch = Watch(Health(window=2, start_step=0), residual.Config(quantizer=inner, num_levels=2))
+    watch = Monitor(Diagnostics(window=2, start_step=0), residual.Config(quantizer=inner, num_levels=2))
     watch.note_codes(torch.tensor([1, 4]), 5)
-    assert "2 of 8 codes" in watch.checkup(5).ailments[0].sentence
+    assert "2 of 8 codes" in watch.diagnose(5).failures[0].sentence
     watch.note_codes(torch.tensor([2]), 6)
-    assert watch.checkup(10).ailments  # the window is empty
+    assert watch.diagnose(10).failures  # the window is empty
     for step in range(20, 30):
         watch.note_codes(torch.tensor([1, 2, 4]), step)
-        assert watch.checkup(step).ailments == []
+        assert watch.diagnose(step).failures == []
 
 
 def test_a_remedy_names_no_key_that_the_quantizer_has_not():
-    watch = Watch(Health(window=1, start_step=0), lfq.Config(code_dim=3))
+    watch = Monitor(Diagnostics(window=1, start_step=0), lfq.Config(code_dim=3))
     watch.note_codes(torch.tensor([0]), 0)
-    sentence = watch.checkup(0).ailments[0].sentence
+    sentence = watch.diagnose(0).failures[0].sentence
     assert "entropy_weight" in sentence and "revive_below" not in sentence and "codebook_size" not in sentence
 
 
 def test_codes_that_have_not_started_from_data_yet_are_not_judged():
-    watch = Watch(Health(window=2, start_step=0), vector.Config(codebook_size=4, init_step=6))
+    watch = Monitor(Diagnostics(window=2, start_step=0), vector.Config(codebook_size=4, init_step=6))
     first = None
     for step in range(10):
         watch.note_codes(torch.tensor([0]), step)
-        if watch.checkup(step).ailments:
+        if watch.diagnose(step).failures:
             first = step
     assert first == 7  # the eighth step: six without a codebook, and a window
 
 
 def test_a_warning_comes_again_only_after_a_window_without_it():
     """Codes 1 and 2 leave the window in turn, so that usage crosses the bound every other step; then all are used."""
-    settings = Health(window=4, start_step=9, min_codebook_usage=0.7)
-    watch = Watch(settings, vector.Config(codebook_size=4, init_step=0))
+    settings = Diagnostics(window=4, start_step=9, min_codebook_usage=0.7)
+    watch = Monitor(settings, vector.Config(codebook_size=4, init_step=0))
     used, ill, said = [], [], []
     for step in range(40):
         codes = {0} | ({1} if step % 5 == 0 else set()) | ({2} if step % 5 == 3 else set())
         used.append({0, 1, 2, 3} if 20 <= step < 25 else codes if step < 30 else {0})
         watch.note_codes(torch.tensor(sorted(used[-1])), step)
-        said += [step for _ in watch.checkup(step).ailments]
+        said += [step for _ in watch.diagnose(step).failures]
         ill += [step] if step >= 8 and len(set().union(*used[-4:])) < 3 else []
     assert ill[:6] == [9, 12, 14, 17, 19, 29] and said == [9, 29]
 
@@ -216,7 +216,9 @@ def test_a_discriminator_that_learns_from_a_frozen_autoencoder_has_won(job):
 
 
 def test_a_discriminator_is_judged_by_its_own_steps_and_one_good_step_clears_it():
-    watch = Watch(Health(max_dead_discriminator_steps=3, start_step=0), load("quantizers", "identity").Config(), True)
+    watch = Monitor(
+        Diagnostics(max_dead_discriminator_steps=3, start_step=0), load("quantizers", "identity").Config(), True
+    )
     accuracies = [None, None, 1.0, 1.0, 0.7, 0.995, 0.995, 0.995]
     found = []
     for step, accuracy in enumerate(accuracies):
@@ -224,18 +226,18 @@ def test_a_discriminator_is_judged_by_its_own_steps_and_one_good_step_clears_it(
             away = 0.008 * (-1) ** step
             for part in (accuracy - away, accuracy + away):  # two micro-batches: their mean counts
                 watch.note_discriminator(torch.tensor(2.0), torch.tensor(part))
-        found += [(step, ailment.name) for ailment in watch.checkup(step).ailments]
+        found += [(step, failure.name) for failure in watch.diagnose(step).failures]
     assert found == [(7, "discriminator_won")]
 
 
 def test_a_gap_between_the_logits_breaks_the_silence_and_a_right_sign_alone_does_not():
     for gap, accuracy, is_silent in ((0.0, 0.5, True), (0.0, 0.6, True), (0.3, 0.5, False), (-0.3, 0.5, False)):
-        watch = Watch(
-            Health(max_dead_discriminator_steps=2, start_step=0), load("quantizers", "identity").Config(), True
+        watch = Monitor(
+            Diagnostics(max_dead_discriminator_steps=2, start_step=0), load("quantizers", "identity").Config(), True
         )
         for step in range(2):
             watch.note_discriminator(torch.tensor(gap), torch.tensor(accuracy))
-            found = watch.checkup(step).ailments
+            found = watch.diagnose(step).failures
         assert bool(found) == is_silent, (gap, accuracy)
 
 
@@ -309,21 +311,21 @@ def test_stop_ends_the_stage_with_the_sentence_and_looser_bounds_go_on_from_its_
 
 def test_unhealthy_is_a_mistake_of_the_user_and_not_a_bug(job):
     objective = far_away(built(config(quantizer=COLLAPSES, health={"action": "stop"})))
-    with pytest.raises(Unhealthy, match=r"^codebook_usage is 0\.01562 at step 5"):
+    with pytest.raises(TrainingFailed, match=r"^codebook_usage is 0\.01562 at step 5"):
         trained(objective, job)
-    assert issubclass(Unhealthy, ValueError)
+    assert issubclass(TrainingFailed, ValueError)
 
 
 def _half_of_the_batch(rank: int, store: str, batches: torch.Tensor, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    watch = Watch(Health(window=2, start_step=0, max_dead_discriminator_steps=2), lfq.Config(code_dim=4), True)
+    watch = Monitor(Diagnostics(window=2, start_step=0, max_dead_discriminator_steps=2), lfq.Config(code_dim=4), True)
     said = []
     for step, indices in enumerate(batches):
         watch.note_codes(indices.chunk(2)[rank], step)
         # each process alone would say another thing: 1.0 and 0.984; their mean is 0.992
         watch.note_discriminator(torch.tensor(1.0 + rank), torch.tensor(1.0 - 0.016 * rank))
-        said.append(watch.checkup(step))
+        said.append(watch.diagnose(step))
     Path(f"{out}.{rank}").write_text(json.dumps([said, watch.last_used.tolist(), watch.dead_steps.tolist()]))
     dist.destroy_process_group()
 
@@ -332,13 +334,13 @@ def test_two_processes_say_the_same_of_the_whole_batch(tmp_path):
     batches = torch.randint(16, (5, 6), generator=torch.Generator().manual_seed(0))
     batches[:, 3:] = batches[:, :3].flip(0) // 2  # the halves differ
     torch.multiprocessing.spawn(_half_of_the_batch, (str(tmp_path / "store"), batches, str(tmp_path / "out")), nprocs=2)
-    whole = Watch(Health(window=2, start_step=0, max_dead_discriminator_steps=2), lfq.Config(code_dim=4), True)
+    whole = Monitor(Diagnostics(window=2, start_step=0, max_dead_discriminator_steps=2), lfq.Config(code_dim=4), True)
     expected = []
     for step, indices in enumerate(batches):
         whole.note_codes(indices, step)
         whole.note_discriminator(torch.tensor(1.5), torch.tensor(0.992))
-        expected.append(whole.checkup(step))
-    assert any(ailments for _, ailments in expected)
+        expected.append(whole.diagnose(step))
+    assert any(failures for _, failures in expected)
     wanted = json.loads(json.dumps([expected, whole.last_used.tolist(), whole.dead_steps.tolist()]))
     for rank in range(2):
         assert json.loads((tmp_path / f"out.{rank}").read_text()) == wanted
