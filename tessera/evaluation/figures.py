@@ -103,7 +103,15 @@ class Recorder:
         self.protocols: dict[str, Protocol] = {}
 
     def add(self, group: str, name: str, value: float, protocol: Protocol, standard_error: float | None = None) -> None:
-        """Protocols get the name of the first figure that has them, so that equal ones are written once."""
+        """Protocols get the name of the first figure that has them, so that equal ones are written once.
+
+        Raises ValueError for a value that is not finite, and takes an error that is not for one that is not known.
+        """
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{group}/{name} is {value}, expected a finite number: look for NaN in the images, the weights or the losses "
+                f"it is of"
+            )
         if standard_error is not None and not math.isfinite(standard_error):
             standard_error = None
         known = next((key for key, one in self.protocols.items() if one == protocol), None)

@@ -73,11 +73,19 @@ class Judge:
         """All of them at once, (N, D) float64."""
         return np.concatenate([batch.double().numpy() for batch in self.batches(pixels, rows)])
 
-    @torch.no_grad()
     def agrees(self, pixels: Shards | np.ndarray, labels: np.ndarray) -> np.ndarray:
         """(N,) bool: whether the class that the network sees in an image is its label."""
-        predicted = [self.model.logits(batch).argmax(dim=1).cpu().numpy() for batch in self._batches(pixels, None)]
-        return np.concatenate(predicted) == labels
+        return self.logits(pixels).argmax(dim=1).numpy() == labels
+
+    @torch.no_grad()
+    def logits(self, pixels: Shards | np.ndarray) -> Tensor:
+        """(N, num_classes) logits of all images, on the CPU; only of a network that has them."""
+        logits = torch.cat([self.model.logits(batch).cpu() for batch in self._batches(pixels, None)])
+        if not logits.isfinite().all():  # argmax takes NaN for the largest: a class like another
+            raise ValueError(
+                "logits hold values that are not finite, expected finite ones: look for NaN in the weights or the images"
+            )
+        return logits
 
     @torch.no_grad()
     def class_logits(self, pixels: Shards | np.ndarray) -> np.ndarray:

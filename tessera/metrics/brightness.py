@@ -23,6 +23,8 @@ def levels(images: Tensor | np.ndarray) -> Tensor:
 
 def shift(images: Tensor, others: Tensor, paired: bool = False) -> Shift:
     """Levels of two sets, (N,) and (M,). paired: image i of one is made of image i of the other, so N = M."""
+    if not (images.isfinite().all() and others.isfinite().all()):
+        raise ValueError("gray levels are not finite, expected 0 to 255: look for NaN in the images they are of")
     if paired:
         differences = images - others
         return Shift(differences.mean().item(), (differences.std() / len(differences) ** 0.5).item())

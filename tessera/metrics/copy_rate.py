@@ -40,5 +40,9 @@ def share_of_copies(distances: Tensor, held_out_distances: Tensor) -> float:
 def nearest(x: np.ndarray, train: np.ndarray, k: int = 1) -> Nearest:
     """The k nearest rows of train (N, D) to each row of x (M, D)."""
     points, others = torch.as_tensor(x).double(), torch.as_tensor(train).double()
+    if not (points.isfinite().all() and others.isfinite().all()):  # NaN is nearest to nothing, so no copy of anything
+        raise ValueError(
+            "features hold values that are not finite, expected finite ones: look for NaN in the images they are of"
+        )
     found = [torch.cdist(piece, others).topk(k, dim=1, largest=False) for piece in points.split(CHUNK_ROWS)]
     return Nearest(torch.cat([one.values for one in found]), torch.cat([one.indices for one in found]))

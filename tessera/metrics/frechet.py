@@ -16,6 +16,7 @@ Differs from common implementations: no square root of the unsymmetric A B is ta
 singular values of F^T G for any factors A = F F^T, B = G G^T, which is real, at least 0, and faster.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -126,11 +127,15 @@ def distance(a: Moments, b: Moments) -> float:
             f"features of width {len(a.mean)} and {len(b.mean)} cannot be compared: "
             f"make both with the same feature network"
         )
+    _require_finite(a, b)
     spread = float(a.covariance.trace() + b.covariance.trace())
     cross = _cross_trace_by_eigenvalues(a, b, tolerance=1e-8 * spread)
     if cross is None:
         cross = _cross_trace_by_singular_values(a, b)
-    return max(0.0, float((a.mean - b.mean).square().sum()) + spread - 2 * cross)
+    found = float((a.mean - b.mean).square().sum()) + spread - 2 * cross
+    if not math.isfinite(found):  # max(0.0, nan) is 0.0, the best distance there is
+        raise ValueError(f"the Fréchet distance is {found}: features are too large for float64; scale them down")
+    return max(0.0, found)
 
 
 def influence(features: Tensor | np.ndarray, own: Moments, other: Moments) -> Tensor:
@@ -139,6 +144,7 @@ def influence(features: Tensor | np.ndarray, own: Moments, other: Moments) -> Te
     One image more of this kind changes the distance by its influence over the number of images, to first order. Over the whole
     set the mean is 0.
     """
+    _require_finite(own, other)
     root = _power(other.covariance, 0.5)
     between = _power(root @ own.covariance @ root, -0.5)
     bend = torch.eye(len(own.mean), dtype=torch.float64) - root @ between @ root  # I - T
@@ -159,6 +165,13 @@ def standard_error(influences: Tensor, labels: np.ndarray, num_images: int) -> f
         return float("nan")
     squares = sum((some - some.mean()).square().sum() for some in within)
     return float((squares / freedom / num_images).sqrt())
+
+
+def _require_finite(*all_moments: Moments) -> None:
+    if not all(values.isfinite().all() for some in all_moments for values in (some.mean, some.covariance)):
+        raise ValueError(
+            "moments of features are not finite, expected finite ones: look for NaN in the images or the statistics they are of"
+        )
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:

@@ -71,6 +71,10 @@ def _discrepancies(a: Tensor, b: Tensor, members_a: Tensor, members_b: Tensor) -
             f"features of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared, "
             f"expected (N, D) and (M, D): make both with the same feature network"
         )
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError(
+            "features hold values that are not finite, expected finite ones: look for NaN in the images they are of"
+        )
     a, b = a.double(), b.double()
     n, m = members_a.sum(dim=1), members_b.sum(dim=1)
     within_a, within_b = _sums_within(a, members_a) / (n * (n - 1)), _sums_within(b, members_b) / (m * (m - 1))

@@ -96,6 +96,12 @@ def test_means_and_shares_carry_their_standard_errors():
     assert 0 < found.groups["g"]["all"].standard_error < 0.03  # all of 50 is not certainty
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_figure_that_is_not_finite_is_refused_by_its_name(wrong):
+    with pytest.raises(ValueError, match="generation/fd_classifier is (nan|inf), expected a finite number"):
+        measured(wrong)
+
+
 # Refusals
 
 
