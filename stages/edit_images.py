@@ -12,13 +12,13 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts import pictures
 from tessera.artifacts.images import to_float, to_uint8
-from tessera.artifacts.shards import ShardWriter
+from tessera.artifacts.shards import ShardWriter, spread
 from tessera.components import load
 from tessera.contracts import Job
 from tessera.editing.trial import CannotEdit, System, Trial
 from tessera.evaluation import figures
 from tessera.evaluation.figures import Recorder
-from tessera.evaluation.judge import Judge, spread
+from tessera.evaluation.judge import Judge
 from tessera.evaluation.reference import Reference
 from tessera.metrics import frechet
 from tessera.params import Pipeline

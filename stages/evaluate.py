@@ -10,10 +10,10 @@ from tessera.artifacts import images as image_artifact
 from tessera.artifacts import pictures
 from tessera.artifacts.images import Images
 from tessera.artifacts.samples import Samples, floor_rows, quotas
+from tessera.artifacts.shards import spread
 from tessera.contracts import Job
 from tessera.evaluation import figures
 from tessera.evaluation.figures import Figure, Measured, Recorder
-from tessera.evaluation.judge import spread
 from tessera.evaluation.panel import Panel
 from tessera.metrics import copy_rate
 from tessera.params import Pipeline

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.images import to_float
-from tessera.artifacts.shards import Shards
+from tessera.artifacts.shards import Shards, in_batches, spread
 from tessera.components import Params
 from tessera.metrics.frechet import Moments, MomentsAccumulator
-
-BATCH = 500
 
 
 class Summary:
@@ -101,16 +99,3 @@ class Judge:
     def _batches(self, pixels: Shards | np.ndarray, rows: np.ndarray | None) -> Iterator[Tensor]:
         for values in in_batches(pixels, rows):
             yield to_float(torch.from_numpy(values).to(self.device))
-
-
-def spread(number: int, at_most: int) -> np.ndarray:
-    """All of range(number), or `at_most` of it, evenly spread: files often lie by class."""
-    return np.linspace(0, number - 1, min(number, at_most)).astype(int)
-
-
-def in_batches(pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
-    """(n, C, H, W) uint8 of the given rows, or of all, at most BATCH at a time."""
-    rows = np.arange(len(pixels)) if rows is None else rows
-    for start in range(0, len(rows), BATCH):
-        chosen = rows[start : start + BATCH]
-        yield pixels.gather(chosen) if isinstance(pixels, Shards) else pixels[chosen]

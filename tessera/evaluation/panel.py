@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from tessera import seeding
-from tessera.artifacts.shards import Shards
+from tessera.artifacts.shards import Shards, in_batches, spread
 from tessera.evaluation.figures import Recorder
-from tessera.evaluation.judge import Judge, in_batches, spread
+from tessera.evaluation.judge import Judge
 from tessera.evaluation.reference import Reference
 from tessera.metrics import brightness, frechet, inception_score, kernel, precision_recall
 from tessera.params import Pipeline
