@@ -12,7 +12,7 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts.images import to_float
 from tessera.artifacts.shards import Shards, in_batches, spread
 from tessera.components import Params
-from tessera.metrics.frechet import Moments, MomentsAccumulator
+from tessera.metrics.frechet import Moments, MomentsAccumulator, figure_name
 
 
 class Summary:
@@ -49,10 +49,8 @@ class Judge:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device).eval()
         self.has_logits: bool = model.has_logits
-        is_inception = config.kind == "inception"  # the only network whose distance may be called FID
-        suffix = (name or config.kind).replace("-", "_")
-        self.frechet_name = "fid" if is_inception else f"fd_{suffix}"
-        self.kernel_name = "kid" if is_inception else f"kd_{suffix}"
+        self.name = name or config.kind
+        self.frechet_name = figure_name(config.kind, self.name)
 
     @torch.no_grad()
     def batches(self, pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> Iterator[Tensor]:
@@ -76,19 +74,19 @@ class Judge:
         return self.logits(pixels).argmax(dim=1).numpy() == labels
 
     @torch.no_grad()
-    def logits(self, pixels: Shards | np.ndarray) -> Tensor:
-        """(N, num_classes) logits of all images, on the CPU; only of a network that has them."""
-        logits = torch.cat([self.model.logits(batch).cpu() for batch in self._batches(pixels, None)])
+    def logits(self, pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> Tensor:
+        """(N, num_classes) on the CPU, of a network that has them. Raises ValueError unless they are finite."""
+        logits = torch.cat([self.model.logits(batch).cpu() for batch in self._batches(pixels, rows)])
         if not logits.isfinite().all():  # argmax takes NaN for the largest: a class like another
             raise ValueError(
-                "logits hold values that are not finite, expected finite ones: look for NaN in the weights or the images"
+                "logits hold values that are not finite, expected finite ones: look for NaN in the images or the weights"
             )
         return logits
 
     @torch.no_grad()
-    def class_logits(self, pixels: Shards | np.ndarray) -> np.ndarray:
+    def class_logits(self, pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
         """(N, number of ImageNet's classes): what the Inception Score is taken of."""
-        return np.concatenate([self.model.class_logits(batch).cpu().numpy() for batch in self._batches(pixels, None)])
+        return np.concatenate([self.model.class_logits(batch).cpu().numpy() for batch in self._batches(pixels, rows)])
 
     @staticmethod
     def read(folder: Path, name: str = "") -> "Judge":

@@ -17,12 +17,64 @@ singular values of F^T G for any factors A = F F^T, B = G G^T, which is real, at
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from scipy.linalg import blas, lapack
 from torch import Tensor
+
+from tessera.components import Params
+from tessera.contracts import RealImages, Record, Seen, SeenReconstructions, SeenSamples, Shown
+
+_NAMES = ("fd_*", "fid")  # see figure_name
+_IN_TABLES = ("", "r", "p", "floor_")  # samples; reconstructions, from perturbed indices, of training images
+FIGURES = (
+    *(Shown(f"{of}{name}", better="lower", has_error=True, ranks=not of) for of in _IN_TABLES for name in _NAMES),
+    *(Shown(f"{of}{name}", form=None, better="lower") for of in ("gap_", "halves_") for name in _NAMES),
+)
+
+
+class Config(Params):
+    kind: Literal["frechet"]
+
+
+def figure_name(kind: str, network: str) -> str:
+    """What a distance is called that is taken with the network of this kind and name in the params: fid of inception alone."""
+    return "fid" if kind == "inception" else f"fd_{network.replace('-', '_')}"
+
+
+def of_samples(config: Config, samples: SeenSamples, found: Record) -> None:
+    """The distance from the test images by each network (`fd_classifier`), and how much larger it is than that of
+    reconstructions (`gap_fd_classifier`), where there is a tokenizer."""
+    for seen in samples.networks.values():
+        name, other = figure_name(seen.kind, seen.network), seen.real_moments()
+        own, error = distance(seen.moments, other), _error_of(seen, other)
+        found.add(name, own, seen.protocol(), error)
+        reconstructed = samples.beside(f"r{name}")
+        if reconstructed is None:
+            continue
+        errors = (error, math.nan if reconstructed.standard_error is None else reconstructed.standard_error)
+        protocol = seen.protocol(reconstructions=reconstructed.num_images)
+        found.add(f"gap_{name}", own - reconstructed.value, protocol, float(np.hypot(*errors)))
+
+
+def of_real_images(config: Config, real: RealImages, found: Record) -> None:
+    """`halves_fd_classifier`: the distance of one half of the training images from the other."""
+    for one, other in real.halves():
+        protocol = one.protocol("train", num_real=other.num_images)
+        name = f"halves_{figure_name(one.kind, one.network)}"
+        found.add(name, distance(one.moments, other.moments), protocol, _error_of(one, other.moments))
+
+
+def of_reconstructions(config: Config, decoded: SeenReconstructions, found: Record) -> None:
+    """The distance from the test images: `rfd_classifier`, `pfd_classifier`, `floor_fd_classifier`. Where they are the
+    originals of what is decoded, they were drawn together with it, so that both influences belong to one image."""
+    for seen in decoded.networks.values():
+        other, originals = seen.real_moments(), decoded.originals(seen.network)
+        name = f"{decoded.prefix}{figure_name(seen.kind, seen.network)}"
+        error = _error_of(seen, other, originals)
+        found.add(name, distance(seen.moments, other), seen.protocol(), error)
 
 
 class Moments(NamedTuple):
@@ -165,6 +217,15 @@ def standard_error(influences: Tensor, labels: np.ndarray, num_images: int) -> f
         return float("nan")
     squares = sum((some - some.mean()).square().sum() for some in within)
     return float((squares / freedom / num_images).sqrt())
+
+
+def _error_of(seen: Seen, other: Moments, originals: np.ndarray | None = None) -> float:
+    """The standard error of the distance of images from `other`; originals: the features that `other` summarizes, if each
+    belongs to an image."""
+    influences = influence(seen.features, seen.moments, other)
+    if originals is not None:
+        influences = influences + influence(originals, other, seen.moments)
+    return standard_error(influences, seen.labels, seen.num_images)
 
 
 def _require_finite(*all_moments: Moments) -> None:

@@ -26,7 +26,7 @@ from tessera.artifacts.images import to_float, to_uint8
 from tessera.artifacts.samples import floor_rows
 from tessera.artifacts.shards import ShardWriter
 from tessera.components import parse
-from tessera.evaluation import comparison, figures
+from tessera.evaluation import comparison, figures, panel
 from tessera.evaluation import curves as training_curves
 from tessera.evaluation.reference import Reference
 from tessera.params import Pipeline
@@ -37,7 +37,8 @@ NUM_IMAGES = 600
 GOOD_STEPS, POOR_STEPS = 250, 50
 
 
-def pipeline(**evaluate_settings) -> Pipeline:
+def pipeline(**metrics) -> Pipeline:
+    """The default params, smaller, with these entries of evaluate.metrics changed."""
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     values["dataset"]["source"] = str(ROOT / "requirements.lock")
     values["features"]["classifier"]["training"] |= {"num_steps": 150}
@@ -50,7 +51,7 @@ def pipeline(**evaluate_settings) -> Pipeline:
     system = values["systems"]["vqvae-autoregressive"]
     values["systems"] = {name: {**system, "tokenizer": "good"} for name in ("one", "two")}
     values["sample_images"]["num_images"] = NUM_IMAGES
-    values["evaluate"] |= evaluate_settings
+    values["evaluate"]["metrics"] |= metrics
     return parse(Pipeline, values)
 
 
@@ -242,13 +243,14 @@ def test_fewer_samples_than_asked_for_are_an_error(place):
 
 
 def test_a_kernel_subset_larger_than_a_set_is_an_error_and_not_a_smaller_subset(place, monkeypatch):
-    monkeypatch.setattr(place, "params", pipeline(kernel_subset=400))
-    with pytest.raises(ValueError, match="kernel_subset 400 is larger than the 359 images"):
+    monkeypatch.setattr(place, "params", pipeline(kernel={"kind": "kernel", "subset": 400, "num_subsets": 20}))
+    with pytest.raises(ValueError, match="subset 400 is larger than the 359 images"):
         place.judge("subsets", *place.train(place.rows()))
 
 
 def test_lpips_of_images_that_its_network_cannot_halve_is_refused_in_a_sentence(place, monkeypatch):
-    monkeypatch.setattr(place, "params", pipeline(lpips_weights="vgg.safetensors", lpips_sha256="0" * 64))
+    lpips = {"kind": "lpips", "weights": "vgg.safetensors", "sha256": "0" * 64}
+    monkeypatch.setattr(place, "params", pipeline(lpips=lpips))
     with pytest.raises(ValueError, match="images of 8 pixels are too small for LPIPS.*at least 16"):
         place.make_tokenizer("poor")
 
@@ -286,7 +288,7 @@ def test_indices_that_are_a_little_wrong_cost_more_than_those_of_the_images(plac
 def test_halves_are_disjoint_and_alike_in_their_classes():
     labels = np.random.default_rng(0).integers(0, 5, 203)
     for at_most, expected in ((1000, sum(count // 2 for count in np.bincount(labels))), (40, 40)):
-        first, second = evaluate.halves(labels, at_most, seed=0)
+        first, second = panel.halves(labels, at_most, seed=0)
         assert len(first) == len(second) == len(set(first)) == expected
         assert not set(first) & set(second)
         assert np.array_equal(np.bincount(labels[first]), np.bincount(labels[second]))
