@@ -1,5 +1,11 @@
 """Faults that are planted into samples and tokenizers, and what the figures say of each: on the digits, by the stages."""
 
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -360,6 +366,41 @@ def test_a_reference_curve_knows_whether_the_settings_were_the_same(place, tmp_p
     changed = training_curves.reference_of(place.params.model_copy(update={"tokenizers": others}), tmp_path)
     assert [stage for stage, one in changed.items() if not one.has_these_settings] == ["train_tokenizer@poor"]
     assert training_curves.reference_of(place.params, tmp_path / "nowhere") == {}
+
+
+def test_a_metric_is_one_file_and_an_entry_and_stands_in_the_figures_and_in_the_table(two_systems, tmp_path):
+    """The worked example of docs/adding_parts.md, in a copy of the package: nothing else of it is touched."""
+    place = two_systems
+    text = (ROOT / "docs" / "adding_parts.md").read_text(encoding="utf-8")
+    example = re.search(r"`tessera/metrics/nearest_distance\.py`:\n\n```python\n(.*?)```", text, re.DOTALL).group(1)
+    for folder in ("tessera", "stages"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tessera" / "metrics" / "nearest_distance.py").write_text(example, encoding="utf-8")
+    values = yaml.safe_load(json.dumps(place.params.model_dump(mode="json")))
+    values["evaluate"]["metrics"]["nearest-distance"] = {"kind": "nearest_distance"}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    shutil.copytree(place.folder / "metrics", tmp_path / "metrics")
+    places = [f"--{name}={path}" for name, path in place.judged_by().items()]
+
+    def run(stage: str, *arguments: str) -> str:
+        command = [sys.executable, "-m", "tessera.running", stage, *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TESSERA_TRACKING": "off"}
+        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        return ran.stdout
+
+    run("evaluate", "real", *places, "--metrics=metrics/systems/real.json")
+    for name in ("one", "two"):
+        beside = [f"--samples={place.folder}/samples/{name}", "--tokenizer-metrics=metrics/tokenizers/good.json"]
+        run("evaluate", name, *places, *beside, "--neighbors=n.png", f"--metrics=metrics/systems/{name}.json")
+        before, after = figures.read(place.metrics(name)), figures.read(tmp_path / f"metrics/systems/{name}.json")
+        own = after.groups["generation"].pop("nearest_distance")
+        assert own.standard_error > 0 and after.protocols[own.protocol].num_images == NUM_IMAGES
+        assert after == before  # no other figure moves
+    printed = run("compare_systems", "--metrics=metrics", "--pictures=pictures", "--out=comparison")
+    header = next(line for line in printed.splitlines() if line.startswith("| system "))
+    assert [cell.strip() for cell in header.split("|")][-2] == "nearest_distance"
+    assert " ± " in next(line for line in printed.splitlines() if line.startswith("| one ")).split("|")[-2]
 
 
 def test_the_table_names_floors_noise_and_bottlenecks_and_refuses_other_protocols(two_systems):
