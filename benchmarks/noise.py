@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import to_float
-from tessera.artifacts.shards import Shards
-from tessera.evaluation.judge import Judge, in_batches
+from tessera.artifacts.shards import Shards, in_batches
+from tessera.evaluation.judge import Judge
 from tessera.evaluation.reference import Reference
 from tessera.metrics import frechet
 

@@ -5,26 +5,10 @@ from pathlib import Path
 import pandas as pd
 
 from tessera.artifacts import folder as artifact
-from tessera.contracts import Job
+from tessera.contracts import Job, Shown
 from tessera.evaluation import comparison, figures
 from tessera.evaluation.comparison import REAL, Systems
 from tessera.params import Pipeline
-
-GENERATION = {
-    "label_agreement": "{:.3f}",
-    "inception_score": "{:.2f}",
-    "precision": "{:.3f}",
-    "recall": "{:.3f}",
-    "coverage": "{:.3f}",
-    "copy_rate": "{:.3f}",
-}
-RECONSTRUCTION = {
-    "psnr_db": "{:.2f}",
-    "ssim": "{:.3f}",
-    "lpips": "{:.3f}",
-    "codebook_usage": "{:.3f}",
-    "codebook_perplexity": "{:.1f}",
-}
 
 
 def run(params: Pipeline, metrics: Path, pictures: Path, out: Path, job: Job) -> None:
@@ -32,14 +16,17 @@ def run(params: Pipeline, metrics: Path, pictures: Path, out: Path, job: Job) ->
     tokenizers = {name: [figures.read(metrics / f"tokenizers/{name}.json")] for name in params.tokenizers}
     comparison.require_one_protocol(systems | tokenizers)
     distances = comparison.distance_names(systems)
+    metrics_in_order = [config.kind for config in params.evaluate.metrics.values()]
+    shown = comparison.columns(systems, metrics_in_order, ["generation"])
+    of_tokenizers = comparison.columns(tokenizers, metrics_in_order, ["reconstruction", "codebook"])
     lines = [
         f"# {params.dataset.name}: every system by one judge",
         "",
-        comparison.markdown(_generation(systems, distances)),
+        comparison.markdown(_generation(systems, shown, distances)),
         "",
         *(f"- {sentence}" for sentence in _sentences(systems, distances, params)),
         "",
-        comparison.markdown(_reconstruction(tokenizers, distances)),
+        comparison.markdown(_table(tokenizers, of_tokenizers).rename(columns={"system": "tokenizer"})),
         "",
         "| system | samples | nearest training images | reconstructions |",
         "| --- | --- | --- | --- |",
@@ -49,7 +36,8 @@ def run(params: Pipeline, metrics: Path, pictures: Path, out: Path, job: Job) ->
             for name, system in params.systems.items()
         ),
     ]
-    pairs = [comparison.differences(systems, key) for key in (*distances, "label_agreement")]
+    ranked = [key for key, column in shown.items() if column.ranks and key not in distances]
+    pairs = [comparison.differences(systems, key) for key in (*distances, *ranked)]
     with artifact.create(out) as place:
         _long(systems).to_csv(place / "comparison.csv", index=False)
         pd.concat(pairs).to_csv(place / "differences.csv", index=False)
@@ -57,25 +45,23 @@ def run(params: Pipeline, metrics: Path, pictures: Path, out: Path, job: Job) ->
     print("\n".join(lines[2:]), flush=True)
 
 
-def _generation(systems: Systems, distances: list[str]) -> pd.DataFrame:
-    """One row per system: its figures, and the parts of its first Fréchet distance that each stage is guilty of."""
-    main = distances[0]
-    forms = {"label_agreement": GENERATION["label_agreement"], **dict.fromkeys(distances, "{:.3f}"), **GENERATION}
-    frame = comparison.table(systems, forms, with_errors=distances)
+def _table(systems: Systems, shown: dict[str, Shown]) -> pd.DataFrame:
+    forms = {key: column.form for key, column in shown.items()}
+    return comparison.table(systems, forms, with_errors=[key for key, column in shown.items() if column.has_error])
+
+
+def _generation(systems: Systems, shown: dict[str, Shown], distances: list[str]) -> pd.DataFrame:
+    """One row per system: its figures, and what each stage contributes to its first Fréchet distance."""
+    frame = _table(systems, shown)
     parts = [
-        None if name == REAL else comparison.bottleneck(systems[name], systems[REAL], main) for name in frame["system"]
+        None if name == REAL else comparison.bottleneck(systems[name], systems[REAL], distances[0])
+        for name in frame["system"]
     ]
     at = frame.columns.get_loc(distances[-1]) + 1
     frame.insert(at, "tokenizer_part", [f"{part.tokenizer:+.3f}" if part else "" for part in parts])
     frame.insert(at + 1, "prior_part", [f"{part.prior:+.3f}" if part else "" for part in parts])
     frame.insert(at + 2, "bottleneck", [part.stage if part else "" for part in parts])
     return frame
-
-
-def _reconstruction(tokenizers: Systems, distances: list[str]) -> pd.DataFrame:
-    by_judge = {f"{prefix}{key}": "{:.3f}" for key in distances for prefix in ("r", "p", "floor_")}
-    frame = comparison.table(tokenizers, {**RECONSTRUCTION, **by_judge}, with_errors=by_judge)
-    return frame.rename(columns={"system": "tokenizer"})
 
 
 def _sentences(systems: Systems, distances: list[str], params: Pipeline) -> list[str]:

@@ -12,13 +12,12 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts import pictures
 from tessera.artifacts.images import to_float, to_uint8
-from tessera.artifacts.shards import ShardWriter
+from tessera.artifacts.shards import ShardWriter, spread
 from tessera.components import load
 from tessera.contracts import Job
 from tessera.editing.trial import Trial
 from tessera.evaluation.edited import EditMetrics
 from tessera.evaluation.figures import Recorder
-from tessera.evaluation.judge import spread
 from tessera.params import Pipeline
 from tessera.system import CannotEdit, System
 

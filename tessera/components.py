@@ -69,6 +69,7 @@ QuantizerConfig = part("quantizers")
 PriorConfig = part("priors")
 DenoiserConfig = part("denoisers")
 EditConfig = part("edits")
+MetricConfig = part("metrics")
 
 
 def _validate(config: type[P], value: Any) -> P:

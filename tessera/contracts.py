@@ -1,4 +1,4 @@
-"""What passes between the parts: the specs, the tuples, and the protocols of tokenizer, quantizer, prior, objective.
+"""What passes between the parts: the specs, the tuples, and the protocols of tokenizer, quantizer, prior, objective, metric.
 
 What only some parts can do is an ability: a Protocol that code asks for by isinstance, and that a part claims by having its
 members. tests/contract/test_abilities.py tries each ability that a part claims.
@@ -7,11 +7,12 @@ Shape letters everywhere: B batch, C H W image, D latent channels, h w token gri
 Images in models are float32 in [-1, 1]; on disk they are uint8 in [0, 255].
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -261,3 +262,110 @@ class Diagnosis(NamedTuple):
 
     metrics: dict[str, float]  # terms to plot
     failures: list[Failure]  # those to report now
+
+
+# Metrics: a file of tessera/metrics has any of the functions
+#     of_samples(config, samples: SeenSamples, found: Record)
+#     of_real_images(config, real: RealImages, found: Record)
+#     of_reconstructions(config, decoded: SeenReconstructions, found: Record)
+#     of_tokens(config, tokens: TokenUse, found: Record)
+# and of the class Pairs, each of which is asked where there is something of this kind to measure; and FIGURES, a Shown for
+# each figure that they record.
+
+
+class Shown(NamedTuple):
+    """How a figure is shown, among the FIGURES of its metric."""
+
+    name: str  # of the figure, or a pattern such as fd_*, where every network has its own
+    form: str | None = "{:.3f}"  # in the tables of systems and of tokenizers; None: in its file and in the report alone
+    better: Literal["lower", "higher", "neither"] = "neither"
+    has_error: bool = False  # its standard error stands beside it
+    ranks: bool = False  # every two systems are compared by it, and put in an order
+
+
+class Record(Protocol):
+    """Where a metric puts its figures. A protocol, as `protocol(...)` below gives it, says what a figure is of."""
+
+    def add(self, name: str, value: float, protocol: Any, standard_error: float | None = None) -> None: ...
+    def add_mean(self, name: str, values: Any, protocol: Any) -> None: ...  # of one value per image, with its error
+    def add_share(self, name: str, share: float, protocol: Any, of: int | None = None) -> None: ...  # of so many images
+    def alarm(self, sentence: str) -> None: ...  # told to the person who waits
+
+
+class Seen(Protocol):
+    """A set of images as one feature network sees it, beside real images that are seen by the same network."""
+
+    network: str  # its name in the params
+    kind: str  # of the network: inception, classifier, ...
+    num_images: int
+    moments: Any  # mean and covariance of the features of all images: tessera.metrics.frechet.Moments
+    features: np.ndarray  # (n, D) float64, of at most evaluate.max_neighbor_images images, evenly spread
+    labels: np.ndarray  # (n,) of these images
+
+    def real_moments(self, split: str = "test") -> Any: ...
+    def real_features(self, split: str = "test", is_limited: bool = False) -> np.ndarray: ...
+
+    # (M, D) float64 of a split; is_limited: at most evaluate.max_neighbor_images of them, evenly spread
+
+    def protocol(
+        self, split: str = "test", num_images: int | None = None, num_real: int | None = None, **settings: Any
+    ) -> Any: ...  # num_images: unless all; num_real: of the split's images, unless all; settings: those of the metric
+
+
+class Predicted(NamedTuple):
+    """What the first network that knows the classes of a data set says of images."""
+
+    logits: Tensor  # (N, num_classes)
+    labels: np.ndarray  # (N,) what they are to be
+    protocol: Any
+
+
+class SeenSamples(Protocol):
+    """Samples of a system beside test images; or training images in their place, which are the floor of each figure."""
+
+    networks: Mapping[str, Seen]
+    first: Seen  # by the first network, which judges neighbors
+    spec: ImageSpec
+    seed: int
+    are_real: bool  # training images in the place of samples
+    nearest_training: Any  # by the first network's features: tessera.nn.neighbors.Nearest
+
+    def pixels(self) -> Iterator[np.ndarray]: ...  # all samples, (n, C, H, W) uint8 at a time
+    def test_pixels(self) -> Iterator[np.ndarray]: ...
+    def predicted(self) -> Predicted | None: ...  # None if no network knows the classes
+    def class_logits(self) -> Iterator[tuple[Seen, np.ndarray]]: ...  # by networks with classes of their own
+    def beside(self, name: str) -> Any: ...  # a figure of its tokenizer or its prior, None if there is none
+    def protocol(self, **settings: Any) -> Any: ...  # of figures that no network has a part in
+
+
+class RealImages(Protocol):
+    """Real images beside other real images: what figures are where nothing is generated."""
+
+    def halves(self) -> Iterator[tuple[Seen, Seen]]: ...  # of the training images, by each network
+    def predicted(self) -> Predicted | None: ...  # of the test images
+
+
+class SeenReconstructions(Protocol):
+    """Decoded images beside the test images."""
+
+    prefix: str  # of the figures: r (of test images), p (of them, from perturbed indices), floor_ (of training images)
+    networks: Mapping[str, Seen]
+
+    def originals(self, network: str) -> np.ndarray | None: ...  # (n, D) features of the images that `features` are of
+
+
+class TokenUse(Protocol):
+    """How often each code occurs among the tokens of the training images."""
+
+    counts: Tensor  # (K,) int64
+
+    def protocol(self, **settings: Any) -> Any: ...
+
+
+class Pairs(Protocol):
+    """Measures reconstructions beside their originals, batch by batch. Built as Pairs(config, spec, device)."""
+
+    def update(self, originals: Tensor, decoded: Tensor) -> None: ...  # both (n, C, H, W) uint8 on the CPU
+    def record(
+        self, protocol: Any, found: Record
+    ) -> None: ...  # protocol(network="none", network_sha256="", **settings)

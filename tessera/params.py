@@ -16,6 +16,7 @@ from tessera.components import (
     EditConfig,
     FeaturesConfig,
     InvalidParams,
+    MetricConfig,
     Params,
     PriorConfig,
     TokenizerConfig,
@@ -96,13 +97,65 @@ class ReferenceStats(Params):
 
 
 class Evaluate(Params):
-    kernel_subset: Annotated[int, Field(ge=2)]  # images per subset of the kernel distance
-    num_kernel_subsets: Annotated[int, Field(ge=2)]
     max_neighbor_images: Annotated[int, Field(ge=8)]  # samples, and reference images, that neighbors are searched among
     perturbation_share: Annotated[float, Field(gt=0, le=1)]  # of the indices, replaced by near ones in the pfd figures
     perturbation_neighbors: Annotated[int, Field(ge=1)]  # nearest other codes to choose from
-    lpips_weights: str = ""  # path of a safetensors file; "": no LPIPS of reconstructions
-    lpips_sha256: str = ""
+    metrics: Annotated[dict[Name, MetricConfig], Field(min_length=1)]  # in the order of the tables' columns
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reads_the_keys_of_before_metrics_had_entries(cls, value: Any) -> Any:
+        """Those who trained by an older file keep it, and what it says is measured as it was."""
+        old = [key for key in OLD_METRIC_KEYS if isinstance(value, dict) and key in value]
+        if not old:
+            return value
+        if "metrics" in value:
+            raise ValueError(f"{', '.join(old)} belong to entries of metrics now: {WRITTEN_NOW}")
+        missing = [key for key in ("kernel_subset", "num_kernel_subsets") if key not in value]
+        if missing:
+            raise ValueError(
+                f"{', '.join(missing)} is missing beside {', '.join(old)}, or write metrics: {WRITTEN_NOW}"
+            )
+        return {key: inner for key, inner in value.items() if key not in old} | {"metrics": _old_metrics(value)}
+
+    @model_validator(mode="after")
+    def _measures_each_figure_once_and_distances_at_all(self) -> "Evaluate":
+        by_kind: dict[str, list[str]] = {}
+        for name, config in self.metrics.items():
+            by_kind.setdefault(config.kind, []).append(name)
+        for kind, names in by_kind.items():
+            if len(names) > 1:
+                raise ValueError(
+                    f"metrics {' and '.join(names)} are both of kind {kind} and would give figures of one name: keep one"
+                )
+        if "frechet" not in by_kind:
+            raise ValueError(
+                "metrics has no entry of kind frechet, by which systems and their stages are weighed: add one"
+            )
+        return self
+
+
+OLD_METRIC_KEYS = ("kernel_subset", "num_kernel_subsets", "lpips_weights", "lpips_sha256")
+WRITTEN_NOW = (
+    "kernel: {kind: kernel, subset: (kernel_subset), num_subsets: (num_kernel_subsets)} and "
+    "lpips: {kind: lpips, weights: (lpips_weights), sha256: (lpips_sha256)}, as in params.yaml"
+)
+
+
+def _old_metrics(old: dict[str, Any]) -> dict[str, Any]:
+    """The entries that mean what these keys did, when every metric but LPIPS was always measured."""
+    lpips = {"kind": "lpips", "weights": old.get("lpips_weights"), "sha256": old.get("lpips_sha256", "")}
+    kernel = {"kind": "kernel", "subset": old["kernel_subset"], "num_subsets": old["num_kernel_subsets"]}
+    others = ("inception_score", "precision_recall", "copy_rate", "brightness")
+    return {
+        "label-agreement": {"kind": "label_agreement"},
+        "reconstruction": {"kind": "reconstruction"},
+        **({"lpips": lpips} if old.get("lpips_weights") else {}),
+        "codebook": {"kind": "codebook"},
+        "frechet": {"kind": "frechet"},
+        "kernel": kernel,
+        **{kind.replace("_", "-"): {"kind": kind} for kind in others},
+    }
 
 
 class Pipeline(Params):

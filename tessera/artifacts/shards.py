@@ -1,5 +1,6 @@
 """Rows of one shape and dtype in numbered .npy files: written as a stream, read memory-mapped, gathered in batches."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -8,6 +9,7 @@ import numpy as np
 from tessera.artifacts.folder import ArtifactError
 
 SHARD_BYTES = 256 * 2**20
+BATCH = 500  # rows that are read at a time
 
 
 class ShardWriter:
@@ -83,3 +85,16 @@ class Shards:
     def all(self) -> np.ndarray:
         """Every row, in memory: for labels and small sets."""
         return np.concatenate(self.arrays)
+
+
+def spread(number: int, at_most: int) -> np.ndarray:
+    """All of range(number), or `at_most` of it, evenly spread: files often lie by class."""
+    return np.linspace(0, number - 1, min(number, at_most)).astype(int)
+
+
+def in_batches(rows_of: Shards | np.ndarray, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """(n, *row) of the given rows, or of all, at most BATCH at a time."""
+    rows = np.arange(len(rows_of)) if rows is None else rows
+    for start in range(0, len(rows), BATCH):
+        chosen = rows[start : start + BATCH]
+        yield rows_of.gather(chosen) if isinstance(rows_of, Shards) else rows_of[chosen]

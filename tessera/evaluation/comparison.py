@@ -10,6 +10,7 @@ with several runs of a system their spread is what differences are weighed by.
 """
 
 import argparse
+import fnmatch
 import math
 import sys
 from collections.abc import Iterable
@@ -19,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from tessera.components import InvalidParams
+from tessera.components import InvalidParams, kinds, load
+from tessera.contracts import Shown
 from tessera.evaluation import figures
 from tessera.evaluation.figures import Measured, Protocol
 
@@ -103,14 +105,15 @@ def differences(systems: Systems, key: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["figure", "lower", "higher", "difference", "standard_error", "exceeds_noise"])
 
 
-def ranking(systems: Systems, key: str) -> str:
-    """Systems from the lowest figure to the highest, "<" where a step exceeds the noise and "~" where it does not."""
+def ranking(systems: Systems, key: str, better: str = "lower") -> str:
+    """Systems from the best figure to the worst, "<" (or ">") where a step exceeds the noise and "~" where it does not."""
     known = {name: found for name, runs in systems.items() if (found := estimate(runs, key))}
-    names = sorted(known, key=lambda name: known[name].value)
+    names = sorted(known, key=lambda name: known[name].value, reverse=better == "higher")
+    step = " > " if better == "higher" else " < "
     text = ""
     for number, name in enumerate(names):
         if number:
-            text += " < " if exceeds_noise(known[names[number - 1]], known[name]) else " ~ "
+            text += step if exceeds_noise(known[names[number - 1]], known[name]) else " ~ "
         text += f"{name} {known[name].value:.3g}"
     return text
 
@@ -149,6 +152,18 @@ def distance_names(systems: Systems) -> list[str]:
     """The Fréchet distances that systems have, the first judge's first."""
     names = [key for runs in systems.values() for run in runs for key in run.groups.get("generation", {})]
     return list(dict.fromkeys(name for name in names if name == "fid" or name.startswith("fd_")))
+
+
+def columns(systems: Systems, metrics: Iterable[str], groups: Iterable[str]) -> dict[str, Shown]:
+    """By figure of these groups, how it is shown, for each that a metric (a kind) shows; in the order of the metrics."""
+    names = sorted(
+        {key for runs in systems.values() for run in runs for group in groups for key in run.groups.get(group, {})}
+    )
+    found: dict[str, Shown] = {}
+    for shown in (shown for kind in metrics for shown in load("metrics", kind).FIGURES if shown.form is not None):
+        for name in fnmatch.filter(names, shown.name):
+            found.setdefault(name, shown)
+    return found
 
 
 def table(systems: Systems, formats: dict[str, str], with_errors: Iterable[str] = ()) -> pd.DataFrame:
@@ -202,16 +217,11 @@ def main() -> int:
     except (InvalidParams, ValueError) as error:
         print(f"comparison refused: {error}", file=sys.stderr)
         return 2
-    distances = distance_names(systems)
-    keys = {
-        "label_agreement": "{:.3f}",
-        **dict.fromkeys(distances, "{:.3f}"),
-        "precision": "{:.3f}",
-        "recall": "{:.3f}",
-    }
-    print(markdown(table(systems, keys, with_errors=keys)))
-    for key in distances:
-        print(f"\n{key}: {ranking(systems, key)}")
+    shown = columns(systems, kinds("metrics"), ["generation"])
+    print(markdown(table(systems, {key: column.form for key, column in shown.items()}, with_errors=shown)))
+    for key, column in shown.items():
+        if column.ranks:
+            print(f"\n{key}, from the best: {ranking(systems, key, column.better)}")
     return 0
 
 

@@ -103,7 +103,15 @@ class Recorder:
         self.protocols: dict[str, Protocol] = {}
 
     def add(self, group: str, name: str, value: float, protocol: Protocol, standard_error: float | None = None) -> None:
-        """Protocols get the name of the first figure that has them, so that equal ones are written once."""
+        """Protocols get the name of the first figure that has them, so that equal ones are written once.
+
+        Raises ValueError for a value that is not finite, and takes an error that is not for one that is not known.
+        """
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{group}/{name} is {value}, expected a finite number: look for NaN in the images, the weights or the losses "
+                f"it is of"
+            )
         if standard_error is not None and not math.isfinite(standard_error):
             standard_error = None
         known = next((key for key, one in self.protocols.items() if one == protocol), None)
@@ -124,6 +132,9 @@ class Recorder:
         """A share of `of` images (unset: of the protocol's) that are counted yes or no."""
         self.add(group, name, share, protocol, share_error(share, of or protocol.num_images))
 
+    def group(self, name: str) -> "Group":
+        return Group(self, name)
+
     def measured(self, drawn: dict[str, Any] | None = None, beside: "tuple[Measured, ...]" = ()) -> Measured:
         """All of it, and the figures of others beside it (of a system: those of its tokenizer and its prior)."""
         groups, protocols = dict(self.groups), dict(self.protocols)
@@ -131,6 +142,34 @@ class Recorder:
             groups |= other.groups
             protocols |= other.protocols
         return Measured(groups=groups, protocols=protocols, drawn=drawn or {})
+
+
+class Group:
+    """One group of a Recorder, as a metric is handed it (contracts.Record): a name in it is measured once."""
+
+    def __init__(self, found: Recorder, name: str):
+        self.found, self.name = found, name
+        self.alarms: list[str] = []
+
+    def add(self, name: str, value: float, protocol: Protocol, standard_error: float | None = None) -> None:
+        self.found.add(self.name, self._new(name), value, protocol, standard_error)
+
+    def add_mean(self, name: str, values: Any, protocol: Protocol) -> None:
+        self.found.add_mean(self.name, self._new(name), values, protocol)
+
+    def add_share(self, name: str, share: float, protocol: Protocol, of: int | None = None) -> None:
+        self.found.add_share(self.name, self._new(name), share, protocol, of)
+
+    def alarm(self, sentence: str) -> None:
+        self.alarms.append(sentence)
+
+    def _new(self, name: str) -> str:
+        if name in self.found.groups.get(self.name, {}):
+            raise ValueError(
+                f"{self.name}/{name} was measured already: two entries of evaluate.metrics give a figure of this name, "
+                f"expected one; take an entry out"
+            )
+        return name
 
 
 def share_error(share: float, number: int) -> float:

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.images import to_float
-from tessera.artifacts.shards import Shards
+from tessera.artifacts.shards import Shards, in_batches, spread
 from tessera.components import Params
-from tessera.metrics.frechet import Moments, MomentsAccumulator
-
-BATCH = 500
+from tessera.metrics.frechet import Moments, MomentsAccumulator, figure_name
 
 
 class Summary:
@@ -51,10 +49,8 @@ class Judge:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device).eval()
         self.has_logits: bool = model.has_logits
-        is_inception = config.kind == "inception"  # the only network whose distance may be called FID
-        suffix = (name or config.kind).replace("-", "_")
-        self.frechet_name = "fid" if is_inception else f"fd_{suffix}"
-        self.kernel_name = "kid" if is_inception else f"kd_{suffix}"
+        self.name = name or config.kind
+        self.frechet_name = figure_name(config.kind, self.name)
 
     @torch.no_grad()
     def batches(self, pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> Iterator[Tensor]:
@@ -73,16 +69,24 @@ class Judge:
         """All of them at once, (N, D) float64."""
         return np.concatenate([batch.double().numpy() for batch in self.batches(pixels, rows)])
 
-    @torch.no_grad()
     def agrees(self, pixels: Shards | np.ndarray, labels: np.ndarray) -> np.ndarray:
         """(N,) bool: whether the class that the network sees in an image is its label."""
-        predicted = [self.model.logits(batch).argmax(dim=1).cpu().numpy() for batch in self._batches(pixels, None)]
-        return np.concatenate(predicted) == labels
+        return self.logits(pixels).argmax(dim=1).numpy() == labels
 
     @torch.no_grad()
-    def class_logits(self, pixels: Shards | np.ndarray) -> np.ndarray:
+    def logits(self, pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> Tensor:
+        """(N, num_classes) on the CPU, of a network that has them. Raises ValueError unless they are finite."""
+        logits = torch.cat([self.model.logits(batch).cpu() for batch in self._batches(pixels, rows)])
+        if not logits.isfinite().all():  # argmax takes NaN for the largest: a class like another
+            raise ValueError(
+                "logits hold values that are not finite, expected finite ones: look for NaN in the images or the weights"
+            )
+        return logits
+
+    @torch.no_grad()
+    def class_logits(self, pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
         """(N, number of ImageNet's classes): what the Inception Score is taken of."""
-        return np.concatenate([self.model.class_logits(batch).cpu().numpy() for batch in self._batches(pixels, None)])
+        return np.concatenate([self.model.class_logits(batch).cpu().numpy() for batch in self._batches(pixels, rows)])
 
     @staticmethod
     def read(folder: Path, name: str = "") -> "Judge":
@@ -93,16 +97,3 @@ class Judge:
     def _batches(self, pixels: Shards | np.ndarray, rows: np.ndarray | None) -> Iterator[Tensor]:
         for values in in_batches(pixels, rows):
             yield to_float(torch.from_numpy(values).to(self.device))
-
-
-def spread(number: int, at_most: int) -> np.ndarray:
-    """All of range(number), or `at_most` of it, evenly spread: files often lie by class."""
-    return np.linspace(0, number - 1, min(number, at_most)).astype(int)
-
-
-def in_batches(pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
-    """(n, C, H, W) uint8 of the given rows, or of all, at most BATCH at a time."""
-    rows = np.arange(len(pixels)) if rows is None else rows
-    for start in range(0, len(rows), BATCH):
-        chosen = rows[start : start + BATCH]
-        yield pixels.gather(chosen) if isinstance(pixels, Shards) else pixels[chosen]

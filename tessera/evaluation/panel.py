@@ -1,116 +1,185 @@
-"""Measuring images by all judges of a run against the test images, each figure recorded with its protocol."""
+"""Measuring images by all metrics and feature networks of a run, each figure recorded with its protocol.
 
+A metric is a file of tessera/metrics; which of its functions are asked for what, and what they are handed, stands in
+tessera/contracts.py. Nothing here knows any of them by name.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from tessera import seeding
-from tessera.artifacts.shards import Shards
-from tessera.evaluation.figures import Recorder
-from tessera.evaluation.judge import Judge, in_batches, spread
+from tessera.artifacts.images import Images
+from tessera.artifacts.samples import floor_rows, quotas
+from tessera.artifacts.shards import Shards, in_batches, spread
+from tessera.components import Params, load
+from tessera.contracts import Predicted, Record
+from tessera.evaluation.figures import Figure, Measured, Protocol, Setting
+from tessera.evaluation.judge import Judge, Summary
 from tessera.evaluation.reference import Reference
-from tessera.metrics import brightness, frechet, inception_score, kernel, precision_recall
+from tessera.metrics.frechet import Moments
+from tessera.nn.neighbors import Nearest, nearest
 from tessera.params import Pipeline
 
-PRECISION_NEIGHBORS, DENSITY_NEIGHBORS = 3, 5  # those of the papers
-NUM_SPLITS = 10  # of the Inception Score
+NEAREST = 5  # training images that are looked for beside a sample
+
+
+class Drawn(NamedTuple):
+    """The images that are measured, wherever they lie."""
+
+    pixels: Shards
+    labels: np.ndarray  # of each of them
+    rows: np.ndarray | None = None  # which of `pixels` they are; None: all
+    are_real: bool = False  # training images in the place of samples
 
 
 class Panel:
-    """The judges of a run and what they saw in the data. Figures go to `found`, group "generation".
+    """The metrics and the judges of a run, and what these saw in the data."""
 
-    What is measured is called samples in the protocols: training images in their place are to be compared with them.
-    """
-
-    def __init__(self, found: Recorder, params: Pipeline, features: Path, reference: Path):
-        self.found, self.settings, self.seed = found, params.evaluate, params.seed
+    def __init__(self, params: Pipeline, features: Path, reference: Path):
+        self.metrics: Mapping[str, Params] = params.evaluate.metrics
+        self.max_images, self.seed = params.evaluate.max_neighbor_images, params.seed
         self.judges = {name: Judge.read(features / name, name) for name in params.features}
         self.references = {name: Reference(reference / name) for name in params.features}
-        self.first = next(iter(self.judges))
 
-    def distances(self, pixels: Shards, labels: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        """Fréchet and kernel distances of images, or of some rows of them, whose labels these are; what neighbors tell of
-        them by the first judge. Returns the first judge's features, of at most max_neighbor_images images."""
-        kept = {name: self._distance(name, pixels, labels, rows) for name in self.judges}
-        self._neighborhoods(kept[self.first])
-        return kept[self.first]
+    def measure(self, ability: str, subject: Any, found: Record) -> None:
+        """Ask every metric that has a function of this name (`of_samples`, ...) for its figures of the subject."""
+        for config in self.metrics.values():
+            function = getattr(load("metrics", config.kind), ability, None)
+            if function is not None:
+                function(config, subject, found)
 
-    def brightness(self, pixels: Shards, others: Shards, rows: np.ndarray | None = None) -> None:
-        """How much brighter the rows of pixels are than the test images, in gray levels."""
-        levels = [
-            torch.cat([brightness.levels(batch) for batch in in_batches(*some)])
-            for some in ((pixels, rows), (others, None))
-        ]
-        shift = brightness.shift(*levels)
-        protocol = self.references[self.first].protocol("test", "samples", len(levels[0]))
+    def seen(
+        self, images: str, labels: np.ndarray, summaries: Mapping[str, Summary], **settings: Setting
+    ) -> "dict[str, SeenBy]":
+        """What each network has seen of images, which protocols call `images`; settings: those of how they were made."""
+        return {
+            name: SeenBy(judge, self.references[name], self.max_images, images, labels, summaries[name], settings)
+            for name, judge in self.judges.items()
+        }
+
+    def look(self, pixels: Shards, rows: np.ndarray | None) -> dict[str, Summary]:
+        """What each network sees in these rows."""
+        return {name: judge.summary(pixels, self.max_images, rows) for name, judge in self.judges.items()}
+
+    def predicted(self, drawn: Drawn, images: str) -> Predicted | None:
+        """By the first network that knows the classes, if there is one; images: what protocols call them."""
+        for name, judge in self.judges.items():
+            if judge.has_logits:
+                protocol = self.references[name].protocol_of("test", images, len(drawn.labels), 0)
+                return Predicted(judge.logits(drawn.pixels, drawn.rows), drawn.labels, protocol)
+        return None
+
+
+class SeenBy:
+    """A set of images as one network sees it (contracts.Seen)."""
+
+    def __init__(
+        self,
+        judge: Judge,
+        reference: Reference,
+        max_images: int,
+        images: str,
+        labels: np.ndarray,
+        summary: Summary,
+        settings: dict[str, Setting],
+    ):
+        self.network, self.kind, self.judge = judge.name, judge.config.kind, judge
+        self.reference, self._max_images, self._images, self._settings = reference, max_images, images, settings
+        self.num_images, self.moments = len(labels), summary.moments
+        self.features, self.kept, self.labels = summary.features, summary.kept, labels[summary.kept]
+
+    def real_moments(self, split: str = "test") -> Moments:
+        return self.reference.moments(split)
+
+    def real_features(self, split: str = "test", is_limited: bool = False) -> np.ndarray:
+        found = self.reference.features(split)
+        return found[spread(len(found), self._max_images)] if is_limited else found
+
+    def protocol(
+        self, split: str = "test", num_images: int | None = None, num_real: int | None = None, **settings: Setting
+    ) -> Protocol:
+        number = self.num_images if num_images is None else num_images
+        others = self.reference.described.splits[split].num_images if num_real is None else num_real
+        return self.reference.protocol_of(split, self._images, number, others, **self._settings, **settings)
+
+
+class SampleSet:
+    """Samples of a system, or training images in their place, beside the test images (contracts.SeenSamples)."""
+
+    def __init__(self, panel: Panel, drawn: Drawn, splits: dict[str, Images], others: tuple[Measured, ...] = ()):
+        """others: what was measured of its tokenizer and its prior."""
+        self._panel, self._drawn, self._test, self._others = panel, drawn, splits["test"], others
+        self.spec, self.seed, self.are_real = splits["test"].spec, panel.seed, drawn.are_real
+        self.networks = panel.seen("samples", drawn.labels, panel.look(drawn.pixels, drawn.rows))
+        self.first = next(iter(self.networks.values()))
+
+    def pixels(self) -> Iterator[np.ndarray]:
+        return in_batches(self._drawn.pixels, self._drawn.rows)
+
+    def test_pixels(self) -> Iterator[np.ndarray]:
+        return in_batches(self._test.pixels)
+
+    def predicted(self) -> Predicted | None:
+        return self._panel.predicted(self._drawn, "samples")
+
+    def class_logits(self) -> Iterator[tuple[SeenBy, np.ndarray]]:
+        for seen in self.networks.values():
+            if hasattr(seen.judge.model, "class_logits"):
+                yield seen, seen.judge.class_logits(self._drawn.pixels, self._drawn.rows)
+
+    @cached_property
+    def nearest_training(self) -> Nearest:
+        trained = self.first.real_features("train")
+        return nearest(self.first.features, trained, min(NEAREST, len(trained)))
+
+    def beside(self, name: str) -> Figure | None:
+        found = (measured.figure(name) for measured in self._others)
+        return next((figure for figure in found if figure is not None), None)
+
+    def protocol(self, **settings: Setting) -> Protocol:
         without = {"network": "none", "network_sha256": "", "resize": "none", "dtype": "float64"}
-        protocol = protocol.model_copy(update=without)
-        self.found.add("generation", "brightness_shift", shift.value, protocol, shift.standard_error)
+        return self.first.protocol(**settings).model_copy(update=without)
 
-    def agreement(self, pixels: Shards, labels: np.ndarray, group: str, name: str, images: str) -> None:
-        """The share of images whose class, by the first judge that knows the classes, is their label."""
-        knowing = next((network for network, judge in self.judges.items() if judge.has_logits), None)
-        if knowing is not None:
-            share = float(self.judges[knowing].agrees(pixels, labels).mean())
-            self.found.add_share(
-                group, name, share, self.references[knowing].protocol_of("test", images, len(labels), 0)
-            )
 
-    def inception_score(self, pixels: Shards, channels: int) -> None:
-        """Only of RGB images, and by a network of kind inception: of gray digits it would mean nothing."""
-        for network, judge in self.judges.items():
-            if channels == 3 and hasattr(judge.model, "class_logits"):
-                score = inception_score.score(judge.class_logits(pixels), NUM_SPLITS)
-                protocol = self.references[network].protocol_of(
-                    "test", "samples", len(pixels), 0, num_splits=NUM_SPLITS
-                )
-                self.found.add("generation", "inception_score", score.inception_score, protocol, score.standard_error)
+class Floor:
+    """Real images beside real images (contracts.RealImages)."""
 
-    def between(self, pixels: Shards, labels: np.ndarray, first: np.ndarray, second: np.ndarray, images: str) -> None:
-        """Fréchet distances of some rows from others of the training images, as `halves_...` in the group "floor"."""
-        for network, judge in self.judges.items():
-            one, other = (judge.summary(pixels, self.settings.max_neighbor_images, rows) for rows in (first, second))
-            influences = frechet.influence(one.features, one.moments, other.moments)
-            error = frechet.standard_error(influences, labels[first][one.kept], len(first))
-            distance = frechet.distance(one.moments, other.moments)
-            protocol = self.references[network].protocol_of("train", images, len(first), len(second))
-            self.found.add("floor", f"halves_{judge.frechet_name}", distance, protocol, error)
+    def __init__(self, panel: Panel, splits: dict[str, Images], at_most: int):
+        """at_most: images of a half."""
+        self._panel, self._train, self._test, self._at_most = panel, splits["train"], splits["test"], at_most
 
-    def _distance(self, network: str, pixels: Shards, labels: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
-        judge, reference, settings = self.judges[network], self.references[network], self.settings
-        other = reference.moments("test")
-        summary = judge.summary(pixels, settings.max_neighbor_images, rows)
-        features = summary.features
-        influences = frechet.influence(features, summary.moments, other)
-        error = frechet.standard_error(influences, labels[summary.kept], len(labels))
-        protocol = reference.protocol("test", "samples", len(labels))
-        self.found.add("generation", judge.frechet_name, frechet.distance(summary.moments, other), protocol, error)
-        others = reference.features("test")
-        smaller = min(len(features), len(others))
-        if settings.kernel_subset > smaller:
-            raise ValueError(
-                f"evaluate.kernel_subset {settings.kernel_subset} is larger than the {smaller} images at hand "
-                f"({len(features)} samples, {len(others)} test images): lower it, or raise sample_images.num_images"
-            )
-        generator = seeding.numpy_generator(self.seed, "kernel_subsets")
-        found = kernel.distance(features, others, generator, settings.kernel_subset, settings.num_kernel_subsets)
-        subsets = {"subset": settings.kernel_subset, "num_subsets": settings.num_kernel_subsets}
-        protocol = reference.protocol_of("test", "samples", len(features), len(others), **subsets)
-        self.found.add("generation", judge.kernel_name, found.mean, protocol, found.standard_error)
-        return features
-
-    def _neighborhoods(self, features: np.ndarray) -> None:
-        """Precision and recall, density and coverage of at most max_neighbor_images images on either side."""
-        reference = self.references[self.first]
-        others = reference.features("test")
-        others = others[spread(len(others), self.settings.max_neighbor_images)]
-        of_precision, of_density = (
-            reference.protocol_of("test", "samples", len(features), len(others), neighbors=number)
-            for number in (PRECISION_NEIGHBORS, DENSITY_NEIGHBORS)
+    def halves(self) -> Iterator[tuple[SeenBy, SeenBy]]:
+        panel, train = self._panel, self._train
+        first, second = (
+            panel.seen("training images of one half", train.labels[rows], panel.look(train.pixels, rows))
+            for rows in halves(train.labels, self._at_most, panel.seed)
         )
-        near = precision_recall.neighborhoods(others, features, PRECISION_NEIGHBORS, DENSITY_NEIGHBORS)
-        self.found.add_share("generation", "precision", near.precision, of_precision)
-        self.found.add_share("generation", "recall", near.recall, of_precision, of=len(others))
-        self.found.add("generation", "density", near.density, of_density, near.density_standard_error)
-        self.found.add_share("generation", "coverage", near.coverage, of_density, of=len(others))
+        return zip(first.values(), second.values(), strict=True)
+
+    def predicted(self) -> Predicted | None:
+        return self._panel.predicted(Drawn(self._test.pixels, self._test.labels), "test images")
+
+
+def halves(labels: np.ndarray, at_most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of two disjoint sets of equal size and equal numbers of each class, at most at_most images each.
+
+    Unequal class shares alone would set two halves apart.
+    """
+    generator = seeding.numpy_generator(seed, "halves")
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    number = min(at_most, sum(len(some) // 2 for some in members))
+    wanted = quotas(number, tuple(len(some) // 2 for some in members))
+    shuffled = [generator.permutation(some) for some in members]
+    first = [some[:count] for some, count in zip(shuffled, wanted, strict=True)]
+    second = [some[count : 2 * count] for some, count in zip(shuffled, wanted, strict=True)]
+    return np.sort(np.concatenate(first)), np.sort(np.concatenate(second))
+
+
+def training_images(train: Images, num_images: int, seed: int) -> Drawn:
+    """As many training images as there are samples, to stand in their place."""
+    rows = floor_rows(train.labels, train.spec.num_classes, num_images, seed)
+    return Drawn(train.pixels, train.labels[rows], rows, are_real=True)

@@ -14,10 +14,9 @@ from pydantic import Field
 
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
-from tessera.artifacts.shards import Shards
+from tessera.artifacts.shards import Shards, spread
 from tessera.components import Params, parse
 from tessera.evaluation.figures import Protocol, Setting
-from tessera.evaluation.judge import spread
 from tessera.metrics.frechet import Moments
 
 

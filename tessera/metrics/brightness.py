@@ -2,18 +2,60 @@
 
 A shift of one level of 255 (a decoder's float truncated where it was to be rounded, a reference saved as JPEG) moves
 Fréchet distances by less than their noise, and spoils comparisons all the same. A mean over all pixels sees it.
+
+Source: the mistakes are those of Parmar, Zhang and Zhu, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation",
+2022, arXiv:2104.11222, section 3; the mean is nobody's.
 """
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tessera.components import Params
+from tessera.contracts import ImageSpec, Record, SeenSamples, Shown
+
+FIGURES = (Shown("brightness_shift", form=None), Shown("reconstruction_brightness_shift", form=None))
+# That of SSIM: it stands in the protocol of every figure of pairs, and without it this one could not be compared with those
+# of earlier runs.
+WINDOW = 11
+
+
+class Config(Params):
+    kind: Literal["brightness"]
+
 
 class Shift(NamedTuple):
     value: float  # gray levels of 255; above 0: the first set is brighter
     standard_error: float  # over draws of the images; NaN for one image
+
+
+def of_samples(config: Config, samples: SeenSamples, found: Record) -> None:
+    """`brightness_shift`: how much brighter samples are than test images, all of them."""
+    ours, theirs = (
+        torch.cat([levels(batch) for batch in batches]) for batches in (samples.pixels(), samples.test_pixels())
+    )
+    difference = shift(ours, theirs)
+    found.add("brightness_shift", difference.value, samples.protocol(), difference.standard_error)
+
+
+class Pairs:
+    """`reconstruction_brightness_shift`: of reconstructions, each beside its original."""
+
+    def __init__(self, config: Config, spec: ImageSpec, device: torch.device):
+        self.decoded: list[Tensor] = []
+        self.originals: list[Tensor] = []
+
+    def update(self, originals: Tensor, decoded: Tensor) -> None:
+        self.decoded.append(levels(decoded))
+        self.originals.append(levels(originals))
+
+    def record(self, protocol: Any, found: Record) -> None:
+        difference = shift(torch.cat(self.decoded), torch.cat(self.originals), paired=True)
+        found.add(
+            "reconstruction_brightness_shift", difference.value, protocol(window=WINDOW), difference.standard_error
+        )
 
 
 def levels(images: Tensor | np.ndarray) -> Tensor:
@@ -23,6 +65,8 @@ def levels(images: Tensor | np.ndarray) -> Tensor:
 
 def shift(images: Tensor, others: Tensor, paired: bool = False) -> Shift:
     """Levels of two sets, (N,) and (M,). paired: image i of one is made of image i of the other, so N = M."""
+    if not (images.isfinite().all() and others.isfinite().all()):
+        raise ValueError("gray levels are not finite, expected 0 to 255: look for NaN in the images they are of")
     if paired:
         differences = images - others
         return Shift(differences.mean().item(), (differences.std() / len(differences) ** 0.5).item())

@@ -6,11 +6,25 @@ entropy, a lower bound on the bits per token that a code without context needs.
 Source: Shannon, "A Mathematical Theory of Communication", 1948, section 6 (entropy).
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tessera.components import Params
+from tessera.contracts import Record, Shown, TokenUse
+
+FIGURES = (
+    Shown("codebook_usage", better="higher"),
+    Shown("codebook_perplexity", "{:.1f}", better="higher"),
+    Shown("dead_codes", form=None, better="lower"),
+    Shown("codebook_bits", form=None, better="higher"),
+)
+
+
+class Config(Params):
+    kind: Literal["codebook"]
 
 
 class CodebookUse(NamedTuple):
@@ -18,6 +32,12 @@ class CodebookUse(NamedTuple):
     codebook_perplexity: float  # in [1, codebook_size], exp of the entropy of the frequencies
     dead_codes: int  # codes that never occur
     codebook_bits: float  # log2 of the perplexity, in [0, log2(codebook_size)]
+
+
+def of_tokens(config: Config, tokens: TokenUse, found: Record) -> None:
+    """`codebook_usage`, `codebook_perplexity`, `dead_codes` and `codebook_bits`."""
+    for name, value in use(tokens.counts)._asdict().items():
+        found.add(name, value, tokens.protocol())
 
 
 def count(indices: Tensor | np.ndarray, codebook_size: int) -> Tensor:

@@ -10,19 +10,40 @@ Generative Models", 2020, arXiv:2004.05675, section 3.
 Differs from it: a rate at one threshold in the place of a rank statistic, over all cells at once.
 """
 
-from typing import NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tessera.components import Params
+from tessera.contracts import Record, SeenSamples, Shown
+from tessera.nn.neighbors import nearest
+
 HELD_OUT_SHARE = 0.05
-CHUNK_ROWS = 1024  # of a distance matrix that are in memory at a time
+SUSPICIOUS_SHARE = 3 * HELD_OUT_SHARE
+FIGURES = (Shown("copy_rate", better="neither"),)
 
 
-class Nearest(NamedTuple):
-    distances: Tensor  # (M, k) ascending
-    rows: Tensor  # (M, k) of the training images
+class Config(Params):
+    kind: Literal["copy_rate"]
+
+
+def of_samples(config: Config, samples: SeenSamples, found: Record) -> None:
+    """`copy_rate` by the first network. Training images are copies of themselves: of them it says nothing."""
+    if samples.are_real:
+        return
+    seen = samples.first
+    trained, held_out = seen.real_features("train"), seen.real_features("test", is_limited=True)
+    rate = share_of_copies(samples.nearest_training.distances, nearest(held_out, trained).distances)
+    protocol = seen.protocol("train", num_images=len(seen.features), num_real=len(trained), held_out=HELD_OUT_SHARE)
+    found.add_share("copy_rate", rate, protocol)
+    if rate > SUSPICIOUS_SHARE:
+        found.alarm(
+            f"{rate:.0%} of the samples lie nearer to a training image than all but {HELD_OUT_SHARE:.0%} of the test images "
+            f"do: the prior has learned images by heart. Train it for fewer steps, on more views (encode_tokens.warps), or "
+            f"make it smaller"
+        )
 
 
 def copy_rate(samples: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> float:
@@ -35,10 +56,3 @@ def share_of_copies(distances: Tensor, held_out_distances: Tensor) -> float:
     """The same from distances that are known, (M, k) and (H, k), of which the first column counts."""
     threshold = torch.quantile(held_out_distances[:, 0], HELD_OUT_SHARE)
     return (distances[:, 0] < threshold).double().mean().item()
-
-
-def nearest(x: np.ndarray, train: np.ndarray, k: int = 1) -> Nearest:
-    """The k nearest rows of train (N, D) to each row of x (M, D)."""
-    points, others = torch.as_tensor(x).double(), torch.as_tensor(train).double()
-    found = [torch.cdist(piece, others).topk(k, dim=1, largest=False) for piece in points.split(CHUNK_ROWS)]
-    return Nearest(torch.cat([one.values for one in found]), torch.cat([one.indices for one in found]))

@@ -16,12 +16,65 @@ Differs from common implementations: no square root of the unsymmetric A B is ta
 singular values of F^T G for any factors A = F F^T, B = G G^T, which is real, at least 0, and faster.
 """
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from scipy.linalg import blas, lapack
 from torch import Tensor
+
+from tessera.components import Params
+from tessera.contracts import RealImages, Record, Seen, SeenReconstructions, SeenSamples, Shown
+
+_NAMES = ("fd_*", "fid")  # see figure_name
+_IN_TABLES = ("", "r", "p", "floor_")  # samples; reconstructions, from perturbed indices, of training images
+FIGURES = (
+    *(Shown(f"{of}{name}", better="lower", has_error=True, ranks=not of) for of in _IN_TABLES for name in _NAMES),
+    *(Shown(f"{of}{name}", form=None, better="lower") for of in ("gap_", "halves_") for name in _NAMES),
+)
+
+
+class Config(Params):
+    kind: Literal["frechet"]
+
+
+def figure_name(kind: str, network: str) -> str:
+    """What a distance is called that is taken with the network of this kind and name in the params: fid of inception alone."""
+    return "fid" if kind == "inception" else f"fd_{network.replace('-', '_')}"
+
+
+def of_samples(config: Config, samples: SeenSamples, found: Record) -> None:
+    """The distance from the test images by each network (`fd_classifier`), and how much larger it is than that of
+    reconstructions (`gap_fd_classifier`), where there is a tokenizer."""
+    for seen in samples.networks.values():
+        name, other = figure_name(seen.kind, seen.network), seen.real_moments()
+        own, error = distance(seen.moments, other), _error_of(seen, other)
+        found.add(name, own, seen.protocol(), error)
+        reconstructed = samples.beside(f"r{name}")
+        if reconstructed is None:
+            continue
+        errors = (error, math.nan if reconstructed.standard_error is None else reconstructed.standard_error)
+        protocol = seen.protocol(reconstructions=reconstructed.num_images)
+        found.add(f"gap_{name}", own - reconstructed.value, protocol, float(np.hypot(*errors)))
+
+
+def of_real_images(config: Config, real: RealImages, found: Record) -> None:
+    """`halves_fd_classifier`: the distance of one half of the training images from the other."""
+    for one, other in real.halves():
+        protocol = one.protocol("train", num_real=other.num_images)
+        name = f"halves_{figure_name(one.kind, one.network)}"
+        found.add(name, distance(one.moments, other.moments), protocol, _error_of(one, other.moments))
+
+
+def of_reconstructions(config: Config, decoded: SeenReconstructions, found: Record) -> None:
+    """The distance from the test images: `rfd_classifier`, `pfd_classifier`, `floor_fd_classifier`. Where they are the
+    originals of what is decoded, they were drawn together with it, so that both influences belong to one image."""
+    for seen in decoded.networks.values():
+        other, originals = seen.real_moments(), decoded.originals(seen.network)
+        name = f"{decoded.prefix}{figure_name(seen.kind, seen.network)}"
+        error = _error_of(seen, other, originals)
+        found.add(name, distance(seen.moments, other), seen.protocol(), error)
 
 
 class Moments(NamedTuple):
@@ -126,11 +179,15 @@ def distance(a: Moments, b: Moments) -> float:
             f"features of width {len(a.mean)} and {len(b.mean)} cannot be compared: "
             f"make both with the same feature network"
         )
+    _require_finite(a, b)
     spread = float(a.covariance.trace() + b.covariance.trace())
     cross = _cross_trace_by_eigenvalues(a, b, tolerance=1e-8 * spread)
     if cross is None:
         cross = _cross_trace_by_singular_values(a, b)
-    return max(0.0, float((a.mean - b.mean).square().sum()) + spread - 2 * cross)
+    found = float((a.mean - b.mean).square().sum()) + spread - 2 * cross
+    if not math.isfinite(found):  # max(0.0, nan) is 0.0, the best distance there is
+        raise ValueError(f"the Fréchet distance is {found}: features are too large for float64; scale them down")
+    return max(0.0, found)
 
 
 def influence(features: Tensor | np.ndarray, own: Moments, other: Moments) -> Tensor:
@@ -139,6 +196,7 @@ def influence(features: Tensor | np.ndarray, own: Moments, other: Moments) -> Te
     One image more of this kind changes the distance by its influence over the number of images, to first order. Over the whole
     set the mean is 0.
     """
+    _require_finite(own, other)
     root = _power(other.covariance, 0.5)
     between = _power(root @ own.covariance @ root, -0.5)
     bend = torch.eye(len(own.mean), dtype=torch.float64) - root @ between @ root  # I - T
@@ -159,6 +217,22 @@ def standard_error(influences: Tensor, labels: np.ndarray, num_images: int) -> f
         return float("nan")
     squares = sum((some - some.mean()).square().sum() for some in within)
     return float((squares / freedom / num_images).sqrt())
+
+
+def _error_of(seen: Seen, other: Moments, originals: np.ndarray | None = None) -> float:
+    """The standard error of the distance of images from `other`; originals: the features that `other` summarizes, if each
+    belongs to an image."""
+    influences = influence(seen.features, seen.moments, other)
+    if originals is not None:
+        influences = influences + influence(originals, other, seen.moments)
+    return standard_error(influences, seen.labels, seen.num_images)
+
+
+def _require_finite(*all_moments: Moments) -> None:
+    if not all(values.isfinite().all() for some in all_moments for values in (some.mean, some.covariance)):
+        raise ValueError(
+            "moments of features are not finite, expected finite ones: look for NaN in the images or the statistics they are of"
+        )
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:

@@ -10,11 +10,32 @@ Differs from it: the standard error of the mean over splits is given. Papers giv
 (num_splits - 1)^(1/2) times as large.
 """
 
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from tessera.components import Params
+from tessera.contracts import Record, SeenSamples, Shown
+
+FIGURES = (Shown("inception_score", "{:.2f}", better="higher"),)
+
+
+class Config(Params):
+    kind: Literal["inception_score"]
+    num_splits: Annotated[int, Field(ge=1)] = 10
+
+
+def of_samples(config: Config, samples: SeenSamples, found: Record) -> None:
+    """`inception_score`: of RGB images alone, by a network of kind inception; of gray digits it would mean nothing."""
+    if samples.are_real or samples.spec.channels != 3:
+        return
+    for seen, logits in samples.class_logits():
+        found_score = score(logits, config.num_splits)
+        protocol = seen.protocol(num_real=0, num_splits=config.num_splits)
+        found.add("inception_score", found_score.inception_score, protocol, found_score.standard_error)
 
 
 class InceptionScore(NamedTuple):

@@ -10,13 +10,48 @@ Differs from common implementations: subsets overlap, so each pair of images is 
 than each subset's own pairs, and sums over subsets are products with their rows of zeros and ones. All of it is float64.
 """
 
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from tessera import seeding
+from tessera.components import Params
+from tessera.contracts import Record, SeenSamples, Shown
+
+FIGURES = (Shown("kd_*", form=None, better="lower"), Shown("kid", form=None, better="lower"))
 BLOCK_ROWS = 192  # of a kernel matrix that are in memory at a time; more multiply more pairs twice
+
+
+class Config(Params):
+    kind: Literal["kernel"]
+    subset: Annotated[int, Field(ge=2)] = 1000  # images per subset; more than there are is an error
+    num_subsets: Annotated[int, Field(ge=2)] = 100
+
+
+def figure_name(kind: str, network: str) -> str:
+    """What a distance is called that is taken with the network of this kind and name in the params: kid of inception alone."""
+    return "kid" if kind == "inception" else f"kd_{network.replace('-', '_')}"
+
+
+def of_samples(config: Config, samples: SeenSamples, found: Record) -> None:
+    """The distance from the test images by each network (`kd_classifier`)."""
+    for seen in samples.networks.values():
+        features, others = seen.features, seen.real_features()
+        smaller = min(len(features), len(others))
+        if config.subset > smaller:
+            raise ValueError(
+                f"the kernel metric's subset {config.subset} is larger than the {smaller} images at hand ({len(features)} "
+                f"samples, {len(others)} test images): lower it in evaluate.metrics, or raise sample_images.num_images"
+            )
+        generator = seeding.numpy_generator(samples.seed, "kernel_subsets")
+        between = distance(features, others, generator, config.subset, config.num_subsets)
+        protocol = seen.protocol(
+            num_images=len(features), num_real=len(others), subset=config.subset, num_subsets=config.num_subsets
+        )
+        found.add(figure_name(seen.kind, seen.network), between.mean, protocol, between.standard_error)
 
 
 class KernelDistance(NamedTuple):
@@ -70,6 +105,10 @@ def _discrepancies(a: Tensor, b: Tensor, members_a: Tensor, members_b: Tensor) -
         raise ValueError(
             f"features of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared, "
             f"expected (N, D) and (M, D): make both with the same feature network"
+        )
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError(
+            "features hold values that are not finite, expected finite ones: look for NaN in the images they are of"
         )
     a, b = a.double(), b.double()
     n, m = members_a.sum(dim=1), members_b.sum(dim=1)

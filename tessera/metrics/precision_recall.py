@@ -16,16 +16,47 @@ All four depend on the number of images: compare only figures of equal set sizes
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from tessera.components import Params
+from tessera.contracts import Record, SeenSamples, Shown
+
+FIGURES = (
+    Shown("precision", better="higher"),
+    Shown("recall", better="higher"),
+    Shown("density", form=None, better="higher"),
+    Shown("coverage", better="higher"),
+)
 CHUNK_ROWS = 512  # of a distance matrix that are in memory at a time
 SPARE_NEIGHBORS = 3  # kept beyond the k-th, as the nearest by lower bounds need not be the nearest
 MAX_OPEN_SHARE = 0.01  # of a chunk's pairs: more are bounded in float64 before they are subtracted
 PAIR_NUMBERS = 2**20  # that are subtracted at a time
+
+
+class Config(Params):
+    kind: Literal["precision_recall"]
+    neighbors: Annotated[int, Field(ge=1)] = 3  # k of precision and recall
+    density_neighbors: Annotated[int, Field(ge=1)] = 5  # k of density and coverage
+
+
+def of_samples(config: Config, samples: SeenSamples, found: Record) -> None:
+    """`precision`, `recall`, `density` and `coverage` by the first network."""
+    seen = samples.first
+    features, others = seen.features, seen.real_features(is_limited=True)
+    of_precision, of_density = (
+        seen.protocol(num_images=len(features), num_real=len(others), neighbors=number)
+        for number in (config.neighbors, config.density_neighbors)
+    )
+    near = neighborhoods(others, features, config.neighbors, config.density_neighbors)
+    found.add_share("precision", near.precision, of_precision)
+    found.add_share("recall", near.recall, of_precision, of=len(others))
+    found.add("density", near.density, of_density, near.density_standard_error)
+    found.add_share("coverage", near.coverage, of_density, of=len(others))
 
 
 class Neighborhoods(NamedTuple):

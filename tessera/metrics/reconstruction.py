@@ -8,14 +8,40 @@ pixel, with the image mirrored at its edges. Where an image is smaller than 11 p
 odd side that fits (7x7 for an 8x8 image), so such figures compare only among equal image sizes.
 """
 
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tessera.components import Params
+from tessera.contracts import ImageSpec, Record, Shown
+
+FIGURES = (Shown("psnr_db", "{:.2f}", better="higher"), Shown("ssim", better="higher"))
 WINDOW = 11  # pixels
 SIGMA = 1.5  # pixels
 K1, K2 = 0.01, 0.03
 CHUNK_IMAGES = 256  # whose float64 maps are in memory at a time
+
+
+class Config(Params):
+    kind: Literal["reconstruction"]
+
+
+class Pairs:
+    """`psnr_db` and `ssim`: means over images."""
+
+    def __init__(self, config: Config, spec: ImageSpec, device: torch.device):
+        self.psnr: list[Tensor] = []
+        self.ssim: list[Tensor] = []
+
+    def update(self, originals: Tensor, decoded: Tensor) -> None:
+        self.psnr.append(psnr_db(decoded / 255, originals / 255))
+        self.ssim.append(ssim(decoded / 255, originals / 255))
+
+    def record(self, protocol: Any, found: Record) -> None:
+        found.add_mean("psnr_db", torch.cat(self.psnr), protocol(window=WINDOW))
+        found.add_mean("ssim", torch.cat(self.ssim), protocol(window=WINDOW))
 
 
 def psnr_db(images: Tensor, originals: Tensor, ceiling: float = 100.0) -> Tensor:

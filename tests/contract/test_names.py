@@ -20,34 +20,14 @@ FREE_NAMES = (
     "tokenizers",
     "systems",
     "edits",
+    "metrics",
     "protocols",
 )  # what stands directly below them is named by the user
-FOLDERS = ("datasets", "features", "tokenizers", "quantizers", "priors", "denoisers", "edits")
-FIGURES = [
-    "label_agreement",
-    "fd_classifier",
+FOLDERS = ("datasets", "features", "tokenizers", "quantizers", "priors", "denoisers", "edits", "metrics")
+FIGURES = [  # besides those of metrics, which tests/contract/test_metrics.py measures
     "fd_random",
-    "kd_classifier",
-    "inception_score",
-    "brightness_shift",
-    "gap_fd_classifier",
-    "halves_fd_classifier",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "copy_rate",
-    "rfd_classifier",
     "pfd_classifier",
     "floor_fd_classifier",
-    "lpips",
-    "reconstruction_brightness_shift",
-    "psnr_db",
-    "ssim",
-    "codebook_usage",
-    "codebook_perplexity",
-    "dead_codes",
-    "codebook_bits",
     "bits_per_token",
     "bits_per_image",
     "train_loss",
@@ -55,7 +35,6 @@ FIGURES = [
     "overfitting_step",
     "num_images",
     "num_reference_images",
-    "test_accuracy",
     "feature_dim",
     "images_per_second",
     "edit_psnr_db",
@@ -68,8 +47,6 @@ FIGURES = [
     "dead_code_age",
     "seconds",
     "test_loss",
-    "fid",
-    "kid",
 ]
 
 

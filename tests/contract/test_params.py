@@ -102,11 +102,57 @@ WRONG = [
 ]
 
 
+METRICS = GOOD["evaluate"]["metrics"]
+OLD = {
+    "kernel_subset": 300,
+    "num_kernel_subsets": 20,
+    "max_neighbor_images": 10000,
+    "perturbation_share": 0.1,
+    "perturbation_neighbors": 8,
+}  # the section before metrics had entries
+WRONG += [
+    ("evaluate.metrics.kernel.subst", 3, r"metrics\.kernel\.subst: unknown key; did you mean 'subset'\?"),
+    ("evaluate.metrics.kernel.subset", 1, r"metrics\.kernel\.subset: .*greater than or equal to 2, got 1"),
+    ("evaluate.metrics.kernel.kind", "kernal", r"there is no tessera/metrics/kernal\.py.*did you mean 'kernel'\?"),
+    ("evaluate.metrics", ..., r"evaluate\.metrics: this key is missing"),
+    ("evaluate.metrics", {**METRICS, "more": METRICS["kernel"]}, r"metrics kernel and more are both of kind kernel"),
+    ("evaluate.metrics", {"kernel": METRICS["kernel"]}, r"metrics has no entry of kind frechet"),
+    ("evaluate.metrics.lpips", {"kind": "lpips"}, r"metrics\.lpips\.weights: this key is missing"),
+    (
+        "evaluate.kernel_subset",
+        300,
+        r"evaluate: kernel_subset belong to entries of metrics now: kernel: \{kind: kernel",
+    ),
+    (
+        "evaluate",
+        {**OLD, "kernel_subset": 1},
+        r"evaluate\.metrics\.kernel\.subset: .*greater than or equal to 2, got 1",
+    ),
+    ("evaluate", {**OLD, "perturbation": 1}, r"evaluate\.perturbation: unknown key"),
+    ("evaluate", {key: OLD[key] for key in list(OLD)[1:]}, r"kernel_subset is missing beside num_kernel_subsets, or"),
+]
+
+
 @pytest.mark.parametrize(("path", "value", "message"), WRONG, ids=[f"{path}={value!r:.20}" for path, value, _ in WRONG])
 def test_a_mistake_is_told_in_a_sentence(tmp_path, path, value, message):
     with pytest.raises(InvalidParams, match=message) as error:
         read(written(tmp_path, changed(path, value)))
     assert len(str(error.value)) < 700
+
+
+def test_params_of_before_metrics_had_entries_mean_what_they_did(tmp_path):
+    """A user who updates keeps the file that everything was trained by."""
+    old = read(written(tmp_path, {**GOOD, "evaluate": OLD}))
+    new = read(ROOT / "params.yaml")
+    assert old == new
+    assert [config.kind for config in old.evaluate.metrics.values()] == [
+        config.kind for config in new.evaluate.metrics.values()
+    ]  # tables keep the order of their columns
+    file = {"lpips_weights": "vgg.safetensors", "lpips_sha256": "0" * 64}
+    lpips = read(written(tmp_path, {**GOOD, "evaluate": {**OLD, **file}})).evaluate.metrics["lpips"]
+    assert (lpips.kind, lpips.weights, lpips.sha256) == ("lpips", "vgg.safetensors", "0" * 64)
+    empty = {"lpips_weights": "", "lpips_sha256": ""}
+    assert read(written(tmp_path, {**GOOD, "evaluate": {**OLD, **empty}})) == new
 
 
 def test_all_mistakes_are_told_at_once(tmp_path):

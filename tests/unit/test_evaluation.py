@@ -1,5 +1,11 @@
 """Faults that are planted into samples and tokenizers, and what the figures say of each: on the digits, by the stages."""
 
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +32,7 @@ from tessera.artifacts.images import to_float, to_uint8
 from tessera.artifacts.samples import floor_rows
 from tessera.artifacts.shards import ShardWriter
 from tessera.components import parse
-from tessera.evaluation import comparison, figures
+from tessera.evaluation import comparison, figures, panel
 from tessera.evaluation import curves as training_curves
 from tessera.evaluation.reference import Reference
 from tessera.params import Pipeline
@@ -37,7 +43,8 @@ NUM_IMAGES = 600
 GOOD_STEPS, POOR_STEPS = 250, 50
 
 
-def pipeline(**evaluate_settings) -> Pipeline:
+def pipeline(**metrics) -> Pipeline:
+    """The default params, smaller, with these entries of evaluate.metrics changed."""
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     values["dataset"]["source"] = str(ROOT / "requirements.lock")
     values["features"]["classifier"]["training"] |= {"num_steps": 150}
@@ -50,7 +57,7 @@ def pipeline(**evaluate_settings) -> Pipeline:
     system = values["systems"]["vqvae-autoregressive"]
     values["systems"] = {name: {**system, "tokenizer": "good"} for name in ("one", "two")}
     values["sample_images"]["num_images"] = NUM_IMAGES
-    values["evaluate"] |= evaluate_settings
+    values["evaluate"]["metrics"] |= metrics
     return parse(Pipeline, values)
 
 
@@ -242,13 +249,14 @@ def test_fewer_samples_than_asked_for_are_an_error(place):
 
 
 def test_a_kernel_subset_larger_than_a_set_is_an_error_and_not_a_smaller_subset(place, monkeypatch):
-    monkeypatch.setattr(place, "params", pipeline(kernel_subset=400))
-    with pytest.raises(ValueError, match="kernel_subset 400 is larger than the 359 images"):
+    monkeypatch.setattr(place, "params", pipeline(kernel={"kind": "kernel", "subset": 400, "num_subsets": 20}))
+    with pytest.raises(ValueError, match="subset 400 is larger than the 359 images"):
         place.judge("subsets", *place.train(place.rows()))
 
 
 def test_lpips_of_images_that_its_network_cannot_halve_is_refused_in_a_sentence(place, monkeypatch):
-    monkeypatch.setattr(place, "params", pipeline(lpips_weights="vgg.safetensors", lpips_sha256="0" * 64))
+    lpips = {"kind": "lpips", "weights": "vgg.safetensors", "sha256": "0" * 64}
+    monkeypatch.setattr(place, "params", pipeline(lpips=lpips))
     with pytest.raises(ValueError, match="images of 8 pixels are too small for LPIPS.*at least 16"):
         place.make_tokenizer("poor")
 
@@ -286,7 +294,7 @@ def test_indices_that_are_a_little_wrong_cost_more_than_those_of_the_images(plac
 def test_halves_are_disjoint_and_alike_in_their_classes():
     labels = np.random.default_rng(0).integers(0, 5, 203)
     for at_most, expected in ((1000, sum(count // 2 for count in np.bincount(labels))), (40, 40)):
-        first, second = evaluate.halves(labels, at_most, seed=0)
+        first, second = panel.halves(labels, at_most, seed=0)
         assert len(first) == len(second) == len(set(first)) == expected
         assert not set(first) & set(second)
         assert np.array_equal(np.bincount(labels[first]), np.bincount(labels[second]))
@@ -358,6 +366,41 @@ def test_a_reference_curve_knows_whether_the_settings_were_the_same(place, tmp_p
     changed = training_curves.reference_of(place.params.model_copy(update={"tokenizers": others}), tmp_path)
     assert [stage for stage, one in changed.items() if not one.has_these_settings] == ["train_tokenizer@poor"]
     assert training_curves.reference_of(place.params, tmp_path / "nowhere") == {}
+
+
+def test_a_metric_is_one_file_and_an_entry_and_stands_in_the_figures_and_in_the_table(two_systems, tmp_path):
+    """The worked example of docs/adding_parts.md, in a copy of the package: nothing else of it is touched."""
+    place = two_systems
+    text = (ROOT / "docs" / "adding_parts.md").read_text(encoding="utf-8")
+    example = re.search(r"`tessera/metrics/nearest_distance\.py`:\n\n```python\n(.*?)```", text, re.DOTALL).group(1)
+    for folder in ("tessera", "stages"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tessera" / "metrics" / "nearest_distance.py").write_text(example, encoding="utf-8")
+    values = yaml.safe_load(json.dumps(place.params.model_dump(mode="json")))
+    values["evaluate"]["metrics"]["nearest-distance"] = {"kind": "nearest_distance"}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    shutil.copytree(place.folder / "metrics", tmp_path / "metrics")
+    places = [f"--{name}={path}" for name, path in place.judged_by().items()]
+
+    def run(stage: str, *arguments: str) -> str:
+        command = [sys.executable, "-m", "tessera.running", stage, *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TESSERA_TRACKING": "off"}
+        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        return ran.stdout
+
+    run("evaluate", "real", *places, "--metrics=metrics/systems/real.json")
+    for name in ("one", "two"):
+        beside = [f"--samples={place.folder}/samples/{name}", "--tokenizer-metrics=metrics/tokenizers/good.json"]
+        run("evaluate", name, *places, *beside, "--neighbors=n.png", f"--metrics=metrics/systems/{name}.json")
+        before, after = figures.read(place.metrics(name)), figures.read(tmp_path / f"metrics/systems/{name}.json")
+        own = after.groups["generation"].pop("nearest_distance")
+        assert own.standard_error > 0 and after.protocols[own.protocol].num_images == NUM_IMAGES
+        assert after == before  # no other figure moves
+    printed = run("compare_systems", "--metrics=metrics", "--pictures=pictures", "--out=comparison")
+    header = next(line for line in printed.splitlines() if line.startswith("| system "))
+    assert [cell.strip() for cell in header.split("|")][-2] == "nearest_distance"
+    assert " ± " in next(line for line in printed.splitlines() if line.startswith("| one ")).split("|")[-2]
 
 
 def test_the_table_names_floors_noise_and_bottlenecks_and_refuses_other_protocols(two_systems):

@@ -96,6 +96,38 @@ def test_means_and_shares_carry_their_standard_errors():
     assert 0 < found.groups["g"]["all"].standard_error < 0.03  # all of 50 is not certainty
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_figure_that_is_not_finite_is_refused_by_its_name(wrong):
+    with pytest.raises(ValueError, match="generation/fd_classifier is (nan|inf), expected a finite number"):
+        measured(wrong)
+
+
+def test_two_metrics_that_give_a_figure_of_one_name_are_refused():
+    group = Recorder().group("generation")
+    group.add("precision", 0.5, protocol())
+    group.add_share("recall", 0.5, protocol())
+    for again in (group.add_share, group.add_mean):
+        with pytest.raises(ValueError, match="generation/precision was measured already"):
+            again("precision", 0.5, protocol())
+
+
+def test_systems_are_ranked_from_the_best_whichever_way_a_figure_is_good():
+    systems = {"a": [measured(0.20)], "b": [measured(0.21)], "c": [measured(0.30)]}
+    assert comparison.ranking(systems, "fd_classifier", "higher") == "c 0.3 > b 0.21 ~ a 0.2"
+
+
+def test_a_column_is_what_a_metric_shows_of_what_was_measured_in_the_order_of_the_metrics():
+    found = Recorder()
+    for name in ("precision", "fd_random", "fd_classifier", "density", "mine"):
+        found.add("generation", name, 0.5, protocol())
+    found.add("reconstruction", "rfd_random", 0.5, protocol())
+    systems = {"a": [found.measured()], "b": [measured(0.3)]}
+    shown = comparison.columns(systems, ["precision_recall", "frechet"], ["generation"])
+    assert list(shown) == ["precision", "fd_classifier", "fd_random"]
+    assert shown["fd_random"].ranks and not shown["precision"].ranks
+    assert list(comparison.columns(systems, ["frechet"], ["reconstruction"])) == ["rfd_random"]
+
+
 # Refusals
 
 

@@ -104,6 +104,35 @@ def test_features_that_are_not_finite_or_of_another_width_are_refused():
         frechet.distance(frechet.moments(normal(9, 3, seed=0)), frechet.moments(normal(9, 2, seed=0)))
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("field", ["mean", "covariance"])
+def test_moments_that_are_not_finite_have_no_distance_and_not_the_best_one(field, wrong):
+    good = frechet.moments(normal(9, 3, seed=0))
+    bad = good._replace(**{field: torch.full_like(getattr(good, field), wrong)})
+    for a, b in ((good, bad), (bad, good)):
+        with pytest.raises(ValueError, match="not finite"):
+            frechet.distance(a, b)
+        with pytest.raises(ValueError, match="not finite"):
+            frechet.influence(normal(9, 3, seed=0), a, b)
+    huge = good._replace(covariance=good.covariance * 1e308, mean=good.mean * 1e200)
+    with pytest.raises(ValueError, match="too large"):
+        frechet.distance(huge, good)
+
+
+def test_a_figure_of_features_or_levels_that_are_not_finite_is_refused():
+    fine, wrong = normal(60, 3, seed=0), normal(60, 3, seed=1)
+    wrong[5, 1] = math.nan
+    for a, b in ((fine, wrong), (wrong, fine)):
+        with pytest.raises(ValueError, match="not finite"):
+            kernel.squared_discrepancy(a, b)
+        with pytest.raises(ValueError, match="not finite"):
+            copy_rate.copy_rate(a, b, fine)
+        with pytest.raises(ValueError, match="not finite"):
+            brightness.shift(a[:, 1], b[:, 1])
+    with pytest.raises(ValueError, match="not finite"):
+        copy_rate.copy_rate(fine, fine, wrong)
+
+
 def test_distance_of_diagonal_gaussians_is_the_closed_form():
     generator = np.random.default_rng(0)
     mean_a, mean_b = generator.normal(size=(2, 300))
