@@ -16,6 +16,8 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 SYSTEMS = ("gan", "vqgan-autoregressive", "vqgan-flow")  # a tokenizer and none; one pass, left to right, step by step
+ENHANCING = {"denoise", "super-resolution"}
+EVERY_EDIT = {"inpaint", "restyle", "variations", "interpolate"} | ENHANCING
 AT_THE_END = ["compare_systems", "write_report"]  # of everything that changes a figure
 
 

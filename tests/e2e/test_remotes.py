@@ -6,7 +6,6 @@ clone, a copy of the finished one, and run in order; whoever breaks something me
 
 import hashlib
 import json
-import re
 import shutil
 import socket
 import subprocess

@@ -8,7 +8,7 @@ import shutil
 
 import pandas as pd
 import pytest
-from clones import AT_THE_END, SYSTEMS, cell, ran
+from clones import AT_THE_END, ENHANCING, EVERY_EDIT, SYSTEMS, cell, ran
 from PIL import Image
 
 pytestmark = pytest.mark.e2e(seconds=170)
@@ -51,10 +51,9 @@ def test_every_edit_is_tried_or_refused_and_known_pixels_stay(finished):
     for path in sorted((finished.folder / "data/metrics/edits").glob("*.json")):
         metrics, kind = json.loads(path.read_text()), finished.params()["systems"][path.stem]["prior"]["kind"]
         refused = set(metrics["drawn"]["refused"])
-        enhancing = {"denoise", "super-resolution"}
-        everything = {"inpaint", "restyle", "variations"} | enhancing
-        assert refused == {"gan": everything, "autoregressive": enhancing}.get(kind, set()), path.stem
-        assert set(metrics) >= (everything | {"interpolate"}) - refused
+        of_kind = {"gan": EVERY_EDIT - {"interpolate"}, "autoregressive": ENHANCING}
+        assert refused == of_kind.get(kind, set()), path.stem
+        assert set(metrics) >= EVERY_EDIT - refused
         if "inpaint" not in refused:
             assert metrics["inpaint"]["changed_known_pixels"]["value"] == 0
             assert metrics["inpaint"]["diversity"]["value"] > 0
