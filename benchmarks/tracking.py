@@ -4,7 +4,7 @@
     python -m benchmarks.tracking --shots shots --sqlite
     python -m benchmarks.tracking --shots shots --uri http://127.0.0.1:5000    # a server that runs, and keeps the runs
 
-Journals are written by tessera.tracking.journal and tessera.running.publish, and sent by tessera.tracking.mirror when all are
+Journals are written by tessera.tracking.journal and tessera.running.publish, and sent by tessera.tracking.uploader when all are
 there, as after an outage; MLflow's server is started as `make stack` does. Then a headless Chromium, which has opened
 MLflow once, opens the pages that a person would, and waits until their charts are drawn. The first column is the median
 of the rounds. Needs chromium on PATH, and for a server of its own Debian's postgresql.
@@ -36,7 +36,7 @@ from tessera.components import parse
 from tessera.evaluation.figures import Recorder, without_network
 from tessera.params import Pipeline
 from tessera.running import process, publish
-from tessera.tracking import journal, mirror
+from tessera.tracking import journal, uploader
 
 ROOT = Path(__file__).parents[1]
 DATASET = "scale"
@@ -200,11 +200,11 @@ class Sender:
     @contextlib.contextmanager
     def sending(self, what: str, runs: int) -> Iterator[None]:
         yield
-        mirrors = mirror._mirrors(self.root, {})
+        mirrors = uploader.all_mirrors(self.root, {})
         values = sum(one.unsent() for one in mirrors)
         began, own, server = time.monotonic(), time.process_time(), self._server_cpu()
         with contextlib.redirect_stdout(sys.stderr):
-            if mirror.replay(self.root, timeout=3600):
+            if uploader.replay(self.root, timeout=3600):
                 raise ValueError("MLflow did not take everything: see above")
         spent = time.monotonic() - began, time.process_time() - own, self._server_cpu() - server
         self.phases.append(Phase(what, runs, values, *spent))
@@ -233,7 +233,7 @@ def send(root: Path, server: int | None, number: int, points: int, registered: i
     priors = [make_artifact(root / "priors" / str(index), random.bytes(WEIGHTS_BYTES)) for index in range(number)]
     planned = list(zip(cells(number), priors, strict=True))
     sender = Sender(root, server)
-    client = mirror._connect(root)
+    client = uploader.connect(root)
     client.search_experiments()  # what the first request of a process costs is no part of it
     with sender.sending("trainings", number):
         for cell, prior in planned:
@@ -255,7 +255,7 @@ def send(root: Path, server: int | None, number: int, points: int, registered: i
 
 def asked_by_code(root: Path) -> tuple[str, dict[str, list[str]]]:
     """Seconds of requests of the client, and the ids of the runs by kind."""
-    client = mirror._connect(root)
+    client = uploader.connect(root)
     experiment = client.get_experiment_by_name(f"tessera-{DATASET}").experiment_id
     ids, rows = {"experiment": [experiment]}, []
     for kind in ("system", "stage"):

@@ -21,6 +21,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 
 from tessera.tracking import journal
+from tessera.tracking.processes import folder_of
 
 INTERVAL_SECONDS = 3.0
 LINK_SECONDS = 15.0  # the uploader to MLflow takes some to start, and looks every two
@@ -198,7 +199,7 @@ def page(path: Path) -> str:
 
 def mlflow_run(checkout: Path, stage: str, since: float) -> str | None:
     """Where MLflow's page has the newest run of a stage that was written to after `since`, seconds of the epoch."""
-    for path in sorted(journal.folder_of(checkout).glob(f"*/{journal.JOURNAL}"), key=_changed, reverse=True):
+    for path in sorted(folder_of(checkout).glob(f"*/{journal.JOURNAL}"), key=_changed, reverse=True):
         if _changed(path) < since:
             return None
         opening = next((event for _, event in journal.events_of(path) if event["event"] == "open"), {})
@@ -212,7 +213,7 @@ def mlflow_run(checkout: Path, stage: str, since: float) -> str | None:
 
 def _is_in_trouble(checkout: Path, since: float) -> bool:
     """Whether MLflow took nothing when the uploader tried last: then the links of an ending flow are given up."""
-    log = journal.folder_of(checkout) / "uploader.log"
+    log = folder_of(checkout) / "uploader.log"
     if _changed(log) < since:  # what it says is about an earlier time, or there is none
         return False
     return " did not take run " in log.read_text(encoding="utf-8").rpartition("\n")[0].rpartition("\n")[2]

@@ -16,7 +16,7 @@ from typing import Any
 from uuid import UUID
 
 # First: it sets what Prefect reads when it is imported
-from flows.reproduce import Places, is_engine, leave_later, reproduce, stop_all, tell
+from flows.reproduce import reproduce
 
 # isort: split
 
@@ -36,6 +36,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import experiments
 from flows.board import FIGURES, Board
+from flows.ending import is_engine, leave_later, stop_all
+from flows.places import Places
+from flows.plan import tell
 
 Cells = dict[str, list[Any]] | list[dict[str, Any]]
 CELL = "reproduce/reproduce"  # the deployment of a cell, where workers share them

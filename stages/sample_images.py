@@ -11,15 +11,15 @@ from tessera.artifacts.samples import quotas
 from tessera.artifacts.shards import ShardWriter
 from tessera.contracts import Job
 from tessera.params import Pipeline
-from tessera.system import ImageGenerator
+from tessera.system import System
 
 
 def run(
     params: Pipeline, name: str, tokenizer: Path, prior: Path, out: Path, picture: Path, job: Job
 ) -> dict[str, float]:
-    source = ImageGenerator(tokenizer, prior)
+    system = System.read(tokenizer, prior, name)
     settings, sampling = params.sample_images, params.sampling(name)
-    labels = np.repeat(np.arange(source.spec.num_classes), quotas(settings.num_images, source.spec.class_counts))
+    labels = np.repeat(np.arange(system.spec.num_classes), quotas(settings.num_images, system.spec.class_counts))
     seeding.numpy_generator(params.seed, "sample_labels").shuffle(labels)
     starts = range(0, len(labels), settings.batch_size)
     images = []
@@ -27,7 +27,7 @@ def run(
         with ShardWriter(place, "images") as writer, ShardWriter(place, "labels") as label_writer:
             for start in job.track(starts, len(starts)):
                 wanted = labels[start : start + settings.batch_size]
-                pixels = source.draw(wanted, sampling, seeding.generator(params.seed, "sample_images", start))
+                pixels = system.draw(wanted, sampling, seeding.generator(params.seed, "sample_images", start))
                 writer.append(pixels)
                 label_writer.append(wanted)
                 if sum(map(len, images)) < 2000:  # enough for the picture, whatever num_images is
@@ -41,7 +41,7 @@ def run(
                 "sampling": sampling.model_dump(mode="json"),
                 "weights": "ema",
                 "prior_fingerprint": artifact.fingerprint(prior),
-                "tokenizer_fingerprint": source.tokenizer_fingerprint,
+                "tokenizer_fingerprint": system.spec.tokenizer_fingerprint,
             },
         )
     pictures.save_grid(picture, pictures.by_class(shown, labels[: len(shown)]), 10)

@@ -22,7 +22,8 @@ def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, met
     torch.manual_seed(params.seed)
     model = module.Model(config, spec)
     job.say(f"{config.kind} features of {len(splits['train']):,} images on {loop.threads()}")
-    job.resumable(*checkpoints.identity(config, spec), artifact.fingerprint(images), params.seed)
+    inputs = {"features": config, "images": artifact.fingerprint(images), "seed": params.seed}
+    job.resumable(inputs, parts=(config,))
     if hasattr(module, "Objective"):
         objective = module.Objective(model, config)
         model = loop.fit(objective, splits["train"], config.training, seed=params.seed, job=job)
@@ -31,7 +32,7 @@ def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, met
     elif hasattr(module, "prepare"):
         module.prepare(model, config)
     with artifact.create(out) as place:
-        checkpoints.save(place, "features", config, spec, model)
+        checkpoints.save(place, "features", config, spec, model, job.code_of(config))
     job.keep_history(history)
     found, test = figures.Recorder(), splits["test"]
     protocol = figures.without_network(spec.name, "test images", len(test))

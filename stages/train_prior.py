@@ -11,7 +11,7 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.tokens import Tokens
 from tessera.components import load
-from tessera.contracts import Job
+from tessera.contracts import Job, KnowsLikelihood
 from tessera.evaluation.figures import Protocol, Recorder, without_network
 from tessera.params import Pipeline
 from tessera.training import loop
@@ -42,8 +42,8 @@ def run(
     follower = None
     if params.follow_training.every:
         follower = Follower(params, name, spec, splits, images, tokenizer, job)
-    inputs = follower.inputs() if follower else ()
-    job.resumable(*checkpoints.identity(config, spec), artifact.fingerprint(tokens), params.seed, *inputs)
+    inputs = {"prior": config, "tokens": artifact.fingerprint(tokens), "seed": params.seed}
+    job.resumable(inputs | (follower.inputs() if follower else {}), parts=(config, params.follow_training.features))
     objective = module.Objective(model, config)
     model = loop.fit(objective, splits["train"], config.training, seed=params.seed, job=job, follower=follower)
     if model is None:  # only the first process writes
@@ -51,7 +51,7 @@ def run(
     if follower:
         follower.keep(model)
     with artifact.create(out) as place:
-        checkpoints.save(place, "priors", config, spec, model)
+        checkpoints.save(place, "priors", config, spec, model, job.code_of(config))
         if follower:
             follower.write(place)
     job.keep_history(history)
@@ -84,7 +84,7 @@ def held_out_figures(params: Pipeline, name: str, model: nn.Module, splits: dict
         of_train = mean_loss(objective, splits["train"], trained_on, params.seed)
         found.add("prior", "test_loss", of_test, protocol("test", len(test)))
         found.add("prior", "train_loss", of_train, protocol("training", number))
-    if hasattr(model, "bits"):
+    if isinstance(model, KnowsLikelihood):
         bits = bits_of_each(model, test, rows, params.seed)
         found.add_mean("prior", "bits_per_image", bits, protocol("test", len(test)))
         found.add_mean("prior", "bits_per_token", bits / math.prod(model.spec.index_grid), protocol("test", len(test)))

@@ -20,16 +20,16 @@ def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job
     torch.manual_seed(params.seed)
     model = module.Model(config, spec)
     job.say(_first_line(model, spec, len(splits["train"])))
-    settings, described, code = checkpoints.identity(config, spec)
-    settings.pop("health", None)  # it changes no weight: what one bound has stopped goes on under another
-    job.resumable(settings, described, code, artifact.fingerprint(images), params.seed)
+    settings = config.model_dump(mode="json", exclude={"health"})  # which changes no weight: a stopped one may go on
+    inputs = {"tokenizer": settings, "images": artifact.fingerprint(images), "seed": params.seed}
+    job.resumable(inputs, parts=(config,))
     if hasattr(module, "Objective"):
         objective = module.Objective(model, config)
         model = loop.fit(objective, splits["train"], config.training, seed=params.seed, job=job)
         if model is None:  # only the first process writes
             return
     with artifact.create(out) as place:
-        checkpoints.save(place, "tokenizers", config, spec, model)
+        checkpoints.save(place, "tokenizers", config, spec, model, job.code_of(config))
     job.keep_history(history)
     job.say(f"wrote {out}")
 

@@ -14,7 +14,7 @@ from tessera.evaluation.comparison import REAL
 from tessera.evaluation.figures import Measured
 from tessera.params import Pipeline
 
-TEMPLATE = Path("tessera/reporting/report.html")
+TEMPLATE = Path("tessera/evaluation/report.html")
 FIRST = (
     "label_agreement",
     "fid",

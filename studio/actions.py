@@ -14,13 +14,14 @@ import numpy as np
 from PIL import Image
 
 from studio import edit
+from studio.frame import Frame
 from tessera import params as all_params
 from tessera import seeding
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import to_uint8
 from tessera.components import load
-from tessera.editing.trial import System
+from tessera.system import System
 
 KEPT = Path(".state/studio")
 MAX_IMAGES = 32  # of one request
@@ -133,7 +134,7 @@ class Studio:
         """The picture as the models see it, damaged as `enhance` takes it to be; the damaged one's name."""
         asked = edit.request(self.params, self.names[0], "enhance", settings, seed=_seed(seed))
         picture = self.picture(source)
-        images = edit.Frame(self.params.dataset, picture.size).tensor(picture)
+        images = Frame(self.params.dataset, picture.size).tensor(picture)
         generator = seeding.generator(asked.seed, "studio_damage")
         return self._keep(
             _picture(to_uint8(load("edits", "enhance").measure(images, asked.config, generator))[0].numpy())

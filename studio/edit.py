@@ -1,10 +1,10 @@
 """Edits image files with a trained system of this checkout: what the shell and the studio's page call.
 
-    python -m tessera.running edit_images --system vqgan-masked --inpaint --mask mask.png in.png out.png
-    python -m tessera.running edit_images --system vae-flow --enhance --set damage=downsample --set factor=2 in.png out.png
-    python -m tessera.running edit_images --system vqgan-flow --restyle --set target=3 --set strength=0.7 in.png out.png
-    python -m tessera.running edit_images --system vqgan-flow --interpolate --other b.png --share 0.5 a.png out.png
-    python -m tessera.running edit_images --system vqgan-flow --sample --label 3 --count 8 --seed 1 out.png
+    python -m studio.edit --system vqgan-masked --inpaint --mask mask.png in.png out.png
+    python -m studio.edit --system vae-flow --enhance --set damage=downsample --set factor=2 in.png out.png
+    python -m studio.edit --system vqgan-flow --restyle --set target=3 --set strength=0.7 in.png out.png
+    python -m studio.edit --system vqgan-flow --interpolate --other b.png --share 0.5 a.png out.png
+    python -m studio.edit --system vqgan-flow --sample --label 3 --count 8 --seed 1 out.png
 
 The image gets the data set's own preprocessing; the result has the size of the input (of a downsampled one: `factor` times
 that). Where a mask is white, pixels are drawn anew, and all others come back as they were. `--sample` edits nothing: it draws
@@ -23,20 +23,19 @@ import torch
 import yaml
 from PIL import Image
 
+from studio.frame import PREPROCESSING, Frame, size_text
 from tessera import params as all_params
 from tessera import seeding
 from tessera.artifacts import pictures
-from tessera.artifacts.images import to_float, to_uint8
+from tessera.artifacts.images import to_uint8
 from tessera.components import kinds, load, parse
-from tessera.editing.trial import System
 from tessera.params import Pipeline
 from tessera.sources.decoding import decode, pillow_warnings
 from tessera.sources.records import Unreadable
-from tessera.system import ImageGenerator
+from tessera.system import System
 
 MAX_BYTES, MAX_PIXELS = 64 * 2**20, 32 * 2**20  # of a file, of its image
 ROW = 10  # images side by side
-PREPROCESSING = {"resize": "crop", "filter": "lanczos", "background": "white"}  # where a data set says nothing else
 
 
 class Request(NamedTuple):
@@ -52,7 +51,7 @@ class Request(NamedTuple):
 
     def command(self, mask: str = "", other: str = "", source: str = "in.png", target: str = "out.png") -> str:
         """The line for the shell that does it again."""
-        parts = ["python -m tessera.running edit_images", f"--system {self.system}", f"--{self.kind}"]
+        parts = ["python -m studio.edit", f"--system {self.system}", f"--{self.kind}"]
         parts += [f"--mask {shlex.quote(mask)}"] if mask else []
         parts += [f"--other {shlex.quote(other)} --share {self.share}"] if other else []
         parts += [f"--label {self.label}"] if self.label is not None else []
@@ -74,7 +73,7 @@ class Draw(NamedTuple):
 
     def command(self, target: str = "out.png") -> str:
         """The line for the shell that does it again."""
-        parts = [f"python -m tessera.running edit_images --system {self.system} --sample"]
+        parts = [f"python -m studio.edit --system {self.system} --sample"]
         parts += [f"--label {self.label}"] if self.label is not None else []
         parts += [f"--count {self.count}", *_options("--sampling", self.sampling.model_dump(mode="json"))]
         return " ".join([*parts, f"--seed {self.seed}", shlex.quote(target)])
@@ -129,7 +128,7 @@ def _sampling(params: Pipeline, system: str, changed: dict[str, Any] | None) -> 
 def open_system(params: Pipeline, name: str, root: Path = Path()) -> System:
     """A system of a checkout, from the artifacts where dvc.yaml puts them. Raises ValueError if they are not there."""
     tokenizer = root / "data/tokenizers" / params.systems[name].tokenizer
-    return System.of(ImageGenerator(tokenizer, root / "data/priors" / name), name)
+    return System.read(tokenizer, root / "data/priors" / name, name)
 
 
 def read_picture(data: bytes, what: str) -> Image.Image:
@@ -153,7 +152,7 @@ def draw(system: System, asked: Draw) -> tuple[torch.Tensor, np.ndarray]:
     every = torch.arange(asked.count) % num_classes
     labels = every if asked.label is None else torch.full((asked.count,), asked.label)
     tokens = system.prior.sample(labels.to(system.device), asked.sampling, seeding.generator(asked.seed, "edit_file"))
-    return tokens.cpu(), to_uint8(system.images_of(tokens)).cpu().numpy()
+    return tokens.cpu(), to_uint8(system.decode(tokens)).cpu().numpy()
 
 
 def edit(
@@ -170,7 +169,9 @@ def edit(
     if asked.kind == "interpolate" and other is None:
         raise ValueError("interpolate needs another image to go to")
     if mask is not None and mask.size != picture.size:
-        raise ValueError(f"the mask is {_text(mask.size)}, the image {_text(picture.size)}: expected the same size")
+        raise ValueError(
+            f"the mask is {size_text(mask.size)}, the image {size_text(picture.size)}: expected the same size"
+        )
     frame = Frame(params.dataset, picture.size)
     images = frame.tensor(picture).to(system.device)
     label = system.spec.num_classes if asked.label is None else asked.label
@@ -201,75 +202,9 @@ def edit(
     return frame.put_back(picture, module.edit(images, labels, *given))
 
 
-class Frame:
-    """Which part of a picture the models see, by the data set's way of resizing, and the way there and back."""
-
-    def __init__(self, dataset: Any, size: tuple[int, int], factor: int = 1):
-        """factor: how much smaller than the models' images the picture is to be."""
-        self.height, self.width = dataset.height // factor, dataset.width // factor
-        self.mode = "L" if dataset.channels == 1 else "RGB"
-        how = getattr(dataset, "resize", PREPROCESSING["resize"])
-        self.filter = Image.Resampling[getattr(dataset, "filter", PREPROCESSING["filter"]).upper()]
-        self.background = getattr(dataset, "background", PREPROCESSING["background"])
-        width, height = size
-        pick = {"crop": min, "pad": max}.get(how)
-        if pick is None:
-            self.box = (0.0, 0.0, float(width), float(height))
-        else:  # as large as fits into the picture, or as small as holds it, around its center
-            scale = pick(width / self.width, height / self.height)
-            left, top = (width - self.width * scale) / 2, (height - self.height * scale) / 2
-            self.box = (left, top, left + self.width * scale, top + self.height * scale)
-
-    def tensor(self, picture: Image.Image) -> torch.Tensor:
-        """(1, C, H, W) in [-1, 1]"""
-        pixels = np.asarray(self._seen(picture.convert(self.mode), self.filter, self.background))
-        pixels = pixels[None] if self.mode == "L" else pixels.transpose(2, 0, 1)
-        return to_float(torch.from_numpy(np.array(pixels, order="C"))[None])
-
-    def mask(self, mask: Image.Image) -> torch.Tensor:
-        """(1, H, W): a pixel of the models is covered if any pixel of the picture below it is."""
-        seen = self._seen(_holes(mask), Image.Resampling.BOX, "black")
-        return torch.from_numpy(np.asarray(seen) > 0)[None]
-
-    def put_back(self, picture: Image.Image, edited: torch.Tensor, mask: Image.Image | None = None) -> Image.Image:
-        """The picture with the (1, C, H, W) result in its place; with a mask, only where that is white."""
-        pixels = to_uint8(edited)[0].cpu().numpy()
-        result = Image.fromarray(pixels[0] if self.mode == "L" else pixels.transpose(1, 2, 0))
-        left, top, right, bottom = (round(side) for side in self.box)
-        result = result.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
-        whole = picture.convert(self.mode)
-        changed = whole.copy()
-        changed.paste(result, (left, top))
-        return changed if mask is None else Image.composite(changed, whole, _holes(mask))
-
-    def _seen(self, picture: Image.Image, filter: Image.Resampling, background: str) -> Image.Image:
-        width, height = picture.size
-        left, top, right, bottom = self.box
-        if left < 0 or top < 0:  # padded
-            canvas = Image.new(picture.mode, (round(right - left), round(bottom - top)), background)
-            canvas.paste(picture, (round(-left), round(-top)))
-            return canvas.resize((self.width, self.height), filter)
-        return picture.resize((self.width, self.height), filter, (left, top, min(right, width), min(bottom, height)))
-
-
-def _holes(mask: Image.Image) -> Image.Image:
-    """Mode L, 255 where the mask is lighter than half gray, else 0."""
-    return mask.convert("L").point(lambda value: 255 if value > 127 else 0)
-
-
-def _text(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]} pixels"
-
-
-def is_asked_for(arguments: list[str]) -> bool:
-    return any(argument.partition("=")[0] == "--system" for argument in arguments)
-
-
-def main(arguments: list[str]) -> int:
+def _parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m tessera.running edit_images", description=__doc__, formatter_class=plain
-    )
+    parser = argparse.ArgumentParser(prog="python -m studio.edit", description=__doc__, formatter_class=plain)
     parser.add_argument("--system", required=True, help="a system of params.yaml that is trained")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument(
@@ -293,7 +228,11 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("input", type=Path, nargs="?", help="an image; none with --sample")
     parser.add_argument("output", type=Path)
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    given = _parser().parse_args(arguments)
     try:
         if (given.input is None) != (given.kind == "sample"):
             raise ValueError("an edit needs an input and an output, --sample an output alone")
@@ -322,3 +261,7 @@ def _pairs(texts: list[str]) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"{wrong[0]} is no setting: expected KEY=VALUE")
     return {text.partition("=")[0]: yaml.safe_load(text.partition("=")[2]) for text in texts}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

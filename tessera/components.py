@@ -4,7 +4,6 @@ There is no table of parts, because under DVC a table would be a dependency of e
 retrain everything. A part's file holds its `Config`, a subclass of `Params`, and the class that the Config describes.
 """
 
-import ast
 import difflib
 import importlib
 import json
@@ -119,28 +118,3 @@ def _known_keys(model: Any, value: Any, location: tuple[int | str, ...]) -> list
         folder = next((mark.name for mark in marks if isinstance(mark, _Folder)), None)
         model = load(folder, value["kind"]).Config if folder else model
     return sorted(getattr(model, "model_fields", {}))
-
-
-def source_files(config: Params) -> list[Path]:
-    """The source files that define a part: its module, those of the parts in its Config, and what they import of tessera.
-
-    Read from the import statements, so that it does not depend on what else the process has loaded.
-    """
-    waiting = {type(part).__module__ for part in _parts(config)}
-    found: dict[str, Path] = {}
-    while waiting:
-        name = waiting.pop()
-        path = PACKAGE.parent.joinpath(*name.split(".")).with_suffix(".py")
-        if name in found or not path.is_file():
-            continue
-        found[name] = path
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE.name:
-                waiting |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return [path for _, path in sorted(found.items())]
-
-
-def _parts(config: Params) -> list[Params]:
-    """A Config and those in it, at any depth: a part may be built of parts, which are built of parts."""
-    inner = [value for value in vars(config).values() if isinstance(value, Params) and hasattr(value, "kind")]
-    return [config, *(part for value in inner for part in _parts(value))]

@@ -1,5 +1,8 @@
 """What passes between the parts: the specs, the tuples, and the protocols of tokenizer, quantizer, prior, objective.
 
+What only some parts can do is an ability: a Protocol that code asks for by isinstance, and that a part claims by having its
+members. tests/contract/test_abilities.py tries each ability that a part claims.
+
 Shape letters everywhere: B batch, C H W image, D latent channels, h w token grid, L = h * w, K codebook size, V views.
 Images in models are float32 in [-1, 1]; on disk they are uint8 in [0, 255].
 """
@@ -7,7 +10,7 @@ Images in models are float32 in [-1, 1]; on disk they are uint8 in [0, 255].
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -93,23 +96,107 @@ class Tokenizer(Protocol):
 
 
 class Prior(Protocol):
-    """Stage two: a distribution over tokens, given a label."""
+    """Stage two: a distribution over tokens, given a label. The label num_classes is the null label, which says nothing."""
+
+    config: Any  # the Config that it was built from; is_conditional is False where every label is as the null label
 
     def sample(self, labels: Tensor, sampling: Any, generator: torch.Generator) -> Tensor: ...  # as TokenBatch.tokens
 
-    # A prior of indices that can be given a part of an image also has the method
-    #     complete(self, indices: Tensor, is_known: Tensor, labels: Tensor, sampling, generator) -> Tensor
-    # which keeps the (B, *index_grid) indices where is_known and draws the others
-    #
-    # A prior of latents that removes noise also has the methods
-    #     levels(self, sampling) -> list[float]
-    #     denoise(self, x: Tensor, sigma: float, labels: Tensor, sampling) -> Tensor
-    # falling noise levels, the last 0, and the expected data of x = data + sigma * noise
-    #
-    # A prior that knows the probability of tokens also has the method
-    #     bits(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor
-    # (B, *index_grid) indices and (B,) labels -> (B,) bits: -log2 of what the model, without dropout, gives them, or an
-    # estimate without bias of an upper bound of that, which draws only from the CPU generator
+
+# Abilities of priors. Indices are (B, *index_grid) int64, `is_known` are booleans of that shape, labels are (B,) up to and
+# including the null label; `sampling` is the Sampling of the prior's file; only the CPU generator is drawn from.
+
+
+@runtime_checkable
+class Completes(Protocol):
+    """A prior of indices that can be given a part of an image: inpainting, restyling, variations."""
+
+    def complete(
+        self, indices: Tensor, is_known: Tensor, labels: Tensor, sampling: Any, generator: torch.Generator
+    ) -> Tensor: ...  # keeps the indices where is_known and draws the others
+
+
+@runtime_checkable
+class KnowsEvidence(Protocol):
+    """A prior of indices that knows how probable known ones are under a label, whatever the others may be.
+
+    Inpainting infers labels by it, and weighs what `complete` drew without reading all that is known.
+    """
+
+    reads_all_known: bool  # whether `complete` draws each index given all that is known
+
+    def evidence(self, indices: Tensor, is_known: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor: ...
+
+    # (B,) nats: the log-probability of the known ones, or an estimate of it. If reads_all_known is False, each is taken
+    # given all indices before it, known or not: the weight that makes a draw of `complete` one given everything known
+
+
+@runtime_checkable
+class KnowsLikelihood(Protocol):
+    """A prior of indices that knows the probability of an image. Restyling keeps the candidate that fits its label best."""
+
+    def bits(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor: ...
+
+    # (B,) bits: -log2 of what the model, without dropout, gives the indices, or an estimate without bias of an upper
+    # bound of that
+
+
+@runtime_checkable
+class PredictsMasked(Protocol):
+    """A prior of indices that predicts those that are masked given the others, in any pattern: enhancement, restyling."""
+
+    mask_index: int  # stands for an index that is not known; no index of the codebook
+
+    def __call__(self, indices: Tensor, labels: Tensor) -> Tensor: ...  # (B, L), L = h * w -> (B, L, K) logits
+
+
+@runtime_checkable
+class PredictsNext(Protocol):
+    """A prior of indices that knows how probable each is given all before it in raster order: restyling."""
+
+    def log_probs(self, indices: Tensor, labels: Tensor) -> Tensor: ...  # (B, *index_grid) nats
+
+
+@runtime_checkable
+class Denoises(Protocol):
+    """A prior of latents that removes noise: inpainting, enhancement, restyling, variations, interpolation."""
+
+    def levels(self, sampling: Any) -> list[float]: ...  # falling noise levels, nearly pure noise first, the last 0
+    def denoise(self, x: Tensor, sigma: float, labels: Tensor, sampling: Any) -> Tensor: ...
+
+    # the expected data of x = data + sigma * noise, standardized (B, D, h, w); its derivative by x is asked for
+
+
+# Abilities of quantizers
+
+
+@runtime_checkable
+class Squashes(Protocol):
+    """A quantizer that squashes latents before they become codes: the gradient of the codes is that of `bound`."""
+
+    def bound(self, z: Tensor) -> Tensor: ...  # (B, D, h, w), the squashed latents
+
+
+@runtime_checkable
+class LeavesScaledResidual(Protocol):
+    """The Config of a quantizer whose codes are fixed, and cannot learn to shrink from level to level of `residual`."""
+
+    residual_scale: float  # what a code leaves over, as a share of the latents' range: below 1
+
+
+@runtime_checkable
+class HasLevels(Protocol):
+    """The Config of a quantizer that names a code by an index of each level, and so has as many equal codebooks."""
+
+    num_levels: int
+    quantizer: Any  # the Config of each level
+
+
+@runtime_checkable
+class StartsLate(Protocol):
+    """The Config of a quantizer whose codes may be placed among the latents of a later step: before, they mean nothing."""
+
+    codes_start_step: int | None  # that step; None: they start with the training
 
 
 Learns = Literal["indices", "latents"]
@@ -149,7 +236,8 @@ class Job(Protocol):
     def track(self, items: Iterable[Any], total: int, what: str = "") -> Iterator[Any]: ...  # the items, counted aloud
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def attach(self, path: Path, name: str | None = None) -> None: ...
-    def resumable(self, *inputs: Any) -> Path: ...  # moves `state` to the folder of exactly these inputs
+    def resumable(self, inputs: dict[str, Any], parts: tuple[Params, ...]) -> Path: ...  # moves `state` to their folder
+    def code_of(self, config: Params) -> str: ...  # the fingerprint of a part's code
     def history(self, num_steps: int, quiet: bool) -> Any: ...  # what appends to state/history.csv
     def keep_history(self, path: Path) -> None: ...
     def stopping_between_steps(self) -> AbstractContextManager[None]: ...  # inside, a signal waits for the next step

@@ -135,9 +135,11 @@ class Pipeline(Params):
         return []
 
     def _tokenizer_mistakes(self) -> list[str]:
+        from tessera.contracts import HasLevels  # torch, which flows do without until a part is read
+
         found = []
         for name, tokenizer in self.tokenizers.items():
-            levels = getattr(getattr(tokenizer, "quantizer", None), "num_levels", 1)
+            levels = tokenizer.quantizer.num_levels if isinstance(tokenizer.quantizer, HasLevels) else 1
             codes, neighbors = (tokenizer.codebook_size or 0) // levels, self.evaluate.perturbation_neighbors
             if tokenizer.codebook_size and neighbors >= codes:
                 found.append(

@@ -42,7 +42,8 @@ from flows.stack.servers import (
     make_pools,
     worker_is_online,
 )
-from tessera.tracking.journal import is_alive, redact
+from tessera.tracking.journal import redact
+from tessera.tracking.processes import is_alive
 
 
 def up(settings: Settings) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.stack.members import MARK, MEMBERS, POOLS, Settings, Trouble, command, environment, folder_of
-from tessera.tracking.journal import is_alive, process_start, replace_json
+from tessera.tracking.journal import replace_json
+from tessera.tracking.processes import is_alive, process_start
 
 GRACE_SECONDS = 20.0  # a training saves its state within it
 KILL_SECONDS = 5.0

@@ -1,7 +1,7 @@
 """Trained parts between stages: weights.safetensors and config.json, rebuilt by name, never unpickled.
 
-config.json also names the sha256 of each source file that defines the model. A stage that only receives the folder
-cannot list those files among its DVC dependencies; through the artifact an edit of them still reaches it.
+config.json also has a fingerprint of the code that defines the model (tessera/code). A stage that only receives the folder
+does not know whose code it is; through the artifact a change of that code still reaches it.
 """
 
 from pathlib import Path
@@ -14,30 +14,29 @@ from torch import nn
 
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
-from tessera.components import PACKAGE, Params, load, parse, source_files
+from tessera.components import Params, load, parse
 from tessera.contracts import ImageSpec, TokenSpec
 
 SPECS: dict[str, type[Params]] = {"tokenizers": ImageSpec, "features": ImageSpec, "priors": TokenSpec}
 
 
-def save(folder: Path, part: str, config: Params, spec: Params, model: nn.Module) -> None:
-    """Write a part ("tokenizers", "priors", "features") into an artifact folder that `artifact.create` yields."""
+def save(folder: Path, part: str, config: Params, spec: Params, model: nn.Module, code: str) -> None:
+    """Write a part ("tokenizers", "priors", "features") into an artifact folder that `artifact.create` yields.
+
+    code: the fingerprint of the part's code, as a stage's job tells it.
+    """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         raise ValueError(f"refusing to save {folder}: not finite: {', '.join(bad)}")
     safetensors.torch.save_file(state, folder / "weights.safetensors")
-    settings, described, code = identity(config, spec)
-    artifact.write_json(
-        folder / "config.json",
-        {"part": part, "config": settings, "spec": described, "code": code},
-    )
-
-
-def identity(config: Params, spec: Params) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
-    """What a model is besides its weights: its settings, what it is for, and the sha256 of each source file of it."""
-    code = {path.relative_to(PACKAGE.parent).as_posix(): artifact.sha256(path) for path in source_files(config)}
-    return config.model_dump(mode="json"), spec.model_dump(mode="json"), code
+    described = {
+        "part": part,
+        "config": config.model_dump(mode="json"),
+        "spec": spec.model_dump(mode="json"),
+        "code": code,
+    }
+    artifact.write_json(folder / "config.json", described)
 
 
 def read(folder: Path, part: str) -> tuple[Any, Any, dict[str, torch.Tensor]]:

@@ -12,7 +12,7 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
 from tessera.artifacts.shards import Shards
 from tessera.components import parse
-from tessera.contracts import Learns, TokenBatch, TokenSpec
+from tessera.contracts import Learns, TokenBatch, Tokenizer, TokenSpec
 
 
 def index_dtype(codebook_size: int) -> type[np.integer]:
@@ -105,6 +105,13 @@ def standardize(latents: torch.Tensor, spec: TokenSpec) -> torch.Tensor:
 def unstandardize(latents: torch.Tensor, spec: TokenSpec) -> torch.Tensor:
     """The inverse of `standardize`: what the tokenizer decodes."""
     return latents * _channels(spec.latent_std, latents) + _channels(spec.latent_mean, latents)
+
+
+def decode(tokens: torch.Tensor, tokenizer: Tokenizer, spec: TokenSpec, learns: Learns) -> torch.Tensor:
+    """Tokens as a prior learns them, (B, *index_grid) indices or (B, D, h, w) standardized latents -> (B, C, H, W) images."""
+    if learns == "indices":
+        return tokenizer.decode_indices(tokens)
+    return tokenizer.decode(unstandardize(tokens, spec))
 
 
 def _channels(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from tessera.artifacts import weights_file
 from tessera.bases.diagnostics import Health
 from tessera.bases.optimization import Training
 from tessera.components import Params, QuantizerConfig, load
-from tessera.contracts import Encoded, ImageSpec, Quantized
+from tessera.contracts import Encoded, HasLevels, ImageSpec, Quantized
 from tessera.nn.autoencoder import Decoder, Encoder
 from tessera.nn.image_losses import Lpips, laplacian_loss, pixel_loss
 
@@ -70,7 +70,7 @@ class AutoencoderConfig(Params):
                 f"perturbation_share replaces codes by near ones, but quantizer {self.quantizer.kind} has no codebook; "
                 f"choose a quantizer with one (vector), or perturbation_share: 0"
             )
-        levels = getattr(self.quantizer, "num_levels", 1)  # a residual quantizer looks for neighbors within a level
+        levels = self.quantizer.num_levels if isinstance(self.quantizer, HasLevels) else 1  # neighbors are of one level
         codes = self.codebook_size // levels
         if self.perturbation_neighbors >= codes:
             raise ValueError(

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tessera.components import Params
-from tessera.contracts import Ailment, Checkup, Count
+from tessera.contracts import Ailment, Checkup, Count, HasLevels, StartsLate
 
 WON = 0.99  # accuracy from which on hardly a patch is left for the discriminator to learn from
 SILENT_GAP = 0.02  # between the mean logits of images and reconstructions: a hinge loss within 0.01 of 1
@@ -52,11 +52,11 @@ class Watch(nn.Module):
     def __init__(self, settings: Health, quantizer: Params, has_discriminator: bool = False):
         super().__init__()
         self.settings = settings
-        self.quantizer = getattr(quantizer, "quantizer", quantizer)  # a residual quantizer's levels
+        self.quantizer = quantizer.quantizer if isinstance(quantizer, HasLevels) else quantizer
         size = quantizer.codebook_size
         self.watches_codes = size is not None and size <= MOST_CODES
         if self.watches_codes:
-            self.levels = getattr(quantizer, "num_levels", 1)
+            self.levels = quantizer.num_levels if isinstance(quantizer, HasLevels) else 1
             self.register_buffer("last_used", torch.full((size,), -1, dtype=torch.int32))  # (K,) step; -1: never
         if has_discriminator:
             self.register_buffer("dead_steps", torch.zeros(2, dtype=torch.long))  # in a row: won, silent
@@ -98,8 +98,9 @@ class Watch(nn.Module):
         used, oldest = torch.stack([num_used, self.last_used.min()]).tolist()
         signs |= {"codebook_usage": used / size, "dead_code_age": float(step - oldest)}
         start = settings.start_step
-        if getattr(self.quantizer, "init", "") == "data":  # before the codes start, index 0 stands for all
-            start = max(start, self.quantizer.init_step + settings.window)
+        late = self.quantizer.codes_start_step if isinstance(self.quantizer, StartsLate) else None
+        if late is not None:  # before the codes start, index 0 stands for all
+            start = max(start, late + settings.window)
         is_collapsed = used / size < settings.min_codebook_usage or used <= self.levels  # one code tells nothing
         if step + 1 < start or not settings.min_codebook_usage or not is_collapsed:
             return []

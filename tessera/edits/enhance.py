@@ -1,9 +1,9 @@
 """Enhancement: images that a damaged one could have come from: less noise, less blur, more pixels.
 
-The damage is an operator with given settings, and what is left is a measurement, y = A(image) + noise. A prior of latents is
-followed from noise to data, and at each level the measurement has its say in what data are expected. A masked prior draws
-each token of the damaged image again given all others, several times, and the measurement chooses. Both, with their
-sources, are in posterior.py.
+The damage is an operator with given settings, and what is left is a measurement, y = A(image) + noise. A prior of latents
+goes from noise to data, and at each level the expected data are conditioned on the measurement. A masked prior draws each
+token of the damaged image again given all others, several times, weighted by the likelihood of the measurement. Both, with
+their sources, are in editing/posterior.py.
 """
 
 import math
@@ -17,8 +17,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.editing.posterior import expected_data, resampled
-from tessera.editing.trial import System, Trial, follow, noise
+from tessera.contracts import Denoises, PredictsMasked
+from tessera.editing.ancestral import denoise_along
+from tessera.editing.posterior import Measurement, expected_data, resampled
+from tessera.editing.trial import Trial
+from tessera.nn.samplers import noise
+from tessera.system import System
 
 LEAST_STD = 0.02  # of a measurement's noise: with less, the steps towards it would be blind to the prior
 Positive = Annotated[float, Field(gt=0)]
@@ -93,22 +97,21 @@ def edit(
     size: tuple[int, int],
 ) -> Tensor:
     """measured: what `measure` gives -> (B, C, *size) images."""
-    resamples = hasattr(system.prior, "mask_index")
-    system.require("enhance", system.denoises or resamples, "a diffusion, flow or masked prior")
+    system.require("enhance", Denoises, PredictsMasked, means="a diffusion, flow or masked prior")
     observe = partial(damaged, config=config)
     if config.told_label == "none" or not system.prior.config.is_conditional:
         labels = system.null_labels(len(measured))
         sampling = sampling.model_copy(update={"guidance_scale": 1.0})  # there is nothing to guide towards
-    if system.denoises:
-        return _followed(observe, measured, labels, system, config, sampling, generator).clamp(-1, 1)
-    std = ((config.noise_std**2 + config.pixel_std**2) / config.trust) ** 0.5
+    if isinstance(system.prior, Denoises):
+        return _denoised(observe, measured, labels, system, config, sampling, generator).clamp(-1, 1)
+    measurement = Measurement(observe, measured, ((config.noise_std**2 + config.pixel_std**2) / config.trust) ** 0.5)
     with torch.no_grad():
-        first = system.tokens_of(first_guess(measured, size))
-        drawn = resampled(first, labels, system, observe, measured, std, config.sweeps, config.candidates, generator)
-        return system.images_of(drawn).clamp(-1, 1)
+        first = system.encode(first_guess(measured, size))
+        drawn = resampled(first, labels, system, measurement, config.sweeps, config.candidates, generator)
+        return system.decode(drawn).clamp(-1, 1)
 
 
-def _followed(
+def _denoised(
     observe: Callable[[Tensor], Tensor],
     measured: Tensor,
     labels: Tensor,
@@ -117,21 +120,23 @@ def _followed(
     sampling: Any,
     generator: torch.Generator,
 ) -> Tensor:
-    std = max(config.noise_std, LEAST_STD)
+    """Images of latents drawn by ancestral steps towards the expected data, conditioned on the measurement at each level."""
+
+    def observe_latents(data: Tensor) -> Tensor:
+        return observe(system.decode(data))
+
+    measurement = Measurement(observe_latents, measured, max(config.noise_std, LEAST_STD))
 
     def predict(x: Tensor, sigma: float) -> Tensor:
         def denoise(x: Tensor) -> Tensor:
             return system.prior.denoise(x, sigma, labels, sampling)
 
-        def seen(data: Tensor) -> Tensor:
-            return observe(system.images_of(data))
-
-        return expected_data(x, sigma, denoise, seen, measured, std, config.correction_steps)
+        return expected_data(x, sigma, denoise, measurement, config.correction_steps)
 
     levels = system.prior.levels(sampling)
     like = torch.empty(len(measured), *system.spec.latent_shape, device=measured.device)
     x = levels[0] * noise(like, generator)
-    return system.images_of(follow(system, x, levels, labels, sampling, generator, predict))
+    return system.decode(denoise_along(predict, x, levels, generator))
 
 
 def trial(
@@ -142,5 +147,5 @@ def trial(
     edited = edit(measured, labels, system, config, sampling, generator, size)
     guess = first_guess(measured, size)
     with torch.no_grad():
-        decoded = system.images_of(system.tokens_of(guess)).clamp(-1, 1)
+        decoded = system.decode(system.encode(guess)).clamp(-1, 1)
     return Trial(guess, edited, {"bicubic": guess, "encode_decode": decoded}, labels)

@@ -5,15 +5,16 @@ autoregressive one with the known ones forced, by diffusion and flow with the kn
 Of several drawn candidates the one is kept that fits best; then the known pixels are put back, exactly, and the seam is
 closed inside the hole.
 
-Unless a label is given, each candidate has one of its own, drawn in proportion to how well it explains what is known
-(label_evidence.py): priors are trained to know labels, and without one, seldom, they know less.
+Unless a label is given, each candidate has one of its own, drawn from the posterior over labels given what is known
+(editing/label_evidence.py): priors are trained to know labels, and without one, seldom, they know less. A prior that can do
+no more than complete is told no label, and its candidates compete by the known pixels alone.
 
 Sources: Chang et al. (MaskGIT), 2022, arXiv:2202.04200, section 4.3 (completion of tokens); Lugmayr et al. (RePaint), 2022,
 arXiv:2201.09865, section 4.2; sampling and importance resampling: Rubin, 1988; the membrane that closes the seam: Perez
 et al., "Poisson Image Editing", 2003, section 2, the guidance field being the gradient of what was drawn.
-Differs from them: which tokens are drawn is measured from the decoder (System.reach); a candidate is drawn in proportion to
-how well it explains what is known and was not used: pixels near the seam, and for a left-to-right prior the known
-tokens behind the hole. The tokenizer sees the hole filled with the median of what is known: a mean, which may be a color
+Differs from them: which tokens are drawn is measured from the decoder (System.reach); candidates are resampled by the
+likelihood of what is known and was not read: pixels near the seam, and for a left-to-right prior the known tokens behind
+the hole. The tokenizer sees the hole filled with the median of what is known: a mean, which may be a color
 that no image has, spoils its statistics of the whole image.
 """
 
@@ -25,10 +26,14 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.editing.label_evidence import label_chances, log_shares
-from tessera.editing.trial import System, Trial, follow, noise
+from tessera.contracts import Completes, Denoises, KnowsEvidence
+from tessera.editing.ancestral import denoise_along, predictor
+from tessera.editing.label_evidence import label_log_frequencies, label_log_probs
+from tessera.editing.trial import Trial
 from tessera.nn.gumbel import gumbel_noise
 from tessera.nn.membrane import close_seam
+from tessera.nn.samplers import noise
+from tessera.system import System
 
 SEAM_SHARE = 1 / 8  # of the image's longer side: how far into the hole its border's correction reaches
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -56,34 +61,31 @@ def edit(
     mask: Tensor,
 ) -> Tensor:
     """mask: (B, H, W) booleans, True where a pixel is covered; what `images` has there is not looked at."""
-    system.require("inpaint", system.completes or system.denoises, "a masked, autoregressive, diffusion or flow prior")
+    system.require("inpaint", Completes, Denoises, means="a masked, autoregressive, diffusion or flow prior")
     if not mask.any():
         return images
     is_open = system.touched(mask, config.least_reach)
     images = torch.where(mask.unsqueeze(1), known_median(images, mask), images)
     with torch.no_grad():
-        tokens = system.tokens_of(images)
-    chances = _chances(tokens, ~is_open, labels, system, config, sampling, generator)
-    wanted = F.pad(log_shares(system), (0, 1)).to(images.device)  # to the null label no other is compared
+        tokens = system.encode(images)
+    log_probs = _label_log_probs(tokens, ~is_open, labels, system, config, sampling, generator)
     best, best_score = images, torch.full((len(images),), -torch.inf, device=images.device)
     for _ in range(config.candidates):
-        told = (chances + gumbel_noise(chances.shape, generator).to(chances.device)).argmax(dim=1)
-        if system.completes:
-            drawn, score = _completed(tokens, is_open, told, system, sampling, generator)
-            if not system.prior.reads_all_known:  # what is wanted of the label over what it was drawn with
-                score = score + wanted[told] - chances.gather(1, told.unsqueeze(1)).squeeze(1)
+        told = (log_probs + gumbel_noise(log_probs.shape, generator).to(log_probs.device)).argmax(dim=1)
+        if isinstance(system.prior, Completes):
+            drawn, log_weight = _completed(tokens, is_open, told, log_probs, system, sampling, generator)
         else:
-            drawn, score = _repainted(tokens, is_open, told, system, config.repeats, sampling, generator), 0.0
+            drawn, log_weight = _repainted(tokens, is_open, told, system, config.repeats, sampling, generator), 0.0
         error = ((drawn - images).square() * ~mask.unsqueeze(1)).sum(dim=(1, 2, 3))
-        score = score - error / (2 * config.pixel_std**2)
-        chance = score + gumbel_noise(error.shape, generator).to(error.device)
-        is_better = chance > best_score  # the largest of score + Gumbel noise is a draw in proportion to exp(score)
+        log_weight = log_weight - error / (2 * config.pixel_std**2)
+        score = log_weight + gumbel_noise(error.shape, generator).to(error.device)
+        is_better = score > best_score  # the largest of log_weight + Gumbel noise is a draw by the weights
         best = torch.where(is_better.view(-1, 1, 1, 1), drawn, best)
-        best_score = torch.where(is_better, chance, best_score)
+        best_score = torch.where(is_better, score, best_score)
     return close_seam(images, best, mask, SEAM_SHARE * max(images.shape[2:]))
 
 
-def _chances(
+def _label_log_probs(
     tokens: Tensor,
     is_known: Tensor,
     labels: Tensor,
@@ -92,14 +94,15 @@ def _chances(
     sampling: Any,
     generator: torch.Generator,
 ) -> Tensor:
-    """(B, num_classes + 1) log-probabilities of the labels that the prior may be told; the last one says nothing."""
+    """(B, num_classes + 1) log-probabilities by which the condition of a candidate is drawn; the last is the null label."""
     size = system.spec.num_classes + 1
-    chances = torch.full((len(tokens), size), -torch.inf, device=tokens.device)
-    if config.told_label == "inferred" and system.prior.config.is_conditional:
-        chances[:, :-1] = label_chances(system, tokens, is_known, sampling, generator)
-        return chances
+    log_probs = torch.full((len(tokens), size), -torch.inf, device=tokens.device)
+    can_infer = system.prior.config.is_conditional and isinstance(system.prior, KnowsEvidence | Denoises)
+    if config.told_label == "inferred" and can_infer:
+        log_probs[:, :-1] = label_log_probs(system, tokens, is_known, sampling, generator)
+        return log_probs
     told = labels if config.told_label == "own" else system.null_labels(len(tokens))
-    return chances.scatter(1, told.unsqueeze(1), 0.0)
+    return log_probs.scatter(1, told.unsqueeze(1), 0.0)
 
 
 def known_median(images: Tensor, mask: Tensor) -> Tensor:
@@ -122,14 +125,28 @@ def known_mean(images: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _completed(
-    tokens: Tensor, is_open: Tensor, labels: Tensor, system: System, sampling: Any, generator: torch.Generator
+    tokens: Tensor,
+    is_open: Tensor,
+    labels: Tensor,
+    log_probs: Tensor,
+    system: System,
+    sampling: Any,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor | float]:
-    """Decoded images whose open tokens were drawn, and the log-probability of known tokens that drawing did not look at."""
-    is_known = ~system.spread(is_open)
-    drawn = system.prior.complete(tokens, is_known, labels, sampling, generator)
-    prior = system.prior
-    score = 0.0 if prior.reads_all_known else prior.evidence(drawn, is_known, labels, generator)
-    return system.images_of(drawn).clamp(-1, 1), score
+    """Images whose open tokens were drawn, and their log importance weights: target over proposal.
+
+    A prior that reads all that is known draws from the target itself. Of another, the target has the probability of the known
+    tokens that the draw did not read, and the frequency of its label, which was drawn by `log_probs` instead. What a prior
+    cannot tell counts as equal for all candidates.
+    """
+    is_known, prior = ~system.on_index_grid(is_open), system.prior
+    drawn = prior.complete(tokens, is_known, labels, sampling, generator)
+    log_weight = 0.0
+    if isinstance(prior, KnowsEvidence) and not prior.reads_all_known:
+        frequencies = F.pad(label_log_frequencies(system), (0, 1)).to(labels.device)  # the null label has no rival
+        log_weight = prior.evidence(drawn, is_known, labels, generator)
+        log_weight = log_weight + frequencies[labels] - log_probs.gather(1, labels.unsqueeze(1)).squeeze(1)
+    return system.decode(drawn).clamp(-1, 1), log_weight
 
 
 @torch.no_grad()
@@ -142,6 +159,7 @@ def _repainted(
     sampling: Any,
     generator: torch.Generator,
 ) -> Tensor:
+    """Images of latents drawn by ancestral steps, the known ones put back, with noise, at each level (RePaint, algorithm 1)."""
     is_known = ~is_open.unsqueeze(1)
 
     def keep(x: Tensor, sigma: float) -> Tensor:
@@ -149,8 +167,8 @@ def _repainted(
 
     levels = system.prior.levels(sampling)
     x = levels[0] * noise(known, generator)
-    drawn = follow(system, x, levels, labels, sampling, generator, keep=keep, repeats=repeats)
-    return system.images_of(drawn).clamp(-1, 1)
+    drawn = denoise_along(predictor(system, labels, sampling), x, levels, generator, keep, repeats)
+    return system.decode(drawn).clamp(-1, 1)
 
 
 def trial(
@@ -161,7 +179,7 @@ def trial(
     mean = mean_filled(images, mask)
     hole = mask.unsqueeze(1)
     with torch.no_grad():
-        decoded = system.images_of(system.tokens_of(mean)).clamp(-1, 1)
+        decoded = system.decode(system.encode(mean)).clamp(-1, 1)
     baselines = {
         "mean_fill": mean,
         "smooth_fill": close_seam(images, known_mean(images, mask).expand_as(images), mask),

@@ -13,7 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.editing.trial import System, Trial, follow, levels_from, noise
+from tessera.contracts import Denoises
+from tessera.editing.ancestral import denoise_along, levels_from, predictor
+from tessera.editing.trial import Trial
+from tessera.nn.samplers import noise
+from tessera.system import System
 
 
 class Config(Params):
@@ -34,14 +38,14 @@ def edit(
     """From `images` at share 0 to `others` at share 1; both ends are the images themselves."""
     if share in (0, 1):
         return others if share else images
-    line = torch.lerp(system.latents_of(images), system.latents_of(others), share)
-    if not system.denoises or config.strength == 0:
-        return system.tokenizer.decode(line).clamp(-1, 1)
-    tokens = system.standardized(line)
+    line = torch.lerp(system.encode_latents(images), system.encode_latents(others), share)
+    if not isinstance(system.prior, Denoises) or config.strength == 0:
+        return system.decode_latents(line).clamp(-1, 1)
+    tokens = system.standardize(line)
     levels = levels_from(system.prior.levels(sampling), config.strength, system.grid)
     x = tokens + levels[0] * noise(tokens[:1], generator)
-    drawn = follow(system, x, levels, system.null_labels(len(images)), sampling, generator)
-    return system.images_of(drawn).clamp(-1, 1)
+    predict = predictor(system, system.null_labels(len(images)), sampling)
+    return system.decode(denoise_along(predict, x, levels, generator)).clamp(-1, 1)
 
 
 def trial(

@@ -9,8 +9,8 @@ Sources: Meng et al. (SDEdit), 2021, arXiv:2108.01073, section 3.1; the statisti
 2017, arXiv:1703.06868, equation 8; drawing unlikely tokens again: Chang et al. (MaskGIT), 2022, arXiv:2202.04200, section
 4.3, where places are chosen by hand.
 Differs from them: a strength is a time, t = 1 - strength, with level (1 - t) / t on a grid of 8x8, and of as many indices
-are kept as the share of data in the variance there (editing.py); of several draws of indices the one is kept that shows
-the label best, by the prior itself.
+are kept as the share of data in the variance there (editing/ancestral.py); of several draws of indices the one is kept
+that shows the label best, by the prior itself.
 """
 
 from typing import Annotated, Any, Literal
@@ -20,7 +20,10 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.editing.trial import System, Trial, drawn_around, number_drawn
+from tessera.contracts import Completes, Denoises, KnowsLikelihood, PredictsMasked, PredictsNext
+from tessera.editing.ancestral import drawn_around, num_redrawn
+from tessera.editing.trial import Trial
+from tessera.system import System
 
 MASKINGS = 4  # times that a masked prior judges the tokens
 SEEN_SHARE = 0.1  # of the tokens, by which it judges the others
@@ -43,7 +46,7 @@ def edit(
     reference: Tensor | None = None,
 ) -> Tensor:
     """reference: (C, H, W) or None. labels: (B,) of the images, used where config.target is None."""
-    system.require("restyle", system.completes or system.denoises, "a masked, autoregressive, diffusion or flow prior")
+    system.require("restyle", Completes, Denoises, means="a masked, autoregressive, diffusion or flow prior")
     if config.strength == 0:
         return images
     if config.target is not None:
@@ -53,29 +56,36 @@ def edit(
                 f"{system.spec.num_classes - 1}"
             )
         labels = torch.full_like(labels, config.target)
-    latents = system.latents_of(images)
+    latents = system.encode_latents(images)
     if reference is not None:
         labels = system.null_labels(len(images))
-        styled = with_statistics(latents, system.latents_of(reference.unsqueeze(0)))
+        styled = with_statistics(latents, system.encode_latents(reference.unsqueeze(0)))
         latents = latents + config.strength * (styled - latents)
-    if system.denoises:
-        return drawn_around(system, system.standardized(latents), config.strength, labels, sampling, generator)
-    return _drawn_again(system.indices_of(latents), labels, system, config, sampling, generator)
+    if isinstance(system.prior, Denoises):
+        return drawn_around(system, system.standardize(latents), config.strength, labels, sampling, generator)
+    return _drawn_again(system.quantize(latents), labels, system, config, sampling, generator)
 
 
 def _drawn_again(
     indices: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
 ) -> Tensor:
-    number = number_drawn(config.strength, indices[0].numel())
+    """Images whose indices that suit the label least were drawn again; of the candidates the one that shows the label best.
+
+    A prior that does not know the likelihood of its draws cannot choose among them: it draws once.
+    """
+    number = num_redrawn(config.strength, indices[0].numel())
     order = unlikeliness(indices, labels, system, generator).flatten(1).argsort(dim=1, descending=True)
     is_known = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :number], False).view(indices.shape)
+    if not isinstance(system.prior, KnowsLikelihood):
+        drawn = system.prior.complete(indices, is_known, labels, sampling, generator)
+        return system.decode(drawn).clamp(-1, 1)
     best, best_score = indices, torch.full((len(indices),), -torch.inf, device=indices.device)
     for _ in range(config.candidates):
         drawn = system.prior.complete(indices, is_known, labels, sampling, generator)
         score = _evidence(drawn, labels, system, generator)
         best = torch.where((score > best_score).view(-1, 1, 1), drawn, best)
         best_score = torch.maximum(score, best_score)
-    return system.images_of(best).clamp(-1, 1)
+    return system.decode(best).clamp(-1, 1)
 
 
 def _evidence(indices: Tensor, labels: Tensor, system: System, generator: torch.Generator) -> Tensor:
@@ -97,13 +107,17 @@ def unlikeliness(indices: Tensor, labels: Tensor, system: System, generator: tor
     """(B, *index_grid) how little each index suits the label.
 
     For a masked prior: how much less probable the label makes it than no label does, given a few others: given many, an
-    index would suit the others and with them what the image shows now. An autoregressive one: how improbable it is given
-    all before it.
+    index would suit the others and with them what the image shows now. For one that predicts the next index: how improbable
+    it is given all before it. For a prior that can do neither: a random number.
     """
     prior, flat = system.prior, indices.flatten(1)
-    if not hasattr(prior, "mask_index"):
-        return -_log_probability(flat, flat, labels, system).view(indices.shape)
+    if not isinstance(prior, PredictsMasked):
+        if isinstance(prior, PredictsNext):
+            return -prior.log_probs(indices, labels)
+        return torch.rand(indices.shape, generator=generator).to(indices.device)
     null = system.null_labels(len(flat))
+    if not prior.config.is_conditional:
+        labels = null  # its network was never told any other
     says_nothing = (labels == null).unsqueeze(1)
     rank = torch.rand(flat.shape, generator=generator).argsort(dim=1).to(flat.device)
     seen = max(1, round(SEEN_SHARE * flat.shape[1]))
@@ -111,14 +125,14 @@ def unlikeliness(indices: Tensor, labels: Tensor, system: System, generator: tor
     for number in range(MASKINGS):
         is_masked = (rank < number * seen) | (rank >= (number + 1) * seen)
         given = torch.where(is_masked, prior.mask_index, flat)
-        without = _log_probability(flat, given, null, system)
-        suits = _log_probability(flat, given, labels, system) - without
+        without = _log_probs(flat, given, null, system)
+        suits = _log_probs(flat, given, labels, system) - without
         total -= torch.where(says_nothing, without, suits) * is_masked
         times += is_masked
     return (total / times).view(indices.shape)
 
 
-def _log_probability(indices: Tensor, given: Tensor, labels: Tensor, system: System) -> Tensor:
+def _log_probs(indices: Tensor, given: Tensor, labels: Tensor, system: System) -> Tensor:
     """(B, L) of each index under the label, where the network reads the `given` ones."""
     logits = system.prior(given, labels).float()
     return logits.log_softmax(dim=2).gather(2, indices.unsqueeze(2)).squeeze(2)

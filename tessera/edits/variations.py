@@ -12,7 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.editing.trial import System, Trial, drawn_around, number_drawn
+from tessera.contracts import Completes, Denoises
+from tessera.editing.ancestral import drawn_around, num_redrawn
+from tessera.editing.trial import Trial
+from tessera.system import System
 
 
 class Config(Params):
@@ -23,16 +26,16 @@ class Config(Params):
 def edit(
     images: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
 ) -> Tensor:
-    system.require("vary", system.completes or system.denoises, "a masked, autoregressive, diffusion or flow prior")
+    system.require("vary", Completes, Denoises, means="a masked, autoregressive, diffusion or flow prior")
     if config.strength == 0:
         return images
-    tokens = system.tokens_of(images)
-    if system.denoises:
+    tokens = system.encode(images)
+    if isinstance(system.prior, Denoises):
         return drawn_around(system, tokens, config.strength, labels, sampling, generator)
-    number = number_drawn(config.strength, tokens[0].numel())
+    number = num_redrawn(config.strength, tokens[0].numel())
     order = torch.rand(tokens.flatten(1).shape, generator=generator).argsort(dim=1).to(tokens.device)
     is_known = (order >= number).view(tokens.shape)
-    return system.images_of(system.prior.complete(tokens, is_known, labels, sampling, generator)).clamp(-1, 1)
+    return system.decode(system.prior.complete(tokens, is_known, labels, sampling, generator)).clamp(-1, 1)
 
 
 def trial(

@@ -14,29 +14,45 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, float], Tensor]
 Draw = Callable[[Tensor], Tensor]  # standard normal numbers in the shape of a tensor
+Slope = Callable[[Tensor, float], Tensor]
+
+
+def noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers in the shape of `like`, from a CPU generator: the same on every device."""
+    return torch.randn(like.shape, generator=generator).to(like.device)
 
 
 def ancestral(denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw: Draw) -> Tensor:
     """Each step draws from the posterior of the next x, given this one and the predicted data."""
-    for sigma, following in pairwise(sigmas):
-        data = denoise(x, sigma)
-        kept = (following / sigma) ** 2
-        x = data + kept * (x - data)
-        if following:
-            x = x + following * math.sqrt(1 - kept) * draw(x)
+    for sigma, sigma_next in pairwise(sigmas):
+        x = ancestral_step(x, denoise(x, sigma), sigma, sigma_next, draw)
     return x
 
 
+def ancestral_step(x: Tensor, data: Tensor, sigma: float, sigma_next: float, draw: Draw) -> Tensor:
+    """From x = data + sigma * noise to level sigma_next <= sigma: a draw from q(x_next | x, data), the posterior of
+    the next x (Ho et al., 2020, equations 6 and 7, in terms of sigma)."""
+    kept = (sigma_next / sigma) ** 2
+    mean = data + kept * (x - data)
+    if not sigma_next:
+        return mean
+    return mean + sigma_next * math.sqrt(1 - kept) * draw(x)
+
+
 def ddim(denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw: Draw, eta: float = 0.0) -> Tensor:
-    """Each step keeps the predicted noise and scales it down; eta replaces a part by fresh noise, 1: `ancestral`."""
-    for sigma, following in pairwise(sigmas):
+    """Each step keeps the predicted noise and scales it down; eta replaces a part by fresh noise, 1: `ancestral`.
+
+    Song et al., 2020, equation 12; the deviation of the fresh noise is equation 16.
+    """
+    for sigma, sigma_next in pairwise(sigmas):
         data = denoise(x, sigma)
-        fresh = eta * following * math.sqrt(1 - (following / sigma) ** 2)
-        x = data + math.sqrt(following**2 - fresh**2) / sigma * (x - data)
+        fresh = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
+        x = data + math.sqrt(sigma_next**2 - fresh**2) / sigma * (x - data)
         if fresh:
             x = x + fresh * draw(x)
     return x
@@ -44,25 +60,39 @@ def ddim(denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw: Draw, eta: 
 
 def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Second order in dx / dsigma = (x - data) / sigma; two calls a step, one where a step ends at 0."""
-    for sigma, following in pairwise(sigmas):
-        slope = (x - denoise(x, sigma)) / sigma
-        ahead = x + (following - sigma) * slope
-        if following:
-            slope = (slope + (ahead - denoise(ahead, following)) / following) / 2
-            ahead = x + (following - sigma) * slope
-        x = ahead
+
+    def slope(x: Tensor, sigma: float) -> Tensor:
+        return (x - denoise(x, sigma)) / sigma
+
+    for sigma, sigma_next in pairwise(sigmas):
+        x = heun_step(slope, x, sigma, sigma_next) if sigma_next else euler_step(slope, x, sigma, sigma_next)
     return x
 
 
+def euler_step(slope: Slope, x: Tensor, t: float, t_next: float) -> Tensor:
+    """A first-order step along dx / dt = slope(x, t)."""
+    return x + (t_next - t) * slope(x, t)
+
+
+def heun_step(slope: Slope, x: Tensor, t: float, t_next: float) -> Tensor:
+    """A second-order step along dx / dt = slope(x, t), by Heun's method (Karras et al., 2022, algorithm 1, lines 4 to 8)."""
+    here = slope(x, t)
+    ahead = x + (t_next - t) * here
+    return x + (t_next - t) * ((here + slope(ahead, t_next)) / 2)
+
+
 def dpm_solver(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """DPM-Solver++(2M): second order in -log sigma from the predictions of this step and the one before; one call a step."""
+    """DPM-Solver++(2M): second order in -log sigma from the predictions of this step and the one before; one call a step.
+
+    Lu et al., 2022, algorithm 2.
+    """
     previous, previous_step = None, 0.0
-    for sigma, following in pairwise(sigmas):
+    for sigma, sigma_next in pairwise(sigmas):
         data = denoise(x, sigma)
-        if not following:
+        if not sigma_next:
             return data
-        step = math.log(sigma / following)
+        step = math.log(sigma / sigma_next)
         leading = data if previous is None else data + step / (2 * previous_step) * (data - previous)
-        x = following / sigma * x - math.expm1(-step) * leading
+        x = sigma_next / sigma * x - math.expm1(-step) * leading
         previous, previous_step = data, step
     return x

@@ -103,6 +103,14 @@ class Model(nn.Module):
         log_probability = self(indices, labels).float().log_softmax(dim=2)
         return -log_probability.gather(2, indices.unsqueeze(2)).sum(dim=(1, 2)) / math.log(2)
 
+    @torch.no_grad()
+    def log_probs(self, indices: Tensor, labels: Tensor) -> Tensor:
+        """(B, *index_grid) nats: the log-probability of each index given all before it in raster order."""
+        if not self.config.is_conditional:
+            labels = torch.full_like(labels, self.null_label)
+        flat = indices.flatten(1)
+        return self(flat, labels).float().log_softmax(dim=2).gather(2, flat.unsqueeze(2)).view(indices.shape)
+
     def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
         """(B,) labels -> (B, *index_grid) indices. The generator is a CPU one: the same draws on every device."""
         indices = torch.zeros(len(labels), *self.grid, dtype=torch.long, device=labels.device)

@@ -10,6 +10,7 @@ Hang et al., 2023, arXiv:2303.09556 (min-SNR); Kynkaanniemi et al., 2024, arXiv:
 Differs from them: no variance is learnt; the loss is the velocity's whatever is predicted; noise levels are even in a batch.
 """
 
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -78,8 +79,7 @@ class Model(nn.Module):
         """(B,) labels -> (B, D, h, w) standardized latents. The generator is a CPU one: the same noise on every device."""
         sigmas = self.levels(sampling)
 
-        def draw(like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=generator).to(like.device)
+        draw = partial(samplers.noise, generator=generator)
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             return self.denoise(x, sigma, labels, sampling)

@@ -9,6 +9,7 @@ guidance in an interval: Kynkaanniemi et al., 2024, arXiv:2404.07724; Heun's ste
 arXiv:2206.00364, algorithm 1.
 """
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -21,6 +22,7 @@ from tessera.bases.conditional import ConditionalConfig, guided, seen_labels
 from tessera.bases.optimization import Fraction, Training, optimizers_for
 from tessera.components import DenoiserConfig, Params, load
 from tessera.contracts import Learns, TokenBatch, TokenSpec
+from tessera.nn import samplers
 
 LEARNS: Learns = "latents"
 LARGEST_SIGMA = 80.0  # where an edit begins: at time 0 there are no data in x
@@ -64,13 +66,13 @@ class Model(nn.Module):
             labels = torch.full_like(labels, self.null_label)
         x = torch.randn(len(labels), *self.spec.latent_shape, generator=generator).to(labels.device)
         times = torch.linspace(0, 1, sampling.num_steps + 1).tolist()
-        for t, next_t in zip(times, times[1:], strict=False):
-            velocity = self._guided(x, t, labels, sampling)
-            ahead = x + (next_t - t) * velocity
-            if sampling.solver == "heun" and next_t < 1:
-                velocity = (velocity + self._guided(ahead, next_t, labels, sampling)) / 2
-                ahead = x + (next_t - t) * velocity
-            x = ahead
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            return self._guided(x, t, labels, sampling)
+
+        for t, t_next in pairwise(times):
+            is_heun = sampling.solver == "heun" and t_next < 1
+            x = (samplers.heun_step if is_heun else samplers.euler_step)(velocity, x, t, t_next)
         return x
 
     def levels(self, sampling: Sampling) -> list[float]:

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tessera.components import Params, QuantizerConfig, load
-from tessera.contracts import Quantized
+from tessera.contracts import LeavesScaledResidual, Quantized
 
 
 class Config(Params):
@@ -51,7 +51,8 @@ class Quantizer(nn.Module):
         self.codes_per_level = config.quantizer.codebook_size
         part = load("quantizers", config.quantizer.kind)
         self.levels = nn.ModuleList(part.Quantizer(config.quantizer) for _ in range(config.num_levels))
-        shrinking = getattr(config.quantizer, "residual_scale", 1.0)
+        inner = config.quantizer
+        shrinking = inner.residual_scale if isinstance(inner, LeavesScaledResidual) else 1.0
         self.scales = [shrinking**level for level in range(config.num_levels)]
 
     def forward(self, z: Tensor) -> Quantized:

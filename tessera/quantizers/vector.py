@@ -39,6 +39,10 @@ class Config(Params):
     normalize_codes: bool = False  # latents and codes on the unit sphere
     rotation_trick: bool = False  # the decoder's gradient is turned as its code lies to the latent
 
+    @property
+    def codes_start_step(self) -> int | None:
+        return self.init_step if self.init == "data" else None
+
 
 class Quantizer(nn.Module):
     indices_per_code = 1

@@ -3,8 +3,6 @@
 Stages know it by its protocol alone (tessera/contracts.py), so that none of this is part of what decides their results.
 """
 
-import hashlib
-import json
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -13,9 +11,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+from tessera.code import entries
+from tessera.components import PACKAGE, Params
 from tessera.evaluation.figures import Measured
 from tessera.params import Pipeline
-from tessera.running import progress
+from tessera.running import leftover, progress
 from tessera.running.publish import publish
 from tessera.tracking import journal
 
@@ -65,12 +65,21 @@ class Job:
         """Give the tracker the one run per system that people compare."""
         publish(params, name, measured, files, images, parts)
 
-    def resumable(self, *inputs: Any) -> Path:
-        """The state folder for exactly these inputs (JSON values, fingerprints): other inputs never resume from it."""
-        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        self.state = self._state_root / key
-        self.state.mkdir(parents=True, exist_ok=True)
+    def resumable(self, inputs: dict[str, Any] | None = None, parts: tuple[Params, ...] = ()) -> Path:
+        """The state folder for exactly these inputs (params, JSON values, fingerprints of artifacts, by what they are) and
+        the code of the stage and of the parts: others never resume from it. Says what lies there and fits nothing."""
+        named = {key: entries.plain(value) for key, value in (inputs or {}).items()}
+        self.state = leftover.folder_for(self._state_root, named, self._code(parts), self.say)
         return self.state
+
+    def code_of(self, config: Params) -> str:
+        """The fingerprint of a part's code."""
+        return entries.fingerprint(config)
+
+    def _code(self, parts: tuple[Params, ...]) -> dict[str, str]:
+        stage = self.name.partition("@")[0]
+        is_stage = (PACKAGE.parent / "stages" / f"{stage}.py").is_file()
+        return entries.code_of(parts, stage if is_stage else None)
 
     def history(self, num_steps: int, quiet: bool) -> progress.History:
         """history.csv of a training, with a line on the console now and then; quiet: another process keeps it."""

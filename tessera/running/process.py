@@ -26,7 +26,7 @@ from tessera.components import PACKAGE
 from tessera.running import progress
 from tessera.running.job import STOP_SIGNALS, Job, Stopped
 from tessera.running.publish import ROOT, track_dataset
-from tessera.tracking import journal
+from tessera.tracking import journal, processes
 
 STAGES = PACKAGE.parent / "stages"
 STATE = Path(".state")
@@ -59,7 +59,7 @@ def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool)
         else _Nothing() as tracked
     ):
         if is_main:
-            journal.start_uploader(ROOT)
+            processes.start_uploader(ROOT)
             if "images" in arguments and (arguments["images"] / artifact.MANIFEST).is_file():
                 track_dataset(tracked, params.dataset.name, arguments["images"], name.split("@")[0])
         job = Job(name, state, tracked)

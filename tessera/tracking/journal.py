@@ -5,12 +5,10 @@ journal is the truth; another process (mirror.py), one per checkout, sends it on
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 import uuid
@@ -18,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Literal, Self
+
+from tessera.tracking.processes import enabled, folder_of, process_start
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 JOURNAL = "journal.jsonl"
@@ -42,7 +42,7 @@ def open_run(
     kind "system" is for the one row per system that people compare. Never fails for want of disk or server.
     """
     run = Run(stage)
-    if not _enabled():
+    if not enabled():
         return run
     root = root.resolve()  # a stage may change its working directory
     flat = _flat(params)
@@ -202,51 +202,8 @@ class Run:
         return True
 
 
-def start_uploader(root: Path) -> None:
-    """Start the process that mirrors the journals of this checkout into MLflow, unless it runs already."""
-    global _uploader
-    if not _enabled():
-        return
-    try:
-        folder_of(root).mkdir(parents=True, exist_ok=True)
-        with uploader_lock(root) as free:
-            pass
-        if free:
-            package = str(Path(__file__).resolve().parents[2])
-            paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-            _uploader = subprocess.Popen(
-                [sys.executable, "-m", "tessera.tracking", "upload", "--root", str(root.resolve())],
-                cwd=root,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # it outlives the stage, and signals to the stage's group do not reach it
-            )
-    except OSError as error:
-        print(
-            f"the uploader to MLflow could not be started ({error}); what is tracked stays in {folder_of(root)}, "
-            "send it later with: python -m tessera.tracking replay",
-            file=sys.stderr,
-        )
-
-
-_uploader: subprocess.Popen[bytes] | None = None  # kept, because Python warns when a running Popen is forgotten
-
-
-def _enabled(switch: str = "TESSERA_TRACKING") -> bool:
-    value = os.environ.get(switch, "on")
-    if value not in ("on", "off"):
-        raise ValueError(f"{switch} is {value!r}: expected on or off; correct it in the environment or in .env")
-    return value == "on"
-
-
 def _registry_enabled() -> bool:
-    return _enabled("TESSERA_REGISTRY")
-
-
-def folder_of(root: Path) -> Path:
-    return root / ".state" / "tracking"
+    return enabled("TESSERA_REGISTRY")
 
 
 def _unfinished(root: Path, state: Path | None, settings: dict[str, str]) -> str | None:
@@ -331,40 +288,3 @@ def _link_folder(source: Path, target: Path) -> None:
             os.link(file.resolve(), place)
         except OSError:
             shutil.copyfile(file, place)
-
-
-def process_start(pid: int) -> int:
-    """When a process began, in the kernel's ticks, to tell it from a later one with its number; 0 if nobody knows."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return 0
-    state, *fields = stat.rpartition(")")[2].split()
-    return 0 if state in "ZX" else int(fields[18])
-
-
-def is_alive(pid: int, started: int) -> bool:
-    if started:
-        return process_start(pid) == started
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-@contextlib.contextmanager
-def uploader_lock(root: Path) -> Iterator[bool]:
-    """Yield whether the uploader's lock could be taken; the kernel gives it back when its holder dies."""
-    with (folder_of(root) / "uploader.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")  # for people; the lock itself is what counts
-            file.flush()
-            yield True

@@ -1,42 +1,26 @@
-"""Mirrors the journals of a checkout into MLflow: live while stages run, later what an outage held back.
-
-MLflow is imported in this folder and nowhere else. What a server has is remembered beside each journal, so that sending
+"""One journal and its run in MLflow, kept equal. What a server has is remembered beside each journal, so that sending
 again makes no duplicate.
+
+MLflow is imported in this folder and nowhere else.
 """
 
-import argparse
 import contextlib
-import hashlib
 import json
 import os
 import re
-import sys
 import time
-import traceback
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tessera.artifacts.folder import ArtifactError
 from tessera.tracking import load
-from tessera.tracking.journal import (
-    JOURNAL,
-    append_load,
-    events_of,
-    folder_of,
-    is_alive,
-    redact,
-    replace_json,
-    start_uploader,
-    uploader_lock,
-)
+from tessera.tracking.journal import JOURNAL, append_load, events_of, redact, replace_json
+from tessera.tracking.processes import is_alive
 
-POLL_SECONDS = 2.0
-LONGEST_PAUSE_SECONDS = 30.0
 DOUBT_SECONDS = 3.0
 CHUNK_BYTES = 256_000
 LOG_BYTES = 1_000_000
-CHAMPION = "champion"
 VERSION_TAGS = ("tessera.system", "mlflow.source.git.commit", "git.uncommitted", "dvc.experiment", "protocol")
 VERSION_FIGURES = re.compile(r"generation/(fid|fd_[a-z0-9]+|label_agreement|precision|recall|copy_rate)")
 
@@ -83,7 +67,7 @@ class _Chunk:
     opened: bool = False
 
 
-class _Mirror:
+class Mirror:
     """One journal and its run in MLflow. Everything here may be repeated: a server that has a value keeps one of it."""
 
     def __init__(self, folder: Path, server: str) -> None:
@@ -188,7 +172,7 @@ class _Mirror:
         new = {_name(key): value[:6000] for key, value in chunk.params.items()}  # the longest that MLflow takes
         for key in [key for key in new if key in self._params]:
             if new.pop(key) != self._params[key]:
-                _note(self.journal.parents[1], f"run {run_id}: param {key} changed, but MLflow keeps its first value")
+                note(self.journal.parents[1], f"run {run_id}: param {key} changed, but MLflow keeps its first value")
         params = [Param(key, value) for key, value in new.items()]
         tags = [RunTag(_name(key), value[:8000]) for key, value in chunk.tags.items()]
         for start in range(0, len(metrics), 1000):
@@ -235,7 +219,7 @@ class _Mirror:
             done = registry.register(client, self.sent.run_id, self.journal.parent, root, offer, tags | figures)
         except ArtifactError as error:  # sending it again would not help
             done = f"the model of run {self.sent.run_id} is not registered: {error}"
-        _note(self.journal.parents[1], done)
+        note(self.journal.parents[1], done)
 
     def _meet(self, client: Any, root: Path) -> bool:
         """Find or create the journal's run; False if there is none to write to any more."""
@@ -263,7 +247,7 @@ class _Mirror:
         return True
 
     def _give_up(self, reason: str) -> None:
-        _note(self.journal.parents[1], reason)
+        note(self.journal.parents[1], reason)
         self.sent.offset, self.sent.status = self.journal.stat().st_size, "DROPPED"
         self._save()
 
@@ -375,185 +359,10 @@ def _is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://", "databricks"))
 
 
-def _mirrors(root: Path, known: dict[str, _Mirror]) -> list[_Mirror]:
-    """All journals of the checkout, oldest first (parents before children); `known` keeps them from round to round."""
-    server = hashlib.sha256(tracking_uri(root).encode()).hexdigest()[:12]
-    for journal in folder_of(root).glob(f"*/{JOURNAL}"):
-        if journal.parent.name not in known:
-            known[journal.parent.name] = _Mirror(journal.parent, server)
-    present = {name: mirror for name, mirror in known.items() if mirror.journal.exists()}
-    known.clear()
-    known.update(sorted(present.items(), key=lambda item: item[1].order))
-    return list(known.values())
-
-
-def _connect(root: Path) -> Any:
-    """A client that fails within seconds. MLflow is imported here and nowhere else."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    os.environ["DO_NOT_TRACK"] = "1"
-    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines a run
-    os.environ.pop("MLFLOW_RUN_ID", None)  # it would beat the parent run and rename it
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=tracking_uri(root))
-
-
-def _push_all(root: Path, mirrors: list[_Mirror], client: Any) -> tuple[Any, str]:
-    """Push every journal that needs it. Returns the client, made when first needed, and a sentence if something failed."""
-    trouble = ""
-    for mirror in mirrors:
-        if not mirror.pending():
-            continue
-        try:
-            client = client or _connect(root)
-            mirror.push(client, root)
-        except Refused as error:
-            trouble = str(error)
-        except Exception as error:  # MLflow raises its own, requests', SQLAlchemy's and the operating system's errors
-            mirror.forget()
-            trouble = f"{redact(tracking_uri(root))} did not take run {mirror.uid} ({type(error).__name__}: {_shorten(error)})"
-            if getattr(error, "error_code", "") != "INVALID_PARAMETER_VALUE":  # a server in trouble: spare the others
-                return client, trouble
-    return client, trouble
-
-
-def _shorten(error: Exception) -> str:
-    text = " ".join(redact(str(error)).split())
-    return text if len(text) < 300 else f"{text[:200]} ... {text[-97:]}"
-
-
-def upload(root: Path, idle_seconds: float) -> None:
-    """Mirror the journals until no stage has been running for a while; return at once if another process does it."""
-    known: dict[str, _Mirror] = {}
-    client, last_trouble, pause = None, "", POLL_SECONDS
-    busy_until = time.monotonic() + idle_seconds
-    while True:
-        with uploader_lock(root) as free:
-            if not free:
-                return
-            while time.monotonic() < busy_until:
-                mirrors = _mirrors(root, known)
-                for mirror in mirrors:
-                    mirror.watch_load()
-                pending = any(mirror.pending() for mirror in mirrors)
-                client, trouble = _push_all(root, mirrors, client)
-                if trouble != last_trouble:
-                    _note(folder_of(root), trouble or "the journals are being sent again")
-                last_trouble = trouble
-                if (pending and not trouble) or any(mirror.alive() for mirror in mirrors):
-                    busy_until = time.monotonic() + idle_seconds
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS) if trouble else POLL_SECONDS
-                time.sleep(max(0.0, min(pause, busy_until - time.monotonic())))
-        # A stage that began just now saw the lock taken and started nobody: look once more after giving it back
-        if not any(mirror.alive() for mirror in _mirrors(root, known)):
-            return
-        busy_until = time.monotonic() + idle_seconds
-
-
-def replay(root: Path, timeout: float, everything: bool = False) -> int:
-    """Send what MLflow lacks and say how much that was. Returns the exit code: 0 if nothing is left."""
-    if not folder_of(root).is_dir():
-        print(f"{folder_of(root)} does not exist: nothing was tracked here, so there is nothing to send.")
-        return 0
-    deadline = time.monotonic() + timeout
-    server = redact(tracking_uri(root))
-    total: tuple[int, int] | None = None
-    pauses = [2.0, 4.0]  # a server that was just started or woken up may refuse once
-    over, trouble = False, ""
-    while True:
-        with uploader_lock(root) as free:
-            if free and everything:
-                for record in folder_of(root).glob("*/sent-*.json"):
-                    record.unlink()
-                everything = False
-            waiting = [mirror for mirror in _mirrors(root, {}) if mirror.pending()]
-            left = len(waiting), sum(mirror.unsent() for mirror in waiting)
-            total = total or left
-            if not waiting and not everything:
-                print(f"{total[0]} runs, {total[1]} metrics sent to {server}; 0 left")
-                return 0
-            if not over:
-                trouble = _push_all(root, waiting, None)[1] if free else ""
-        if trouble and pauses and not over:
-            time.sleep(pauses.pop(0))
-        elif trouble or over:
-            print(
-                f"{trouble or f'the uploader of {root} was not done after {timeout:g} s'}; {left[0]} runs, {left[1]} "
-                f"metrics stay in {folder_of(root)}, nothing is lost: when MLflow answers again, run "
-                "python -m tessera.tracking replay",
-                file=sys.stderr,
-            )
-            return 1
-        if not free:
-            time.sleep(0.5)
-        over = time.monotonic() > deadline  # looked at once more before it is told: all may be sent by now
-
-
-def _note(folder: Path, text: str) -> None:
+def note(folder: Path, text: str) -> None:
     """Add a line to the uploader's log, which is all that can be seen of a detached process."""
     log = folder / "uploader.log"
     with contextlib.suppress(OSError):  # a full disk leaves nowhere to say so
         mode = "w" if log.exists() and log.stat().st_size > LOG_BYTES else "a"
         with log.open(mode, encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{os.getpid()}] {redact(text)}\n")
-
-
-def champion(arguments: argparse.Namespace) -> int:
-    """Send what MLflow lacks, then let the registry decide. Codes: 0 decided, 1 MLflow does not answer, 2 refused."""
-    if replay(arguments.root, 120.0):
-        return 1
-    from tessera.params import InvalidParams, read
-    from tessera.tracking import registry
-
-    try:
-        dataset = arguments.dataset or read(arguments.root / "params.yaml").dataset.name
-    except InvalidParams as error:
-        print(f"{error}; name the data set by --dataset", file=sys.stderr)
-        return 2
-    name = f"tessera-{dataset}"
-    try:
-        client = _connect(arguments.root)
-        return registry.crown(client, name, arguments.metric, arguments.lower, arguments.threshold, arguments.dismiss)
-    except Exception as error:  # MLflow raises its own, requests', SQLAlchemy's and the operating system's errors
-        print(f"{redact(tracking_uri(arguments.root))} did not answer about {name}: {_shorten(error)}", file=sys.stderr)
-        return 1
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tessera.tracking", description="Mirror the journals into MLflow.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    again = commands.add_parser("replay", help="send what MLflow lacks, e.g. after its server was down")
-    again.add_argument("--root", type=Path, default=Path())
-    again.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for a running uploader")
-    again.add_argument("--all", action="store_true", help="send everything again, e.g. after the database was lost")
-    live = commands.add_parser("upload", help="mirror the journals live (stages start this by themselves)")
-    live.add_argument("--root", type=Path, required=True)
-    live.add_argument("--idle-seconds", type=float, default=20.0, help="exit this long after the last stage ended")
-    best = commands.add_parser(CHAMPION, help="give the alias champion to the best version of a registered model")
-    best.add_argument("--metric", required=True, help="a figure of systems, such as generation/fd_classifier")
-    better = best.add_mutually_exclusive_group(required=True)
-    better.add_argument("--lower", action="store_true", help="lower is better")
-    better.add_argument("--higher", action="store_true", help="higher is better")
-    best.add_argument("--threshold", type=float, required=True, help="what a champion has to beat in any case")
-    best.add_argument("--dataset", help="the model is called tessera-DATASET; default: that of params.yaml")
-    best.add_argument("--dismiss", action="store_true", help="take the alias from a champion of another protocol")
-    best.add_argument("--root", type=Path, default=Path())
-    arguments = parser.parse_args()
-    if arguments.command == CHAMPION:
-        return champion(arguments)
-    if arguments.command == "replay":
-        code = replay(arguments.root, arguments.timeout, arguments.all)
-        if folder_of(arguments.root).is_dir() and any(mirror.alive() for mirror in _mirrors(arguments.root, {})):
-            start_uploader(arguments.root)  # a stage that began meanwhile found the lock taken
-        return code
-    os.nice(10)
-    try:
-        upload(arguments.root, arguments.idle_seconds)
-    except Exception:
-        _note(folder_of(arguments.root), traceback.format_exc())
-        raise
-    return 0

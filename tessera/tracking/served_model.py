@@ -35,11 +35,11 @@ class Refused(MlflowException):
 class ServedImages(PythonModel):
     def load_context(self, context: Any) -> None:
         from tessera.components import parse
-        from tessera.system import ImageGenerator
+        from tessera.system import System
 
-        self.source = ImageGenerator(Path(context.artifacts["tokenizer"]), Path(context.artifacts["prior"]))
+        self.system = System.read(Path(context.artifacts["tokenizer"]), Path(context.artifacts["prior"]))
         self.settings = dict(context.model_config["sampling"])  # those that were evaluated
-        parse(self.source.module.Sampling, self.settings)
+        parse(self.system.sampling_schema, self.settings)
         if "mlflow.pyfunc.scoring_server.app" in sys.modules:
             _keep_traces_here()
         self.turn = threading.Lock()  # a batch uses all cores; two at a time would be slower and take twice the memory
@@ -61,23 +61,23 @@ class ServedImages(PythonModel):
         from tessera import seeding
         from tessera.components import parse
 
-        settings = parse(self.source.module.Sampling, sampling)
+        settings = parse(self.system.sampling_schema, sampling)
         with self.turn:
-            images = self.source.draw(np.array(labels), settings, seeding.generator(seed, "serve"))
+            images = self.system.draw(np.array(labels), settings, seeding.generator(seed, "serve"))
         return {"images": [_png(one) for one in images], "seed": seed, "guidance_scale": sampling.get("guidance_scale")}
 
     def _read(self, table: Any) -> tuple[list[int], int, dict[str, Any]]:
         if len(table) != 1:
             raise Refused(f"Got {len(table)} requests in one, expected one: put all labels into one list")
         given = {key: value for key, value in table.iloc[0].to_dict().items() if value is not None}
-        labels = [_whole(label, "labels", self.source.spec.num_classes - 1) for label in given["labels"]]
+        labels = [_whole(label, "labels", self.system.spec.num_classes - 1) for label in given["labels"]]
         if not 1 <= len(labels) <= MOST_LABELS:
             raise Refused(f"labels has {len(labels)} entries, expected 1 to {MOST_LABELS}")
         seed = _whole(given.get("seed", 0), "seed", LARGEST_SEED)
         sampling = dict(self.settings)
         if "guidance_scale" in given:
             scale = float(given["guidance_scale"])
-            if "guidance_scale" not in self.source.module.Sampling.model_fields:
+            if "guidance_scale" not in self.system.sampling_schema.model_fields:
                 raise Refused("guidance_scale was given, but this model has no guidance: leave it out")
             if not 0 <= scale <= LARGEST_GUIDANCE:  # also what is no number
                 raise Refused(f"guidance_scale is {scale:g}, expected 0 to {LARGEST_GUIDANCE:g}")

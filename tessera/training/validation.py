@@ -79,10 +79,9 @@ class Follower:
                 f"({found[:12]}), which would decode them to noise. Run: dvc repro train_prior@{system}"
             )
 
-    def inputs(self) -> tuple[Any, ...]:
+    def inputs(self) -> dict[str, Any]:
         """What looks depend on besides the training: for the key of its state."""
-        _, _, code = checkpoints.identity(self.settings.features, self.spec)
-        return self.settings.model_dump(mode="json"), code, artifact.fingerprint(self.images)
+        return {"follow_training": self.settings, "images": artifact.fingerprint(self.images)}
 
     def is_due(self, step: int) -> bool:
         return step % self.settings.every == 0 or step == self.config.training.num_steps
@@ -180,10 +179,7 @@ class Follower:
             labels = torch.from_numpy(self.labels[start : start + BATCH]).to(device)
             generator = seeding.generator(self.seed, "follow_samples", start)
             tokens = model.sample(labels, self.prior.Sampling(), generator)
-            if self.prior.LEARNS == "indices":
-                decoded = self.decoder.decode_indices(tokens)
-            else:
-                decoded = self.decoder.decode(token_artifact.unstandardize(tokens, self.spec))
+            decoded = token_artifact.decode(tokens, self.decoder, self.spec, self.prior.LEARNS)
             pixels = to_uint8(decoded).cpu().numpy()
             features = self.judge.features(pixels)
             drawn.update(features)

@@ -30,7 +30,9 @@ def tokenizer(tmp_path, image_spec):
     config = parse(load("tokenizers", "vqvae").Config, CONFIG)
     torch.manual_seed(0)
     with artifact.create(tmp_path / "tokenizer") as place:
-        checkpoints.save(place, "tokenizers", config, image_spec, load("tokenizers", "vqvae").Model(config, image_spec))
+        checkpoints.save(
+            place, "tokenizers", config, image_spec, load("tokenizers", "vqvae").Model(config, image_spec), "code"
+        )
     return tmp_path / "tokenizer"
 
 
@@ -150,10 +152,8 @@ def test_weights_of_other_settings_are_refused(tokenizer):
         checkpoints.load_model(tokenizer, "tokenizers")
 
 
-def test_the_code_of_a_model_is_part_of_its_artifact(tokenizer):
-    code = artifact.read_json(tokenizer / "config.json")["code"]
-    expected = {"tessera/tokenizers/vqvae.py", "tessera/quantizers/vector.py", "tessera/nn/autoencoder.py"}
-    assert expected <= set(code) and "tessera/tokenizers/vqgan.py" not in code
+def test_the_fingerprint_of_a_models_code_is_part_of_its_artifact(tokenizer):
+    assert artifact.read_json(tokenizer / "config.json")["code"] == "code"
 
 
 def test_a_prior_of_indices_is_refused_on_tokens_without_them(token_folder, token_spec):
@@ -241,7 +241,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, image_spec):
     model = load("tokenizers", "vqvae").Model(config, image_spec)
     model.decoder.head.bias.data[0] = torch.nan
     with pytest.raises(ValueError, match="not finite: decoder.head.bias"), artifact.create(tmp_path / "out") as place:
-        checkpoints.save(place, "tokenizers", config, image_spec, model)
+        checkpoints.save(place, "tokenizers", config, image_spec, model, "code")
     assert not (tmp_path / "out").exists()
 
 

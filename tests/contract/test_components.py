@@ -412,7 +412,7 @@ def test_training_moves_every_weight_and_saving_is_exact(
     assert not still, f"no gradient reached {still}"
     assert all(value.isfinite().all() for value in after.values())
     with artifact.create(tmp_path / "part") as place:
-        checkpoints.save(place, folder, config, spec, trained)
+        checkpoints.save(place, folder, config, spec, trained, "code")
     again, config_again, spec_again = checkpoints.load_model(tmp_path / "part", folder)
     assert config_again == config and spec_again == spec
     for name, value in trained.state_dict().items():

@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from tessera.tracking import journal as journal_module
+from tessera.tracking.processes import uploader_lock
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -45,12 +45,12 @@ def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.1)
 
 
-def uploader(root: Path) -> int | None:
+def pid_of_uploader(root: Path) -> int | None:
     """The process that holds the uploader's lock."""
     lock = root / ".state" / "tracking" / "uploader.lock"
     if not lock.exists():
         return None
-    with journal_module.uploader_lock(root) as free:
+    with uploader_lock(root) as free:
         return None if free else int(lock.read_text() or 0) or None
 
 
@@ -101,7 +101,7 @@ def sent(done: subprocess.CompletedProcess[str]) -> None:
 
 def replay_without_uploader(root: Path, uri: str) -> subprocess.CompletedProcess[str]:
     """Replay after the uploader was killed at some random moment, which may be in the middle of a push."""
-    if (pid := uploader(root)) is not None:
+    if (pid := pid_of_uploader(root)) is not None:
         os.kill(pid, signal.SIGKILL)
-        wait_for("the uploader is gone", lambda: uploader(root) is None, 10)
+        wait_for("the uploader is gone", lambda: pid_of_uploader(root) is None, 10)
     return replay(root, uri)

@@ -12,12 +12,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
 
 from flows import board, experiments, locks, processes, reproduce, sweep
+from flows import plan as plans
+from flows.places import Places
+from flows.plan import Plan, opened, read_plan
 from tessera.tracking import journal, mirror
 
 pytestmark = pytest.mark.e2e
@@ -146,16 +150,14 @@ def order(toy: Path) -> list[str]:
     return (toy / "order.log").read_text().split() if (toy / "order.log").exists() else []
 
 
-def plan_of(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, targets: tuple[str, ...] = (), force: bool = False
-) -> reproduce.Plan:
+def plan_of(toy: Path, monkeypatch: pytest.MonkeyPatch, targets: tuple[str, ...] = (), force: bool = False) -> Plan:
     monkeypatch.chdir(toy)
-    return reproduce.read_plan(toy, list(targets), force)
+    return read_plan(toy, list(targets), force)
 
 
-def carry_out(plan: reproduce.Plan) -> list[str]:
+def carry_out(plan: Plan) -> list[str]:
     """What the flow's tasks do, one after the other and without Prefect."""
-    places = reproduce.Places()
+    places = Places()
     return [plan.reproduce(stage, lambda line: None, places).what for stage in plan.upstream]
 
 
@@ -188,6 +190,59 @@ def test_a_second_run_starts_nothing_and_a_change_runs_what_depends_on_it(
     assert carry_out(fourth).count("ran") == 2
     assert order(toy)[5:] == ["left", "join"]
     assert (toy / "join.txt").read_text() == "joinleftprepare0 signedrightprepare0"
+
+
+PARTS = """
+  split: {cmd: PYTHON parts.py, deps: [parts.py, one.how, two.how], outs: [parts]}
+  whole: {cmd: PYTHON step.py whole parts/one parts/two, deps: [parts], outs: [whole.txt]}
+  one: {cmd: PYTHON step.py one parts/one, deps: [parts/one.txt], outs: [one.txt]}
+  two: {cmd: PYTHON step.py two parts/two, deps: [parts/two.txt], outs: [two.txt]}
+  after: {cmd: PYTHON step.py after one two, deps: [one.txt, two.txt], outs: [after.txt]}
+"""
+SPLIT = """
+from pathlib import Path
+Path("parts").mkdir(exist_ok=True)
+for name in ("one", "two"):
+    Path(f"parts/{name}.txt").write_text(Path(f"{name}.how").read_text().strip())
+"""
+
+
+def test_of_a_folder_that_an_upstream_stage_writes_a_changed_file_concerns_those_alone_that_read_it(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (toy / "dvc.yaml").write_text(DVC_YAML.replace("PYTHON", sys.executable) + PARTS.replace("PYTHON", sys.executable))
+    (toy / "parts.py").write_text(SPLIT)
+    (toy / "one.how").write_text("1")
+    (toy / "two.how").write_text("2")
+    asked: list[str] = []
+    run = processes.StageProcesses.run
+
+    def ask(self: processes.StageProcesses, command: list[str], *arguments: Any) -> int:
+        asked.append(command[command.index("--single-item") + 1])
+        return run(self, command, *arguments)
+
+    monkeypatch.setattr(processes.StageProcesses, "run", ask)
+
+    def changed() -> tuple[set[str], set[str]]:
+        """The stages that dvc is asked about, and those that run."""
+        asked.clear()
+        plan = plan_of(toy, monkeypatch, ("whole", "after"))
+        carry_out(plan)
+        assert not read_plan(toy, ["whole", "after"], False).stale  # dvc: whoever was not asked about had nothing to do
+        return set(asked), {stage for stage, outcome in plan.outcomes.items() if outcome.what == "ran"}
+
+    assert changed()[1] == {"split", "whole", "one", "two", "after"}
+    (toy / "two.how").write_text("2 ")  # split writes what it wrote
+    assert changed() == ({"split", "whole"}, {"split"})
+    (toy / "two.how").write_text("3")
+    assert changed() == ({"split", "whole", "two", "after"}, {"split", "whole", "two", "after"})
+    (toy / "parts.py").write_text(SPLIT.replace('"two"', '"two", "three"'))
+    (toy / "three.how").write_text("new")
+    assert changed() == ({"split", "whole"}, {"split", "whole"})  # a further file is not read by the others
+    assert (toy / "after.txt").read_text() == "afterone1two3"
+    monkeypatch.setattr(plans, "SMALL_BYTES", 0)  # as if the files were large: of those, dvc is asked
+    (toy / "two.how").write_text("3 ")
+    assert changed() == ({"split", "whole", "one", "two"}, {"split"})
 
 
 def test_a_target_is_reproduced_with_what_it_depends_on_and_a_wrong_one_is_refused(
@@ -240,7 +295,7 @@ def test_each_stage_has_a_gpu_of_its_own_with_one_lock_whatever_it_is_called(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     if parallel:
         monkeypatch.setenv("TESSERA_PARALLEL", parallel)
-    places = reproduce.Places()
+    places = Places()
     found = {path.stem: added.get("CUDA_VISIBLE_DEVICES", "") for path, added in places.environments.items()}
     assert found == expected
     assert {path.parent for path in places.environments} == {device_locks}
@@ -381,7 +436,7 @@ def test_the_end_waits_for_links_to_mlflow_unless_it_is_in_trouble(
     for told in ("the journals are being sent again", "http://127.0.0.1:9 did not take run 0123 (refused)"):
         shown = board.Board(None)
         time.sleep(0.1)  # clocks of files are coarse
-        mirror._note(root, told)
+        mirror.note(root, told)
         shown.link("train_prior@a", tmp_path, 0.0, None)
         time.sleep(0.3)
         began = time.monotonic()
@@ -449,7 +504,7 @@ def test_a_run_with_other_params_is_an_experiment_and_the_checkout_stays_as_it_i
     before = git(project, "status", "--short"), (project / "params.yaml").read_text()
     overrides = {"how.text": "bold"}
     for attempt in ("interrupted", "whole", "again"):
-        with reproduce.opened(["copy", "prepare"], False, None, overrides) as plan:
+        with opened(["copy", "prepare"], False, None, overrides) as plan:
             assert plan.experiment is not None and plan.root == plan.experiment.folder
             assert plan.experiment.name.startswith("params-text-bold-")
             assert re.match("how: {text: bold} +# a remark", (plan.root / "params.yaml").read_text())

@@ -14,6 +14,7 @@ import pytest
 from mlflow_server import Server, replay_without_uploader, sent, wait_for
 
 from tessera.tracking import journal as journal_module
+from tessera.tracking.processes import folder_of
 
 pytestmark = pytest.mark.e2e(seconds=90)
 SYSTEM = "vqgan-autoregressive"
@@ -33,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def journals(root: Path) -> dict[Path, list[dict[str, Any]]]:
     """The events of each run, as its stage and its observer wrote them."""
-    found = sorted(journal_module.folder_of(root).glob(f"*/{journal_module.JOURNAL}"))
+    found = sorted(folder_of(root).glob(f"*/{journal_module.JOURNAL}"))
     return {path.parent: [event for _, event in journal_module.events_of(path) if "time" in event] for path in found}
 
 

@@ -23,7 +23,7 @@ from tessera.artifacts import folder as artifact
 from tessera.components import load, parse
 from tessera.contracts import ImageSpec, TokenSpec
 from tessera.tracking import journal as journal_module
-from tessera.tracking import mirror, registry
+from tessera.tracking import registry, uploader
 
 pytestmark = pytest.mark.e2e
 NAME = "tessera-toy"
@@ -114,7 +114,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     config = parse(module.Config, {"kind": "vqvae", "training": training, **sizes})
     tokenizer = module.Model(config, spec)
     with artifact.create(folder / "tokenizer") as place:
-        checkpoints.save(place, "tokenizers", config, spec, tokenizer)
+        checkpoints.save(place, "tokenizers", config, spec, tokenizer, "code")
     tokens = TokenSpec(
         codebook_size=16,
         latent_shape=tokenizer.latent_shape,
@@ -128,7 +128,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     module = load("priors", "autoregressive")
     config = parse(module.Config, {"kind": "autoregressive", "training": training, "width": 8, "depth": 1, "heads": 1})
     with artifact.create(folder / "prior") as place:
-        checkpoints.save(place, "priors", config, tokens, module.Model(config, tokens))
+        checkpoints.save(place, "priors", config, tokens, module.Model(config, tokens), "code")
     return {role: folder / role for role in ("tokenizer", "prior")}
 
 
@@ -188,12 +188,12 @@ def test_a_registration_that_the_server_breaks_off_becomes_one_whole_version(
     between.harm, between.moment, between.seconds = harm, moment, seconds
     name = f"system-{MOMENTS.index((harm, moment, seconds))}"
     digest = offer(tmp_path, parts, name)
-    _, trouble = mirror._push_all(tmp_path, mirror._mirrors(tmp_path, {}), None)
+    _, trouble = uploader._push_all(tmp_path, uploader.all_mirrors(tmp_path, {}), None)
     assert between.harm == ""  # it was done
     if harm != "frozen":
         assert "did not take run" in trouble
         server.start()
-    assert mirror.replay(tmp_path, 60) == 0
+    assert uploader.replay(tmp_path, 60) == 0
     check_whole(server, parts, digest, tmp_path)
 
 
@@ -213,7 +213,7 @@ def test_every_version_can_be_loaded_where_the_project_is_not(
     between: Between, parts: dict[str, Path], tmp_path: Path
 ) -> None:
     offer(tmp_path, parts, "unharmed")
-    assert mirror.replay(tmp_path, 60) == 0
+    assert uploader.replay(tmp_path, 60) == 0
     kept = environment(between.mlflow.uri)
     del kept["PYTHONPATH"]
     done = subprocess.run(

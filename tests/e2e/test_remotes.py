@@ -29,16 +29,17 @@ GUIDANCE = "systems.vqgan-flow.sampling.guidance_scale"
 # What `python -m flows.reproduce -S ...` does, without Prefect
 EXPERIMENT = """
 import subprocess, sys
-from flows import experiments, reproduce
-with reproduce.opened([], False, None, sys.argv[1:]) as plan:
+from flows import experiments
+from flows.plan import opened
+with opened([], False, None, sys.argv[1:]) as plan:
     subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=plan.root, check=True)
     experiments.keep(plan.experiment, [], plan.unversioned)
     print("kept", plan.experiment.name)
 """
 
 STALE = """
-from flows import reproduce
-with reproduce.opened([], False, None, None) as plan:
+from flows.plan import opened
+with opened([], False, None, None) as plan:
     print(len(plan.upstream), "stages, stale:", sorted(plan.stale))
 """
 

@@ -36,7 +36,7 @@ from tessera.components import parse
 from tessera.params import Pipeline
 from tessera.running import publish
 from tessera.running.job import Job
-from tessera.system import ImageGenerator
+from tessera.system import System
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
@@ -191,9 +191,9 @@ def test_an_equal_request_gets_equal_bytes_and_another_seed_other_images(root: P
     assert client.images(labels=labels, seed=2, guidance_scale=2.0) != first
     assert client.images(labels=labels, seed=1, guidance_scale=20.0) != first
     assert [decoded(png).shape for png in first] == [(8, 8)] * 3
-    source = ImageGenerator(root / "data" / "tokenizer", root / "data" / "prior")
+    system = System.read(root / "data" / "tokenizer", root / "data" / "prior")
     settings = tiny_params().sampling("flow")
-    direct = source.draw(np.array(labels), settings, seeding.generator(1, "serve"))
+    direct = system.draw(np.array(labels), settings, seeding.generator(1, "serve"))
     assert np.abs(direct[:, 0].astype(int) - np.stack([decoded(png) for png in first])).max() <= 1
 
 
@@ -238,13 +238,13 @@ def test_a_hundred_requests_at_once_are_answered(root: Path, client: Client) -> 
     assert [len(images) for images in found] == [8] * 100
     for number in (0, 57, 99):  # in the crowd as alone
         assert client.images(**wanted[number]) == found[number]
-    source, settings = (
-        ImageGenerator(root / "data" / "tokenizer", root / "data" / "prior"),
+    system, settings = (
+        System.read(root / "data" / "tokenizer", root / "data" / "prior"),
         tiny_params().sampling("flow"),
     )
     began = time.monotonic()
     for inputs in wanted:
-        source.draw(np.array(inputs["labels"]), settings, seeding.generator(inputs["seed"], "serve"))
+        system.draw(np.array(inputs["labels"]), settings, seeding.generator(inputs["seed"], "serve"))
     print(f"images per second: {served:.0f} served, {800 / (time.monotonic() - began):.0f} by direct calls")
 
 

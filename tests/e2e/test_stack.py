@@ -25,7 +25,7 @@ import yaml
 from ports import free_ports
 
 from flows.stack import members, servers
-from tessera.tracking.journal import process_start
+from tessera.tracking.processes import process_start
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).parents[2]

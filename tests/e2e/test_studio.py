@@ -110,7 +110,7 @@ def address(root: Path) -> Iterator[str]:
 def run(command: str, root: Path, patch: pytest.MonkeyPatch, out: Path) -> np.ndarray:
     """What the command that the studio shows writes, with another name for its output."""
     words = shlex.split(command)
-    assert words[:3] == ["python", "-m", "tessera.running", "edit_images"] and words[-1] == "out.png"
+    assert words[:3] == ["python", "-m", "studio.edit"] and words[-1] == "out.png"
     patch.chdir(root)
     assert edit.main([*words[3:-1], str(out)]) == 0
     return np.asarray(Image.open(out))

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow_server import Server, environment, replay, replay_without_uploader, sent, uploader, wait_for
+from mlflow_server import Server, environment, pid_of_uploader, replay, replay_without_uploader, sent, wait_for
 
 from tessera.tracking import journal as journal_module
-from tessera.tracking import mirror
+from tessera.tracking import uploader
 
 pytestmark = pytest.mark.e2e
 STEPS = 300
@@ -23,13 +23,13 @@ STAGE = """
 import sys, time
 from pathlib import Path
 from tessera.tracking import journal as journal_module
-from tessera.tracking import mirror
+from tessera.tracking import processes
 root, first, last, kill = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "kill"
 spent, clock = 0.0, time.perf_counter
 start = clock()
 run = journal_module.open_run("train_prior@toy", experiment="tessera-toy", root=root, state=root / "state",
                         params={"prior": {"width": 8}}, tags={"dataset": "toy"})
-journal_module.start_uploader(root)
+processes.start_uploader(root)
 spent += clock() - start
 for step in range(first, last):
     start = clock()
@@ -65,7 +65,7 @@ def finish(process: subprocess.Popen[str]) -> float:
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
-    if (pid := uploader(tmp_path)) is not None:
+    if (pid := pid_of_uploader(tmp_path)) is not None:
         os.kill(pid, signal.SIGKILL)
 
 
@@ -142,7 +142,7 @@ def test_what_people_do_in_mlflow_is_respected(
     monkeypatch.setenv("TESSERA_PARENT_RUN", parent.uid)
     child = begin("train_prior@toy")
     child.log(0, {"a loss/μ!": float("nan"), "x": float("inf")})
-    assert mirror.replay(root, 60) == 0
+    assert uploader.replay(root, 60) == 0
     client, (nested,) = runs(uri, child.uid)
     _, (above,) = runs(uri, parent.uid)
     assert nested.data.tags["mlflow.parentRunId"] == above.info.run_id
@@ -151,11 +151,11 @@ def test_what_people_do_in_mlflow_is_respected(
     # A server that was frozen may create a run twice: the one that was written to remains
     client.create_run(nested.info.experiment_id, tags={"tessera.run_uid": child.uid})
     child.close("FINISHED")
-    assert mirror.replay(root, 60) == 0
+    assert uploader.replay(root, 60) == 0
     assert [run.info.run_id for run in runs(uri, child.uid)[1]] == [nested.info.run_id]
 
     # Sending everything again adds nothing, not even a point
-    assert mirror.replay(root, 60, everything=True) == 0
+    assert uploader.replay(root, 60, everything=True) == 0
     assert [run.info.run_id for run in runs(uri, child.uid)[1]] == [nested.info.run_id]
     assert len(client.get_metric_history(nested.info.run_id, "x")) == 1
 
@@ -163,11 +163,11 @@ def test_what_people_do_in_mlflow_is_respected(
     client.delete_run(above.info.run_id)
     parent.log(0, {"loss": 1.0})
     parent.close("FINISHED")
-    assert [mirror.replay(root, 60), mirror.replay(root, 60)] == [0, 0]
+    assert [uploader.replay(root, 60), uploader.replay(root, 60)] == [0, 0]
     assert runs(uri, parent.uid)[1] == []
     (root / "mlflow.db").rename(root / "lost.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/other.db")
-    assert mirror.replay(root, 60) == 0
+    assert uploader.replay(root, 60) == 0
     assert [len(runs(f"sqlite:///{root}/other.db", run.uid)[1]) for run in (parent, child)] == [1, 1]
 
     # A deleted experiment is told with its remedy
@@ -176,7 +176,7 @@ def test_what_people_do_in_mlflow_is_respected(
     monkeypatch.delenv("TESSERA_PARENT_RUN")
     begin("train_prior@toy", "gone").close("FINISHED")
     capsys.readouterr()
-    assert mirror.replay(root, 60) == 1
+    assert uploader.replay(root, 60) == 1
     assert (
         "experiment gone was deleted in MLflow: bring it back with mlflow experiments restore"
         in capsys.readouterr().err
@@ -184,7 +184,7 @@ def test_what_people_do_in_mlflow_is_respected(
 
     # Passwords are for the server only
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:canary@127.0.0.1:9")
-    assert mirror.replay(root, 60) == 1
+    assert uploader.replay(root, 60) == 1
     assert "http://127.0.0.1:9 did not take run" in (error := capsys.readouterr().err)
     assert "canary" not in error
     kept = [path for path in (root / ".state").rglob("*") if path.is_file()]
@@ -235,5 +235,5 @@ def test_a_server_that_is_dead_freezes_or_dies_costs_a_stage_nothing_and_loses_n
         assert max(costs) < 0.5
     finally:
         for root in roots.values():
-            if (pid := uploader(root)) is not None:
+            if (pid := pid_of_uploader(root)) is not None:
                 os.kill(pid, signal.SIGKILL)

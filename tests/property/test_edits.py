@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from tessera.bases.optimization import Training
 from tessera.components import InvalidParams, parse
-from tessera.contracts import Encoded, TokenSpec
-from tessera.editing import posterior, trial
-from tessera.editing.label_evidence import HIGHEST, LOWEST, NUM_LEVELS, label_chances
-from tessera.editing.trial import CannotEdit, System
+from tessera.contracts import Denoises, Encoded, TokenSpec
+from tessera.editing import ancestral, posterior
+from tessera.editing.label_evidence import HIGHEST, LOWEST, NUM_LEVELS, label_log_probs
 from tessera.edits import enhance, inpaint, interpolate, restyle, variations
 from tessera.nn.membrane import close_seam
 from tessera.priors import autoregressive, gan, masked
 from tessera.quantizers import vector
+from tessera.system import CannotEdit, System
 
 EDITS = {module.__name__.rpartition(".")[2]: module for module in (enhance, inpaint, interpolate, restyle, variations)}
 
@@ -131,7 +131,7 @@ SYSTEMS = {
 
 
 def sampling_of(system: System) -> Any:
-    if system.denoises:
+    if isinstance(system.prior, Denoises):
         return Steps()
     return masked.Sampling() if isinstance(system.prior, masked.Model) else autoregressive.Sampling()
 
@@ -185,20 +185,26 @@ def test_ancestral_steps_under_an_exact_prior_give_its_distribution(repeats: int
     system, sampling = gaussian_system(), Steps(num_steps=400)
     levels = system.prior.levels(sampling)
     x = levels[0] * torch.randn(500, 1, 8, 8, generator=seeded())
-    drawn = trial.follow(system, x, levels, torch.zeros(500).long(), sampling, seeded(1), repeats=repeats)
+    predict = ancestral.predictor(system, torch.zeros(500).long(), sampling)
+    drawn = ancestral.denoise_along(predict, x, levels, seeded(1), repeats=repeats)
     assert abs(float(drawn.std()) - 1) < 0.03 and abs(float(drawn.mean())) < 0.03
 
 
 def test_levels_begin_where_the_strength_says() -> None:
     levels = [80.0, 9.0, 2.0, 0.5, 0.0]
-    assert trial.levels_from(levels, 0.5, (8, 8)) == trial.levels_from(levels, 0.5, (4, 4)) == [1.0, 0.5, 0.0]
-    assert trial.levels_from(levels, 1.0, (8, 8)) == levels
-    assert trial.levels_from(levels, 0.9, (8, 8)) == pytest.approx([9.0, 2.0, 0.5, 0.0])
-    assert trial.levels_from(levels, 0.5, (32, 32)) == [4.0, 2.0, 0.5, 0.0]  # each 4x4 of them average to noise of 1
+    assert ancestral.levels_from(levels, 0.5, (8, 8)) == ancestral.levels_from(levels, 0.5, (4, 4)) == [1.0, 0.5, 0.0]
+    assert ancestral.levels_from(levels, 1.0, (8, 8)) == levels
+    assert ancestral.levels_from(levels, 0.9, (8, 8)) == pytest.approx([9.0, 2.0, 0.5, 0.0])
+    assert ancestral.levels_from(levels, 0.5, (32, 32)) == [
+        4.0,
+        2.0,
+        0.5,
+        0.0,
+    ]  # each 4x4 of them average to noise of 1
 
 
 def test_as_many_indices_are_drawn_as_noise_hides_of_latents() -> None:
-    assert [trial.number_drawn(strength, 100) for strength in (0.0, 0.2, 0.5, 0.8, 1.0)] == [0, 6, 50, 94, 100]
+    assert [ancestral.num_redrawn(strength, 100) for strength in (0.0, 0.2, 0.5, 0.8, 1.0)] == [0, 6, 50, 94, 100]
 
 
 # Labels ---------------------------------------------------------------------------------------------------------------
@@ -215,8 +221,8 @@ def test_labels_are_as_probable_as_an_enumerated_prior_makes_the_known_indices()
     ) * torch.tensor([0.75, 0.25])
     of_first = joint.view(4, 4, 2).sum(dim=1)  # p(first two, label)
     true = (of_first / of_first.sum(dim=1, keepdim=True)).repeat_interleave(4, dim=0)
-    chances = label_chances(system, every, is_known, autoregressive.Sampling(), seeded()).exp()
-    assert torch.allclose(chances, true, atol=1e-5)
+    found = label_log_probs(system, every, is_known, autoregressive.Sampling(), seeded()).exp()
+    assert torch.allclose(found, true, atol=1e-5)
     assert (true[:, 0] - 0.75).abs().max() > 0.02  # the known ones say something
 
 
@@ -251,8 +257,8 @@ def test_denoising_tells_labels_apart_as_the_likelihood_does() -> None:
     latents = torch.randn(400, 1, 4, 4, generator=seeded(5)) + 0.4 * (2 * truth - 1).view(-1, 1, 1, 1)
     is_known = torch.ones(400, 4, 4, dtype=torch.bool)
     is_known[:, 2:] = False
-    chances = label_chances(system, latents, is_known, Steps(), seeded())
-    found = (chances[:, 1] - chances[:, 0]).double()
+    log_probs = label_log_probs(system, latents, is_known, Steps(), seeded())
+    found = (log_probs[:, 1] - log_probs[:, 0]).double()
     exact = 2 * 0.4 * latents[:, 0, :2].sum(dim=(1, 2)).double()  # log-odds of 8 known pixels
     slope = float((found * exact).sum() / exact.square().sum())
     levels = np.geomspace(HIGHEST, LOWEST, NUM_LEVELS + 1)
@@ -268,13 +274,13 @@ def test_a_hole_shows_the_label_that_is_told(told: str, shift: float) -> None:
     images = torch.full((20, 1, 8, 8), 0.5)
     mask = torch.zeros(20, 8, 8, dtype=torch.bool)
     mask[:, 4:] = True
-    tokens, is_known = system.tokens_of(images), ~mask
+    tokens, is_known = system.encode(images), ~mask
     config = inpaint.Config(told_label=told, candidates=1)
     labels = torch.zeros(20).long()
-    chances = inpaint._chances(tokens, is_known, labels, system, config, Steps(), seeded())
+    log_probs = inpaint._label_log_probs(tokens, is_known, labels, system, config, Steps(), seeded())
     wanted = {"inferred": 1, "none": 2, "own": 0}[told]
-    assert (chances.argmax(dim=1) == wanted).all() and torch.allclose(chances.exp().sum(dim=1), torch.ones(20))
-    drawn = inpaint._repainted(tokens, mask, chances.argmax(dim=1), system, 1, Steps(), seeded())
+    assert (log_probs.argmax(dim=1) == wanted).all() and torch.allclose(log_probs.exp().sum(dim=1), torch.ones(20))
+    drawn = inpaint._repainted(tokens, mask, log_probs.argmax(dim=1), system, 1, Steps(), seeded())
     expected = (torch.randn(10**5, generator=seeded()) + shift).clamp(-1, 1).mean()
     assert float(drawn[:, :, 4:].mean()) == pytest.approx(float(expected), abs=0.08)
 
@@ -337,12 +343,12 @@ def test_fills_by_a_left_to_right_prior_are_draws_from_the_posterior_over_labels
         return weights / weights.sum()  # of the four first rows
 
     assert (shares_of_rows((0.9, 0.1)) - shares_of_rows((0.5, 0.5))).abs().max() > 0.1  # the shares matter
-    images = system.images_of(every[of_known][:1].view(1, 2, 2)).expand(3000, -1, -1, -1)
+    images = system.decode(every[of_known][:1].view(1, 2, 2)).expand(3000, -1, -1, -1)
     mask = torch.zeros(3000, 4, 4, dtype=torch.bool)
     mask[:, :2] = True
     config = inpaint.Config(candidates=150)
     filled = inpaint.edit(images, torch.zeros(3000).long(), system, config, autoregressive.Sampling(), seeded(1), mask)
-    row = system.tokens_of(filled)[:, 0]
+    row = system.encode(filled)[:, 0]
     found = torch.bincount(2 * row[:, 0] + row[:, 1], minlength=4) / 3000
     assert torch.allclose(found, shares_of_rows((0.9, 0.1)), atol=0.04)
 
@@ -404,10 +410,12 @@ def test_expected_data_of_a_normal_prior_are_those_of_the_closed_form(monkeypatc
     precision = spread.inverse() + torch.eye(6, dtype=torch.float64) / sigma**2 + seen.T @ seen / std**2
     both = x.flatten(1) / sigma**2 + measured.flatten(1) @ seen / std**2
     expected = torch.linalg.solve(precision, both.T).T
-    found = posterior.expected_data(x, sigma, denoise, observe, measured, std, 0)  # two numbers measured: two steps
+    found = posterior.expected_data(
+        x, sigma, denoise, posterior.Measurement(observe, measured, std), 0
+    )  # two numbers measured: two steps
     assert torch.allclose(found.flatten(1), expected, atol=1e-8)
     monkeypatch.setattr(posterior, "GRADIENT_STEPS", 1)
-    fewer = posterior.expected_data(x, sigma, denoise, observe, measured, std, 0)
+    fewer = posterior.expected_data(x, sigma, denoise, posterior.Measurement(observe, measured, std), 0)
     assert not torch.allclose(fewer.flatten(1), expected, atol=1e-2)
 
 
@@ -419,7 +427,7 @@ def test_a_derivative_that_is_no_covariance_moves_no_image_farther_than_believab
         return (x.flatten(1) @ turn.T).view(x.shape)
 
     x, measured = torch.zeros(1, 2, 1, 1), torch.ones(1, 1, 1, 1)
-    found = posterior.expected_data(x, 1.0, denoise, lambda data: data[:, :1], measured, 0.02, 0)
+    found = posterior.expected_data(x, 1.0, denoise, posterior.Measurement(lambda data: data[:, :1], measured, 0.02), 0)
     assert found.square().mean().sqrt() <= posterior.MOST_DEVIATIONS * 0.5**0.5 + 1e-6
 
 
@@ -466,11 +474,11 @@ def test_resampled_indices_come_as_often_as_prior_and_measurement_say(tokenizer:
     def observe(images: Tensor) -> Tensor:
         return nn.functional.avg_pool2d(images, 2)
 
-    likelihood = -(observe(system.images_of(prior.every.view(-1, 2, 2))) - measured).square().sum(dim=(1, 2, 3))
+    likelihood = -(observe(system.decode(prior.every.view(-1, 2, 2))) - measured).square().sum(dim=(1, 2, 3))
     expected = (prior.share.log() + likelihood / (2 * std**2)).softmax(dim=0)
     count, start = 20_000, torch.randint(3, (20_000, 2, 2), generator=seeded(2))
     null, repeated = system.null_labels(count), measured.expand(count, -1, -1, -1)
-    drawn = posterior.resampled(start, null, system, observe, repeated, std, 12, 3, seeded(3))
+    drawn = posterior.resampled(start, null, system, posterior.Measurement(observe, repeated, std), 12, 3, seeded(3))
     places = (drawn.flatten(1) * torch.tensor([27, 9, 3, 1])).sum(dim=1)
     found = torch.bincount(places, minlength=81) / count
     assert (found - expected).abs().sum() / 2 < 0.04  # of which 81 numbers of so many draws have .022
@@ -496,7 +504,9 @@ def test_each_sweep_draws_every_index_once_and_no_two_of_neighboring_codes_at_on
 
     monkeypatch.setattr(posterior, "_drawn_at", recorded)
     indices = torch.zeros(1, 6, 9 * per_code).long()
-    posterior.resampled(indices, system.null_labels(1), system, lambda x: x, torch.zeros(1), 1.0, 1, 2, seeded())
+    posterior.resampled(
+        indices, system.null_labels(1), system, posterior.Measurement(lambda x: x, torch.zeros(1), 1.0), 1, 2, seeded()
+    )
     assert torch.equal(torch.cat(asked).sort().values, torch.arange(6 * 9 * per_code))
     for places in asked:
         rows, columns = places // (9 * per_code), places % (9 * per_code) // per_code
@@ -510,14 +520,14 @@ def test_a_measurement_is_parted_among_the_places_nearest_to_it() -> None:
     nearby = posterior._nearest(rows, 8), posterior._nearest(columns, 8)
     observe = partial(enhance.damaged, config=enhance.Config(damage="downsample", factor=2))
     error = (observe(images) - measured).square()[:, 0] / 2  # (3, 4, 4), each for 2x2 cells
-    found = posterior._misfit_around(images, nearby, observe, measured, 1.0)
+    found = posterior._misfit_around(images, nearby, posterior.Measurement(observe, measured, 1.0))
     rows, columns = error.new_tensor([[1, 1, 0, 0], [0, 0, 1, 1]]), error.new_tensor([[1, 0.5, 0, 0], [0, 0.5, 1, 1]])
     assert torch.allclose(found.view(3, 2, 2), rows @ error @ columns.T, atol=1e-5)  # the third column of cells is 0's
 
 
 def test_what_a_masked_prior_makes_of_noisy_images_explains_the_noise_about_as_well_as_the_images_themselves() -> None:
     system = discrete_system("masked", size=8)
-    images = system.images_of(torch.randint(8, (16, 4, 4), generator=seeded(1)))
+    images = system.decode(torch.randint(8, (16, 4, 4), generator=seeded(1)))
     config = enhance.Config(damage="noise", noise_std=0.5, pixel_std=0.01, sweeps=3, trust=1.0)
     measured = enhance.measure(images, config, seeded())
     drawn = enhance.edit(measured, torch.zeros(16).long(), system, config, sampling_of(system), seeded(), (8, 8))
@@ -533,7 +543,7 @@ def test_what_a_masked_prior_makes_of_noisy_images_explains_the_noise_about_as_w
 def test_strength_leads_from_the_image_itself_farther_and_farther_away(name: str, module: Any) -> None:
     system, images = SYSTEMS[name](), some_images(24)
     if system.learns == "indices":
-        images = system.images_of(system.tokens_of(images))  # what decoding alone changes is no distance
+        images = system.decode(system.encode(images))  # what decoding alone changes is no distance
     distances = []
     for strength in (0.0, 0.25, 0.5, 1.0):
         config = module.Config(strength=strength)

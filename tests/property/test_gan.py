@@ -357,14 +357,14 @@ def test_a_gan_stopped_and_resumed_is_bit_identical(stop_at, tmp_path):
         torch.manual_seed(9)
         parts = objective(training={"batch_size": 4, "num_steps": 6}, penalty_interval=2, augmentation="warp")
         job = Job("x", tmp_path / name)
-        job.resumable("inputs")
+        job.resumable({"of": "inputs"})
         model = fit(parts, Rows(*batch(), **data), parts.config.training, seed=5, job=job)
         return model.state_dict(), parts.state_dict(), (job.state / "history.csv").read_bytes()
 
     whole = train("whole")
     stopping = Job("x", tmp_path / "parts")
     parts = objective(training={"batch_size": 4, "num_steps": 6}, penalty_interval=2, augmentation="warp")
-    stopping.resumable("inputs")
+    stopping.resumable({"of": "inputs"})
     data = Rows(*batch(), on_step=lambda call: stopping.request_stop(signal.SIGTERM) if call == stop_at else None)
     with pytest.raises(Stopped):
         fit(parts, data, parts.config.training, seed=5, job=stopping)

@@ -18,7 +18,8 @@ from tessera.components import parse
 from tessera.evaluation.figures import Recorder, without_network
 from tessera.params import Pipeline
 from tessera.tracking import journal as journal_module
-from tessera.tracking import load, mirror, provenance, registry
+from tessera.tracking import load, mirror, provenance, registry, uploader
+from tessera.tracking.processes import folder_of
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = "tessera-toy"
@@ -93,7 +94,7 @@ def versions(root: Path) -> list[Any]:
 
 
 def crown(root: Path, threshold: float = 10.0, **arguments: Any) -> int:
-    assert mirror.replay(root, 60) == 0
+    assert uploader.replay(root, 60) == 0
     return registry.crown(client_of(root), EXPERIMENT, "generation/fd_toy", True, threshold, **arguments)
 
 
@@ -103,7 +104,7 @@ def champion(root: Path) -> str | None:
 
 
 def log(root: Path) -> str:
-    return (journal_module.folder_of(root) / "uploader.log").read_text()
+    return (folder_of(root) / "uploader.log").read_text()
 
 
 def pipeline() -> Pipeline:
@@ -157,14 +158,14 @@ def test_a_run_says_from_which_commit_and_experiment_and_of_which_artifacts_it_i
 def test_a_system_is_a_version_once_however_often_it_is_evaluated_and_sent(root: Path) -> None:
     evaluate(root, "one", 1.0)
     evaluate(root, "one", 2.0)
-    assert mirror.replay(root, 60) == 0
+    assert uploader.replay(root, 60) == 0
     (version,) = versions(root)
     assert version.tags["tessera.system"] == "one"
     assert version.tags["generation/fd_toy"] == "2"  # the newest evaluation's
-    assert mirror.replay(root, 60, everything=True) == 0
+    assert uploader.replay(root, 60, everything=True) == 0
     assert [one.version for one in versions(root)] == [version.version]
     evaluate(root, "one", 2.0, sampling={"guidance_scale": 2.0})
-    assert mirror.replay(root, 60) == 0
+    assert uploader.replay(root, 60) == 0
     assert len(versions(root)) == 2
 
 
@@ -186,7 +187,7 @@ def test_a_version_that_a_frozen_server_makes_late_is_no_second_one(
 
     monkeypatch.setattr(MlflowClient, "create_model_version", unanswered)
     evaluate(root, "one")
-    assert mirror.replay(root, 60) == 0
+    assert uploader.replay(root, 60) == 0
     late[0].join()
     (version,) = versions(root)
     assert "version 1 has these artifacts already" in log(root)
@@ -200,21 +201,21 @@ def test_a_version_that_a_frozen_server_makes_late_is_no_second_one(
 def test_of_versions_made_twice_the_champion_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
     evaluate(root, "one", 1.0)
-    assert mirror.replay(root, 60) == 0
+    assert uploader.replay(root, 60) == 0
     client, (first,) = client_of(root), versions(root)
     for number in ("2", "3"):
         twin = client.create_model_version(EXPERIMENT, first.source, first.run_id, first.tags, model_id=first.model_id)
         assert str(twin.version) == number
     client.set_registered_model_alias(EXPERIMENT, "champion", "2")
     evaluate(root, "one", 0.9)
-    assert mirror.replay(root, 60) == 0
+    assert uploader.replay(root, 60) == 0
     assert [(str(version.version), version.tags["generation/fd_toy"]) for version in versions(root)] == [("2", "0.9")]
     assert champion(root) == "2"
 
 
 def test_a_model_in_the_registry_is_safetensors_json_and_source_and_no_pickle(root: Path) -> None:
     evaluate(root, "one")
-    assert mirror.replay(root, 60) == 0
+    assert uploader.replay(root, 60) == 0
     files = [path for path in (root / "mlruns" / EXPERIMENT / "models").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".py", ".yaml", ".txt", ".html", ""}
     assert [path.name for path in files if path.suffix == ""] == ["MLmodel"]
@@ -231,26 +232,26 @@ def test_a_model_is_registered_as_it_was_evaluated_though_its_folder_holds_anoth
 ) -> None:
     evaluate(root, "one")
     make_artifact(root / "prior", "trained again")
-    assert mirror.replay(root, 60) == 0
+    assert uploader.replay(root, 60) == 0
     (weights,) = (root / "mlruns").rglob("prior/weights.safetensors")
     assert weights.read_text() == "weights of a prior"
-    assert not list(journal_module.folder_of(root).rglob("*.safetensors"))  # the registry has it
+    assert not list(folder_of(root).rglob("*.safetensors"))  # the registry has it
     # Another database is filled as far as the artifacts are still there
     (root / "other.db").write_bytes(empty_database.read_bytes())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
-    assert mirror.replay(root, 60) == 0
+    assert uploader.replay(root, 60) == 0
     assert versions(root) == []
     assert "prior is no longer what was evaluated" in log(root)
     make_artifact(root / "prior", "weights of a prior")
-    assert mirror.replay(root, 60, everything=True) == 0
+    assert uploader.replay(root, 60, everything=True) == 0
     assert len(versions(root)) == 1
 
 
 def test_a_damaged_model_is_told_and_holds_nothing_up(root: Path) -> None:
     evaluate(root, "one")
-    (linked,) = journal_module.folder_of(root).glob("*/models/*/prior/weights.safetensors")
+    (linked,) = folder_of(root).glob("*/models/*/prior/weights.safetensors")
     linked.write_text("weights of a prioR")
-    assert mirror.replay(root, 60) == 0
+    assert uploader.replay(root, 60) == 0
     assert versions(root) == []
     assert "weights.safetensors is damaged" in log(root)
 
@@ -260,16 +261,16 @@ def test_the_registry_can_be_switched_off_and_is_off_without_tracking(
 ) -> None:
     monkeypatch.setenv("TESSERA_REGISTRY", "off")
     evaluate(root, "one")
-    assert mirror.replay(root, 60) == 0
+    assert uploader.replay(root, 60) == 0
     assert versions(root) == []
     monkeypatch.setenv("TESSERA_REGISTRY", "no")
     with pytest.raises(ValueError, match="TESSERA_REGISTRY is 'no': expected on or off"):
         evaluate(root, "one")
     monkeypatch.delenv("TESSERA_REGISTRY")
     monkeypatch.setenv("TESSERA_TRACKING", "off")
-    before = sorted(journal_module.folder_of(root).rglob("*"))
+    before = sorted(folder_of(root).rglob("*"))
     evaluate(root, "one")
-    assert sorted(journal_module.folder_of(root).rglob("*")) == before
+    assert sorted(folder_of(root).rglob("*")) == before
 
 
 def test_systems_are_rows_and_what_made_them_lies_below(root: Path) -> None:
@@ -280,7 +281,7 @@ def test_systems_are_rows_and_what_made_them_lies_below(root: Path) -> None:
     with open_run(root, "encode_tokens@one"):
         pass
     evaluate(root, "one")
-    assert mirror.replay(root, 60) == 0
+    assert uploader.replay(root, 60) == 0
     client = client_of(root)
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
     runs = {run.info.run_name: run for run in client.search_runs([experiment])}
@@ -295,7 +296,7 @@ def test_systems_are_rows_and_what_made_them_lies_below(root: Path) -> None:
     (dataset,) = runs["train_prior@one"].inputs.dataset_inputs
     assert (dataset.dataset.name, dataset.dataset.digest) == ("toy", "a" * 32)
     assert json.loads(dataset.dataset.source) == {"uri": "data/images"}
-    assert mirror.replay(root, 60, everything=True) == 0
+    assert uploader.replay(root, 60, everything=True) == 0
     assert len(client.search_runs([experiment])) == 4
     assert len(client.get_run(runs["train_prior@one"].info.run_id).inputs.dataset_inputs) == 1
 
@@ -303,7 +304,7 @@ def test_systems_are_rows_and_what_made_them_lies_below(root: Path) -> None:
 def test_rows_of_one_system_in_several_experiments_can_be_told_apart_and_are_versions_of_it(root: Path) -> None:
     for sampling, experiment in enumerate(("brave-fox", "params-width-96")):
         evaluate(root, "one", sampling=sampling, tags={"dvc.experiment": experiment})
-    assert mirror.replay(root, 60) == 0
+    assert uploader.replay(root, 60) == 0
     client = client_of(root)
     found = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
     assert {run.info.run_name for run in found} == {"one (brave-fox)", "one (params-width-96)"}
@@ -340,7 +341,7 @@ def test_what_a_process_takes_of_the_machine_is_seen_from_outside(root: Path, mo
     monkeypatch.setattr(load, "EVERY_SECONDS", 0.2)
     run = open_run(root, "train_prior@one")
     run.log(0, {"loss": 1.0})
-    (seen,) = mirror._mirrors(root, {})
+    (seen,) = uploader.all_mirrors(root, {})
     seen.watch_load()
     until = time.monotonic() + 0.3
     while time.monotonic() < until:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tessera.tracking import journal as journal_module
-from tessera.tracking import mirror
+from tessera.tracking import mirror, processes, uploader
 
 
 def begin(root: Path, state: Path | None = None, **extra: Any) -> journal_module.Run:
@@ -126,7 +126,7 @@ def test_tracking_off_writes_nothing_and_accepts_every_call(tmp_path: Path, monk
         run.tag({"a": "b"})
         run.param({"c": 1})
         run.attach(Path(__file__))
-    journal_module.start_uploader(tmp_path)
+    processes.start_uploader(tmp_path)
     assert run.uid is None
     assert list(tmp_path.iterdir()) == []
 
@@ -166,7 +166,7 @@ def test_a_place_that_cannot_be_written_gives_one_sentence_and_no_error(
     with begin(tmp_path, tmp_path / ".state" / "key") as run:
         run.log(0, {"loss": 1.0})
         run.attach(tmp_path / "absent.png")
-    journal_module.start_uploader(tmp_path)
+    processes.start_uploader(tmp_path)
     tracked, uploader = capsys.readouterr().err.splitlines()
     assert tracked.startswith("a part of what train_prior@toy tracks is lost, because ")
     assert "the stage goes on" in tracked
@@ -177,7 +177,6 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from tessera.tracking import journal as journal_module
-from tessera.tracking import mirror
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 with journal_module.open_run("toy", experiment="e", root=Path(sys.argv[1]), state=None, params={}, tags={}) as run:
@@ -219,12 +218,12 @@ def test_a_replay_that_lasts_longer_than_it_would_wait_for_another_is_told_by_wh
         time.sleep(0.2)
         return client, ""
 
-    monkeypatch.setattr(mirror, "_push_all", push_slowly)
-    assert mirror.replay(tmp_path, timeout=0.1) == 0
+    monkeypatch.setattr(uploader, "_push_all", push_slowly)
+    assert uploader.replay(tmp_path, timeout=0.1) == 0
     assert capsys.readouterr().out.startswith("1 runs, 1 metrics sent to ")
     run = begin(tmp_path)
-    monkeypatch.setattr(mirror, "_push_all", lambda root, mirrors, client: (run.log(1, {"loss": 1.0}), ""))
-    assert mirror.replay(tmp_path, timeout=0.1) == 1  # a stage that goes on writing is not waited for
+    monkeypatch.setattr(uploader, "_push_all", lambda root, mirrors, client: (run.log(1, {"loss": 1.0}), ""))
+    assert uploader.replay(tmp_path, timeout=0.1) == 1  # a stage that goes on writing is not waited for
     assert "1 runs, " in capsys.readouterr().err
 
 
@@ -262,14 +261,14 @@ def test_a_relative_database_lies_in_the_checkout(tmp_path: Path, monkeypatch: p
 
 
 def test_a_process_is_told_from_a_later_one_with_its_number() -> None:
-    own = journal_module.process_start(os.getpid())
-    assert journal_module.is_alive(os.getpid(), own)
+    own = processes.process_start(os.getpid())
+    assert processes.is_alive(os.getpid(), own)
     if own:  # only Linux tells when a process began
-        assert not journal_module.is_alive(os.getpid(), own - 1)
+        assert not processes.is_alive(os.getpid(), own - 1)
     child = subprocess.Popen([sys.executable, "-c", ""])
-    began = journal_module.process_start(child.pid)
+    began = processes.process_start(child.pid)
     child.wait()
-    assert not journal_module.is_alive(child.pid, began)
+    assert not processes.is_alive(child.pid, began)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def settings(**changes) -> Training:
 
 
 def run(job, data=None, breaks_at=None, **changes):
-    job.resumable("inputs")
+    job.resumable({"of": "inputs"})
     return fit(Objective(settings(**changes), breaks_at), data or Data(), settings(**changes), seed=5, job=job)
 
 
@@ -175,7 +175,7 @@ def test_muon_moves_a_kernel_as_the_matrix_of_its_rows(layout):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_training_stopped_at_any_step_and_resumed_is_bit_identical(tmp_path, optimizer):
     def train(job, data):
-        job.resumable("inputs")
+        job.resumable({"of": "inputs"})
         return fit(Objective(settings(optimizer=optimizer)), data, settings(optimizer=optimizer), seed=5, job=job)
 
     whole_job = Job("whole", tmp_path / "whole")
@@ -231,8 +231,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path,
 
 def test_other_inputs_never_resume_from_a_checkpoint(tmp_path):
     job = Job("x", tmp_path)
-    assert job.resumable("a", {"b": 1}) != job.resumable("a", {"b": 2})
-    assert job.resumable("a", {"b": 1}) == job.resumable("a", {"b": 1})
+    assert job.resumable({"a": {"b": 1}}) != job.resumable({"a": {"b": 2}})
+    assert job.resumable({"a": {"b": 1}}) == job.resumable({"a": {"b": 1}})
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_naming_step_and_term(job):
@@ -343,7 +343,7 @@ def test_bf16_on_a_processor_without_it_is_called_slow(tmp_path, monkeypatch, ca
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
     job, said = Job("x", tmp_path), []
     job.say = said.append
-    job.resumable("inputs")
+    job.resumable({"of": "inputs"})
     fit(
         Objective(settings(precision="bf16", num_steps=1)),
         Data(),

@@ -1,0 +1,77 @@
+"""The evidence of the default run, kept in docs/results: python -m benchmarks.results (after `make repro`; or `make results`).
+
+What a run writes (dvc.lock, data/metrics) belongs to whoever ran it, and is not shipped. Here stands what this project's own
+run gave: its tables, metrics, lock, the hashes of all weights and samples, and the machine. README's table is cut out of it.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from tessera.artifacts import folder as artifact
+
+OUT = Path("docs/results")
+READMES = (Path("README.md"), Path("README.zh.md"))
+TABLE = re.compile(r"(?<=<!-- table -->\n\n).*?(?=\n\n<!-- /table -->)", re.DOTALL)
+HASHED = ("weights.safetensors", "images-*.npy", "labels-*.npy", "indices-*.npy", "latents-*.npy")
+
+
+def main() -> None:
+    stale = json.loads(run(sys.executable, "-m", "dvc", "status", "--json"))
+    if stale:
+        raise SystemExit(f"{', '.join(stale)} are not up to date: expected a whole run; make repro first")
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir(parents=True)
+    shutil.copytree("data/metrics", OUT / "metrics")
+    for file in ("comparison.md", "comparison.csv", "differences.csv"):
+        shutil.copy(f"data/comparison/{file}", OUT / file)
+    shutil.copy("dvc.lock", OUT / "dvc.lock")
+    artifact.write_json(OUT / "sha256.json", hashes(Path("data")))
+    artifact.write_json(OUT / "machine.json", machine())
+    shutil.copy("data/pictures/samples/vqgan-autoregressive.png", "docs/digits.png")
+    table = first_table((OUT / "comparison.md").read_text(encoding="utf-8"))
+    for readme in READMES:
+        text, count = TABLE.subn(lambda _: table, readme.read_text(encoding="utf-8"))
+        assert count == 1, f"{readme} has no place for the table"
+        readme.write_text(text, encoding="utf-8")
+
+
+def first_table(markdown: str) -> str:
+    """The table of generation, the first in comparison.md."""
+    return re.search(r"^\|.*?(?=\n\n)", markdown, re.DOTALL | re.MULTILINE)[0]
+
+
+def hashes(data: Path) -> dict[str, str]:
+    """The sha256 of all weights, samples and tokens, by path."""
+    files = sorted(path for pattern in HASHED for path in data.rglob(pattern))
+    return {path.as_posix(): artifact.sha256(path) for path in files}
+
+
+def machine() -> dict[str, str | int]:
+    """What bits depend on besides the inputs."""
+    cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return {
+        "commit": run("git", "rev-parse", "HEAD").strip(),
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count() or 0,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": run("git", "log", "-1", "--format=%cs").strip(),
+    }
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""What a run is to reproduce, read from DVC's graph, and what becomes of it, without Prefect."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flows import experiments, locks
+from flows.places import Places
+from flows.processes import StageProcesses, Stopped, dvc, search_path
+from tessera.tracking.processes import start_uploader
+
+STATE = Path(".state")
+SMALL_BYTES = 1_000_000  # a file up to this size is compared, which is sooner done than asking dvc: that takes 2 s
+HINTS = (  # dvc gives them after each stage
+    "To track the changes with git",
+    "Updating lock file",
+    "git add ",
+    "To enable auto staging",
+    "dvc config core.autostage",
+    "Use `dvc push`",
+)
+
+
+def tell(line: str) -> None:
+    """Print a line; where nobody reads any more, because the worker was killed, the run goes on."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
+class Outcome(NamedTuple):
+    what: str  # ran, cached, failed or not run
+    seconds: float = 0.0
+    code: int = 0
+    changed: bool = False  # whether its outputs may differ from those at the start
+    interrupted: bool = False  # by a signal that is not the flow's own, such as the one for want of memory
+
+
+@dataclass
+class Plan:
+    """What to reproduce, and what became of it: the truth of a flow run, whatever happens to Prefect."""
+
+    root: Path
+    upstream: dict[str, set[str]]  # each stage's direct upstream stages, in an order in which they can run
+    outputs: dict[str, list[Path]]
+    unversioned: list[str]  # outputs that DVC's cache does not keep: metrics, which git does
+    reads: dict[str, dict[str, list[Path]]]  # by stage and upstream stage: the paths in its outputs that it depends on
+    digests: dict[Path, str]  # of the small files among them, before anything ran
+    stale: set[str]
+    force: bool
+    experiment: experiments.Experiment | None = None  # whose worktree `root` is
+    recipes: dict[str, str] = field(default_factory=dict)  # of an experiment's stages: equal ones compute the same
+    afterwards: bool = False  # whether there is something to do when all stages have come out well
+    champion_code: int = 0  # the exit code of the step that chooses the champion
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    interrupted: set[str] = field(default_factory=set)  # stages that are run once more
+    processes: StageProcesses = field(default_factory=StageProcesses)
+    over: threading.Event = field(default_factory=threading.Event)  # reported: nothing more will run
+
+    def reproduce(self, stage: str, say: Callable[[str], None], places: Places) -> Outcome:
+        """Run one stage, whose upstream stages have all come out well; a clean one starts no process.
+
+        A stage that a signal has ended is not yet an outcome the first time: call again, and it resumes.
+        """
+        outcome = Outcome("cached") if self._is_clean(stage) else self._run(stage, say, places)
+        if outcome.interrupted and stage not in self.interrupted:
+            self.interrupted.add(stage)
+        else:
+            self.outcomes[stage] = outcome
+        return outcome
+
+    def _is_clean(self, stage: str) -> bool:
+        """Whether dvc would skip the stage: it was not stale, and upstream runs left what it reads as it was."""
+        if self.force or stage in self.stale:
+            return False
+        changed = [above for above in self.upstream[stage] if self.outcomes[above].changed]
+        return all(self._is_same(path) for above in changed for path in self.reads[stage][above])
+
+    def _is_same(self, path: Path) -> bool:
+        """Whether a small file has the content that it had at first; False for a folder or a large file: ask dvc."""
+        return path in self.digests and _digest(path) == self.digests[path]
+
+    def _run(self, stage: str, say: Callable[[str], None], places: Places) -> Outcome:
+        ran = skipped = False
+        status = 0
+
+        def listen(line: str) -> None:
+            nonlocal ran, skipped, status
+            ran = ran or line.startswith("Running stage ")
+            skipped = skipped or line.endswith("didn't change, skipping")
+            if ended := re.search(r"exited with (-?\d+)$", line):
+                status = int(ended[1])
+            if line.strip() and not line.strip().startswith(HINTS):
+                say(line)
+
+        # First the stage, then a device: who waits for another run of the same stage keeps nobody from a device
+        owner = f"{stage} in {self.root}"
+        single = [self.root / STATE / "locks" / f"flow-{stage}.lock"]
+        if self.experiment:  # another one may be computing the same, and this one takes it from the cache
+            single.append(experiments.shared_lock(self.experiment, self.recipes[stage]))
+        with contextlib.ExitStack() as held:
+            mine = [held.enter_context(locks.one_of([path], owner, say, self._check_going_on)) for path in single]
+            device, environment = held.enter_context(places.one(owner, say, self._check_going_on))
+            if self.experiment:  # its stages would start an uploader for a folder that goes away
+                start_uploader(self.experiment.checkout)
+                environment = environment | experiments.environment(self.experiment)
+            began = time.monotonic()
+            command = dvc("--wait-for-lock", "repro", "--single-item", stage, *(["--force"] if self.force else []))
+            environment = {"DVC_NO_ANALYTICS": "true", "PATH": search_path(), **environment}
+            keep = [lock.descriptor for lock in (*mine, device)]
+            code = self.processes.run(command, listen, self.root, environment, keep)
+            seconds = time.monotonic() - began
+        if code:
+            interrupted = (code < 0 or status < 0 or status > 128) and not self.processes.stopping.is_set()
+            return Outcome("failed", seconds, code if code > 0 else 128 - code, changed=True, interrupted=interrupted)
+        return Outcome("ran" if ran else "cached", seconds, changed=ran or not skipped)
+
+    def _check_going_on(self) -> None:
+        if self.processes.stopping.is_set():
+            raise Stopped("the flow is ending")
+
+    def settled(self) -> bool:
+        """Whether every stage has come to its end, or never can because one before it failed."""
+        lost: set[str] = set()
+        for stage, upstream in self.upstream.items():
+            outcome = self.outcomes.get(stage)
+            if upstream & lost or (outcome and outcome.code):
+                lost.add(stage)
+            elif not outcome:
+                return False
+        return True
+
+    def finished(self) -> bool:
+        """Whether Prefect alone is still at work."""
+        settled = self.settled() and (not self.afterwards or self.code() != 0)
+        return settled or self.processes.stopping.is_set() or self.over.is_set()
+
+    def code(self) -> int:
+        """DVC's exit code of the first stage that failed; 1 if Prefect did not run them all."""
+        codes = [self.outcomes[stage].code for stage in self.upstream if stage in self.outcomes]
+        return next((code for code in codes if code), 0 if len(codes) == len(self.upstream) else 1)
+
+    def report(self) -> None:
+        """Print a line per stage, once."""
+        if self.over.is_set():
+            return
+        self.over.set()
+        width = max(len(stage) for stage in self.upstream)
+        for stage in self.upstream:
+            outcome = self.outcomes.get(stage, Outcome("not run"))
+            tell(f"{stage:<{width}}  {outcome.what:<7}  {outcome.seconds:8.1f} s")
+
+
+def read_plan(root: Path, targets: list[str], force: bool, experiment: experiments.Experiment | None = None) -> Plan:
+    """DVC's graph above the targets (all stages if there are none), and which of them are stale now."""
+    import networkx
+    from dvc.lock import LockError
+    from dvc.repo import Repo
+
+    # DVC takes the names of stages relative to the working directory, of which a process has one
+    with _reading, contextlib.chdir(root), Repo(_wait_for_lock=True) as repo:
+        graph = repo.index.graph  # its edges lead from a stage to what it depends on
+        wanted = {stage for target in targets for stage in repo.stage.collect(target)} if targets else set(graph)
+        wanted = wanted.union(*(networkx.descendants(graph, stage) for stage in wanted))
+        order = [stage for stage in networkx.dfs_postorder_nodes(graph) if stage in wanted]
+        reads = {
+            stage.addressing: {above.addressing: _shared(stage, above) for above in graph.successors(stage)}
+            for stage in order
+        }
+        if not reads:
+            raise ValueError(f"{repo.root_dir} has no stages: expected some in dvc.yaml, see https://dvc.org/doc")
+        outputs = {stage.addressing: [Path(out.fs_path) for out in stage.outs] for stage in order}
+        unversioned = [os.path.relpath(out.fs_path) for stage in order for out in stage.outs if not out.use_cache]
+        digests = _digests(reads)  # before the status: a file that changes in between counts as changed
+        try:
+            stale = set() if force else set(repo.status()) & set(reads)
+        except LockError:  # another run is writing: ask dvc for each stage, when its turn comes
+            stale = set(reads)
+        return Plan(
+            root=Path(repo.root_dir),
+            upstream={stage: set(above) for stage, above in reads.items()},
+            outputs=outputs,
+            unversioned=unversioned,
+            reads=reads,
+            digests=digests,
+            stale=stale,
+            force=force,
+            experiment=experiment,
+            recipes=_recipes(order, graph) if experiment else {},
+        )
+
+
+def _shared(stage: Any, above: Any) -> list[Path]:
+    """The dependencies of a stage that hold, are or lie in an output of another stage."""
+    from dvc.dependency import DatasetDependency
+
+    dependencies = [Path(dep.fs_path) for dep in stage.deps if not isinstance(dep, DatasetDependency)]
+    outputs = [Path(out.fs_path) for out in above.outs]
+    return [
+        path for path in dependencies if any(path.is_relative_to(out) or out.is_relative_to(path) for out in outputs)
+    ]
+
+
+def _digests(reads: dict[str, dict[str, list[Path]]]) -> dict[Path, str]:
+    paths = {path for of_stage in reads.values() for some in of_stage.values() for path in some}
+    return {path: digest for path in paths if (digest := _digest(path))}
+
+
+def _digest(path: Path) -> str | None:
+    """A hash of a small file's content; None for a folder, a large file or none at all."""
+    try:
+        if path.is_file() and path.stat().st_size <= SMALL_BYTES:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:  # gone or unreadable: dvc will say so
+        return None
+    return None
+
+
+def _recipes(order: list[Any], graph: Any) -> dict[str, str]:
+    """A digest of what each stage computes: its command, its params, and what the stages before it compute."""
+    from dvc.dependency.param import ParamsDependency
+
+    recipes: dict[str, str] = {}
+    for stage in order:
+        params = [dep.read_params() for dep in stage.deps if isinstance(dep, ParamsDependency)]
+        above = sorted(recipes[before.addressing] for before in graph.successors(stage))
+        text = json.dumps([stage.cmd, params, above], sort_keys=True, default=str)
+        recipes[stage.addressing] = hashlib.sha256(text.encode()).hexdigest()
+    return recipes
+
+
+_reading = threading.Lock()
+
+
+@contextlib.contextmanager
+def opened(targets: list[str], force: bool, preset: str | None, overrides: experiments.Overrides) -> Iterator[Plan]:
+    """The plan of a run: in the checkout, or with a preset or overrides in a worktree of its own, for its user alone."""
+    checkout = Path.cwd()
+    experiment = experiments.define(checkout, preset, overrides)
+    if experiment is None:
+        yield read_plan(checkout, targets, force)
+        return
+    with locks.one_of([experiment.lock], experiment.name, tell):
+        experiments.prepare(experiment)
+        tell(f"{experiment.name} runs in {experiment.folder}")
+        yield read_plan(experiment.folder, targets, force, experiment)

@@ -1,0 +1,71 @@
+"""Which part of a picture of any size the models see, and the way of pixels there and back."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tessera.artifacts.images import to_float, to_uint8
+
+PREPROCESSING = {"resize": "crop", "filter": "lanczos", "background": "white"}  # where a data set says nothing else
+
+
+class Frame:
+    """Which part of a picture the models see, by the data set's way of resizing, and the way there and back."""
+
+    def __init__(self, dataset: Any, size: tuple[int, int], factor: int = 1):
+        """factor: how much smaller than the models' images the picture is to be."""
+        self.height, self.width = dataset.height // factor, dataset.width // factor
+        self.mode = "L" if dataset.channels == 1 else "RGB"
+        how = getattr(dataset, "resize", PREPROCESSING["resize"])
+        self.filter = Image.Resampling[getattr(dataset, "filter", PREPROCESSING["filter"]).upper()]
+        self.background = getattr(dataset, "background", PREPROCESSING["background"])
+        width, height = size
+        pick = {"crop": min, "pad": max}.get(how)
+        if pick is None:
+            self.box = (0.0, 0.0, float(width), float(height))
+        else:  # as large as fits into the picture, or as small as holds it, around its center
+            scale = pick(width / self.width, height / self.height)
+            left, top = (width - self.width * scale) / 2, (height - self.height * scale) / 2
+            self.box = (left, top, left + self.width * scale, top + self.height * scale)
+
+    def tensor(self, picture: Image.Image) -> torch.Tensor:
+        """(1, C, H, W) in [-1, 1]"""
+        pixels = np.asarray(self._seen(picture.convert(self.mode), self.filter, self.background))
+        pixels = pixels[None] if self.mode == "L" else pixels.transpose(2, 0, 1)
+        return to_float(torch.from_numpy(np.array(pixels, order="C"))[None])
+
+    def mask(self, mask: Image.Image) -> torch.Tensor:
+        """(1, H, W): a pixel of the models is covered if any pixel of the picture below it is."""
+        seen = self._seen(_holes(mask), Image.Resampling.BOX, "black")
+        return torch.from_numpy(np.asarray(seen) > 0)[None]
+
+    def put_back(self, picture: Image.Image, edited: torch.Tensor, mask: Image.Image | None = None) -> Image.Image:
+        """The picture with the (1, C, H, W) result in its place; with a mask, only where that is white."""
+        pixels = to_uint8(edited)[0].cpu().numpy()
+        result = Image.fromarray(pixels[0] if self.mode == "L" else pixels.transpose(1, 2, 0))
+        left, top, right, bottom = (round(side) for side in self.box)
+        result = result.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+        whole = picture.convert(self.mode)
+        changed = whole.copy()
+        changed.paste(result, (left, top))
+        return changed if mask is None else Image.composite(changed, whole, _holes(mask))
+
+    def _seen(self, picture: Image.Image, filter: Image.Resampling, background: str) -> Image.Image:
+        width, height = picture.size
+        left, top, right, bottom = self.box
+        if left < 0 or top < 0:  # padded
+            canvas = Image.new(picture.mode, (round(right - left), round(bottom - top)), background)
+            canvas.paste(picture, (round(-left), round(-top)))
+            return canvas.resize((self.width, self.height), filter)
+        return picture.resize((self.width, self.height), filter, (left, top, min(right, width), min(bottom, height)))
+
+
+def _holes(mask: Image.Image) -> Image.Image:
+    """Mode L, 255 where the mask is lighter than half gray, else 0."""
+    return mask.convert("L").point(lambda value: 255 if value > 127 else 0)
+
+
+def size_text(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]} pixels"
