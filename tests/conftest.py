@@ -17,6 +17,12 @@ from tessera.running.job import Job
 os.environ["TESSERA_TRACKING"] = "off"  # tests that track say so
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker is left alone with one at the end; within a file nothing changes."""
+    longest = {item: item.get_closest_marker("e2e") for item in items}
+    items.sort(key=lambda item: -longest[item].kwargs.get("seconds", 30) if longest[item] else 0)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets that are not in the repository; tests that need it are skipped without it."""

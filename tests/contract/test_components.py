@@ -1,7 +1,9 @@
 """What every part promises, asked of every file in its folder: a new part gets these tests by being there."""
 
+import functools
 import importlib
 import os
+import random
 import signal
 from functools import partialmethod
 
@@ -60,6 +62,7 @@ SMALL = {
             "training": TRAINING,
         },
     },
+    "features": {"classifier": {"channels": 8, "training": TRAINING}},
     "denoisers": {
         "transformer": {"width": 16, "depth": 2, "heads": 2},
         "unet": {"channels": 8, "channel_multipliers": [1, 2], "num_blocks": 1},
@@ -267,11 +270,15 @@ class _Rows:
         return type(self)(type(self.whole)(*(tensor.to(device) for tensor in self.whole)))
 
 
-class _StopsAt:
-    """Asks for a stop when the batch of step `number` is taken, counting from 1."""
+class _Death(BaseException):
+    """Ends a training in the middle of a step, as a kill -9 does: nothing of it says farewell."""
 
-    def __init__(self, number, rows, job):
-        self.number, self.rows, self.job, self.taken = number, rows, job, 0
+
+class _EndsAt:
+    """Ends the training when the batch of step `number` is taken, counting from 1: by asking for a stop, or by death."""
+
+    def __init__(self, number, rows, job, by):
+        self.number, self.rows, self.job, self.by, self.taken = number, rows, job, by, 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -279,6 +286,8 @@ class _StopsAt:
     def batch(self, rows, generator=None):
         self.taken += 1
         if self.taken == self.number:
+            if self.by is _Death:
+                raise _Death
             self.job.request_stop(signal.SIGTERM)
         return self.rows.batch(rows, generator)
 
@@ -286,7 +295,7 @@ class _StopsAt:
 def _training_data(folder, kind, image_spec, token_spec):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(12) % 3
-    if folder in ("tokenizers", "quantizers"):
+    if folder in ("tokenizers", "quantizers", "features"):
         return image_spec, _Rows(ImageBatch(torch.rand(12, 1, 16, 8, generator=generator) * 2 - 1, labels))
     if load("priors", kind).LEARNS == "indices":
         return token_spec, _Rows(TokenBatch(torch.randint(11, (12, 4, 2), generator=generator), labels))
@@ -295,7 +304,7 @@ def _training_data(folder, kind, image_spec, token_spec):
 
 TRAINED = [
     (folder, kind)
-    for folder in ("tokenizers", "priors")
+    for folder in ("features", "tokenizers", "priors")
     for kind in kinds(folder)
     if hasattr(load(folder, kind), "Objective")
 ]
@@ -322,45 +331,62 @@ def _trained(folder, kind, image_spec, token_spec, job, data=None, seed=0, **cha
     return fit(module.Objective(model, config), data or rows, settings, seed=seed, job=job).state_dict()
 
 
+@pytest.fixture(scope="session")
+def plain(image_spec, token_spec, tmp_path_factory):
+    """The weights of a part that `_trained` trained in one go, which is done once for all tests."""
+
+    @functools.cache
+    def weights(folder, kind, precision="fp32"):
+        job = Job("plain", tmp_path_factory.mktemp("plain"))
+        return _trained(folder, kind, image_spec, token_spec, job, precision=precision)
+
+    return weights
+
+
+@pytest.mark.parametrize("by", [Stopped, _Death])
 @pytest.mark.parametrize(("folder", "kind"), TRAINED)
-def test_a_stopped_and_resumed_training_is_bit_identical(folder, kind, image_spec, token_spec, tmp_path):
-    whole = _trained(folder, kind, image_spec, token_spec, Job("whole", tmp_path / "whole"))
-    stopped = Job("parts", tmp_path / "parts")
+def test_a_training_that_was_stopped_or_killed_and_is_resumed_is_bit_identical(
+    folder, kind, by, image_spec, token_spec, plain, tmp_path
+):
+    step = random.Random(f"{folder}/{kind}/{by}").randint(2, 5)  # another one for each part
+    first = Job("parts", tmp_path)
+    if by is _Death:  # whoever is asked to stop saves what there is
+        first.checkpoint_seconds = 0.0
     _, rows = _training_data(folder, kind, image_spec, token_spec)
-    with pytest.raises(Stopped):
-        _trained(folder, kind, image_spec, token_spec, stopped, data=_StopsAt(3, rows, stopped))
-    again, said = Job("parts", tmp_path / "parts"), []
+    with pytest.raises(by):
+        _trained(folder, kind, image_spec, token_spec, first, data=_EndsAt(step, rows, first, by))
+    again, said = Job("parts", tmp_path), []
     again.say = said.append
     resumed = _trained(folder, kind, image_spec, token_spec, again)
-    assert said == ["resumed step 3"]
-    for name, value in whole.items():
+    assert said == [f"resumed step {step if by is Stopped else step - 1}"]
+    for name, value in plain(folder, kind).items():
         assert torch.equal(value, resumed[name]), name
 
 
 @pytest.mark.parametrize(("folder", "kind"), TRAINED)
-def test_checkpointed_gradients_and_data_on_the_device_change_nothing(folder, kind, image_spec, token_spec, tmp_path):
-    plain = _trained(folder, kind, image_spec, token_spec, Job("plain", tmp_path / "plain"))
-    job = Job("saving", tmp_path / "saving")
+def test_checkpointed_gradients_and_data_on_the_device_change_nothing(folder, kind, image_spec, token_spec, plain, job):
     saving = _trained(folder, kind, image_spec, token_spec, job, gradient_checkpointing=True, data_on_device=True)
-    for name, value in plain.items():
+    for name, value in plain(folder, kind).items():
         torch.testing.assert_close(saving[name], value, msg=name)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("folder", "kind"), TRAINED)
-def test_compiled_training_works(folder, kind, precision, image_spec, token_spec, tmp_path, monkeypatch):
+# In bf16 one of each family of networks; all parts train in bf16 below, and all compile in fp32
+COMPILED = [(*part, "fp32") for part in TRAINED if part[0] != "features"]
+COMPILED += [("tokenizers", "vae", "bf16"), ("priors", "autoregressive", "bf16"), ("priors", "diffusion", "bf16")]
+
+
+@pytest.mark.parametrize(("folder", "kind", "precision"), COMPILED)
+def test_compiled_training_works(folder, kind, precision, image_spec, token_spec, plain, job, monkeypatch):
     """By the tracer and its autograd; with TESSERA_TEST_COMPILE_BACKEND=inductor by the code generator too: it needs a
     C++ compiler and minutes."""
     backend = os.environ.get("TESSERA_TEST_COMPILE_BACKEND", "aot_eager")
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
     # inductor then drops by the random numbers that there are without it
     same_draws = importlib.import_module("torch._inductor.config").patch(fallback_random=True)
-    plain = _trained(folder, kind, image_spec, token_spec, Job("a", tmp_path / "a"), precision=precision)
-    job = Job("b", tmp_path / "b")
     with same_draws:
         compiled = _trained(folder, kind, image_spec, token_spec, job, precision=precision, compile=True)
     tolerance = {} if precision == "fp32" else {"atol": 0.05, "rtol": 0.05}
-    for name, value in plain.items():
+    for name, value in plain(folder, kind, precision).items():
         torch.testing.assert_close(compiled[name], value, msg=name, **tolerance)
 
 

@@ -1,0 +1,157 @@
+"""Trainings as processes of their own: killed, stopped, started twice, given damaged inputs, and two that train one prior.
+
+The tests share a copy of the finished clone. Death at any step of any part is in test_components.py, in one process.
+"""
+
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.numpy
+
+pytestmark = pytest.mark.e2e(seconds=90)
+TOKENIZER, PRIOR = "train_tokenizer@vqgan", "train_prior@vqgan-flow"
+
+
+@pytest.mark.parametrize("stage", [TOKENIZER, PRIOR])
+def test_kill_9_in_the_middle_and_again_gives_the_same_bits(clone, stage):
+    name = {TOKENIZER: "data/tokenizers/vqgan", PRIOR: "data/priors/vqgan-flow"}[stage]
+    out, whole = clone.folder / name, clone.hashes(name)
+    shutil.rmtree(out)
+    process = clone.start(*clone.command_of(stage), TESSERA_CHECKPOINT_SECONDS="0")
+    state = clone.folder / ".state" / stage.replace("@", "-")
+    try:
+        wait_for(lambda: any(state.glob("*/step-*[3-9]/manifest.json")), process)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not out.exists()
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    result = clone.run(*clone.command_of(stage))
+    assert result.returncode == 0, result.stdout + result.stderr
+    resumed = re.search(r"resumed step (\d+)", result.stdout)
+    assert resumed and 3 <= int(resumed.group(1)) < 60, result.stdout
+    assert clone.hashes(name) == whole
+    assert not state.exists()  # nothing of the interruption is left
+
+
+def test_a_second_copy_of_a_running_stage_is_refused(clone):
+    command = clone.command_of(TOKENIZER)
+    first = clone.start(*command, TESSERA_CHECKPOINT_SECONDS="0")
+    state = clone.folder / ".state/train_tokenizer-vqgan"
+    try:
+        wait_for(lambda: any(state.glob("*/step-*")), first)
+        os.kill(first.pid, signal.SIGSTOP)  # so that it is not done before the second is up
+        second = clone.run(*command)
+        os.kill(first.pid, signal.SIGCONT)
+        assert second.returncode == 2
+        assert f"already running as process {first.pid}" in second.stderr and "Traceback" not in second.stderr
+        os.kill(first.pid, signal.SIGTERM)
+        began = time.monotonic()
+        output, _ = first.communicate(timeout=20)
+        assert time.monotonic() - began < 5
+    finally:
+        if first.poll() is None:
+            os.killpg(first.pid, signal.SIGKILL)
+    assert first.returncode == 143 and "the same command continues from there" in output
+    assert clone.run(*command).returncode == 0
+
+
+def test_kill_9_of_dvc_takes_the_stage_with_it(clone):
+    stage, out = TOKENIZER, "data/tokenizers/vqgan"
+    whole = clone.hashes(out)
+    # DVC takes the user's shell, and sh where SHELL is not set (cron, CI): it does not replace itself as bash does
+    surroundings = {"SHELL": "/bin/sh", "TESSERA_CHECKPOINT_SECONDS": "0"}
+    process = clone.start("dvc", "repro", "--force", "--single-item", stage, **surroundings)
+    lock = clone.folder / f".state/locks/{stage}.lock"
+    lock.write_text("")
+    try:
+        wait_for(lambda: lock.read_text().strip(), process)
+        pid = int(lock.read_text())
+        process.kill()
+        process.wait()
+        began = time.monotonic()
+        while alive(pid) and time.monotonic() - began < 10:
+            time.sleep(0.1)
+        assert not alive(pid), "the stage outlived dvc"
+        assert time.monotonic() - began < 5
+    finally:
+        if lock.read_text().strip() and alive(int(lock.read_text())):
+            os.kill(int(lock.read_text()), signal.SIGKILL)
+    clone.repro(stage)
+    assert clone.hashes(out) == whole
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(happened, process, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None, f"ended early: {process.stdout.read()}"
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+
+
+def test_a_flipped_bit_in_an_input_stops_the_stage_naming_the_file(clone):
+    weights = clone.folder / "data/tokenizers/vqgan/weights.safetensors"
+    whole, mode = weights.read_bytes(), weights.stat().st_mode
+    broken = bytearray(whole)
+    broken[-5] ^= 1
+    weights.chmod(0o644)
+    weights.write_bytes(broken)
+    try:
+        result = clone.run(*clone.command_of("encode_tokens@vqgan"))
+        assert result.returncode == 2
+        assert "weights.safetensors is damaged: sha256" in result.stderr and "Traceback" not in result.stderr
+    finally:
+        weights.write_bytes(whole)
+        weights.chmod(mode)
+
+
+def test_samples_are_not_decoded_by_another_tokenizer(clone):
+    command = [
+        part.replace("data/tokenizers/vqgan", "data/tokenizers/none")
+        for part in clone.command_of("sample_images@vqgan-flow")
+    ]
+    result = clone.run(*command)
+    assert result.returncode == 2 and "trained on tokens of another tokenizer" in result.stderr
+
+
+def test_two_processes_train_the_prior_that_one_process_trains(clone):
+    """torchrun with gloo, the same global batch, no dropout: equal up to the order of additions."""
+    params = clone.params()
+    name = "vqgan-autoregressive"
+    params["encode_tokens"]["warps"] = 0  # each process draws the views of its own share
+    params["systems"][name]["prior"] |= {"dropout": 0.0, "label_dropout": 0.0}
+    params["systems"][name]["prior"]["training"] |= {"num_steps": 10, "optimizer": "adamw"}
+    params["follow_training"] |= {"every": 4, "num_images": 20}  # the first process looks, the other waits
+    clone.write_params(params)
+    clone.repro("encode_tokens@vqgan")
+    out, history = clone.folder / f"data/priors/{name}", clone.folder / f"data/curves/priors/{name}.csv"
+    command = clone.command_of(f"train_prior@{name}")
+    many = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2", *command[1:]]
+    losses, weights = [], []
+    for launched in (command, many):
+        result = clone.run(*map(str, launched))
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+        losses.append(pd.read_csv(history)[["loss", "test_loss", "follow_fd_test"]])
+        weights.append(safetensors.numpy.load_file(out / "weights.safetensors"))
+    assert "2 processes" in result.stdout
+    np.testing.assert_allclose(losses[1].loss, losses[0].loss, atol=1e-5)
+    for curves in losses:
+        assert curves.index[curves.follow_fd_test.notna()].tolist() == [3, 7, 9]  # steps 4, 8 and 10
+    np.testing.assert_allclose(losses[1].test_loss, losses[0].test_loss, atol=1e-4)
+    for key, one in weights[0].items():
+        assert np.abs(weights[1][key] - one).mean() < 1e-5, key
