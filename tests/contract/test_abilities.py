@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import get_protocol_members
 
 from tessera import contracts
-from tessera.bases.diagnostics import Health, Watch
+from tessera.bases.diagnostics import Diagnostics, Monitor
 from tessera.components import Params, kinds, load, parse
 from tessera.contracts import Encoded, Quantized, TokenSpec
 from tessera.system import CannotEdit, System
@@ -280,8 +280,8 @@ def each_level_has_indices_of_its_own_codebook(kind: str) -> None:
     indices = quantizer(torch.randn(8, config.code_dim, 4, 3, generator=seeded())).indices
     levels = indices.view(8, 4, 3, config.num_levels) // size
     assert torch.equal(levels, torch.arange(config.num_levels).expand_as(levels))
-    watch = Watch(Health(), config)
-    assert (watch.levels, watch.quantizer) == (config.num_levels, config.quantizer)
+    monitor = Monitor(Diagnostics(), config)
+    assert (monitor.levels, monitor.quantizer) == (config.num_levels, config.quantizer)
 
 
 @tries(contracts.StartsLate)
