@@ -1,30 +1,47 @@
 """How a process that runs flows comes to its end: by a signal, and where Prefect finds none."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from flows.plan import Plan, tell
+from flows.processes import Stopped
 
 GRACE_SECONDS = 25.0  # longer than the last artifacts take
 SERVER_SECONDS = 5.0
 
-running: list[Plan] = []
-ending = threading.Event()
+_running: list[Plan] = []
+_ending = threading.Event()
+
+
+@contextlib.contextmanager
+def stoppable(plan: Plan) -> Iterator[None]:
+    """While it lasts, `stop_all` and any exception end the plan's stages. Raises Stopped if the process is ending."""
+    _running.append(plan)
+    try:
+        if _ending.is_set():
+            raise Stopped("the flow is ending")
+        yield
+    except BaseException:  # a cancellation, a signal: the tasks' threads do not hear of it, their processes must
+        plan.processes.stop()
+        raise
+    finally:
+        _running.remove(plan)
 
 
 def stop_all() -> None:
     """End the stages of every run of this process, and begin no other."""
-    ending.set()
-    for plan in list(running):
+    _ending.set()
+    for plan in list(_running):
         plan.processes.stop()
 
 
 def leave_later(code: int) -> None:
-    """End the process a grace period from now, for what may keep Prefect from doing so (see `watch`)."""
+    """End the process a grace period from now, in case Prefect does not (see `watch`)."""
 
     def leave() -> None:
         time.sleep(GRACE_SECONDS)
@@ -38,19 +55,23 @@ def is_engine() -> bool:
     return getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "") == "prefect.engine"
 
 
-def watch(is_finished: Callable[[], bool], plan: Plan, code: Callable[[], int]) -> None:
-    """End the process when its stages are done and Prefect is not, a grace period later.
+def watch(plan: Plan, code: Callable[[], int]) -> None:
+    """End the process, with the exit code `code()`, a grace period after its stages are done, if Prefect is not.
 
     With a dead server Prefect goes on sending events for minutes, long after the last stage.
     """
-    while not is_finished():
-        time.sleep(0.5)
-    time.sleep(GRACE_SECONDS)
-    tell("Prefect does not come to its end (is its server gone?), so this process ends without it.")
-    plan.processes.stop()
-    plan.report()
-    _stop_server()
-    os._exit(code())
+
+    def wait() -> None:
+        while not plan.finished():
+            time.sleep(0.5)
+        time.sleep(GRACE_SECONDS)
+        tell("Prefect has not ended (is its server down?), so this process ends without it.")
+        plan.processes.stop()
+        plan.report()
+        _stop_server()
+        os._exit(code())
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _stop_server() -> None:

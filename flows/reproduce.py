@@ -11,7 +11,6 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -40,7 +39,6 @@ from flows import ending, experiments  # noqa: E402
 from flows.board import Board  # noqa: E402
 from flows.places import Places  # noqa: E402
 from flows.plan import Plan, opened, tell  # noqa: E402
-from flows.processes import Stopped  # noqa: E402
 
 INTERRUPTED = "Interrupted"
 RETRY_SECONDS = 3.0  # a process that was told to end by the death of its parent may still be saving
@@ -79,45 +77,31 @@ def reproduce(
         return _carry_out(plan, targets or [], champion)
 
 
-def _carry_out(plan: Plan, targets: list[str], champion: str | None) -> State[Any]:
-    if ending.ending.is_set():
-        raise Stopped("the flow is ending")
-    places = Places()
-    prefixed = places.number > 1
-    run = FlowRunContext.get()
-    run_id = run.flow_run.id if run and run.flow_run else None
-    in_worker = ending.is_engine()
-    if run and str(run_id) == os.environ.get("PREFECT__FLOW_RUN_ID"):  # it has this process for itself
-        threading.Thread(target=ending.watch, args=(plan.finished, plan, plan.code), daemon=True).start()
-    board = Board(run_id)
-    plan.afterwards = bool(plan.experiment or champion)
-    ending.running.append(plan)
+class _Run:
+    """What the tasks of one flow run do; Prefect's decorators are in `_carry_out`."""
 
-    @task(
-        name="stage",
-        task_run_name="{stage}",
-        cache_policy=NO_CACHE,
-        retries=1,
-        retry_delay_seconds=RETRY_SECONDS,
-        retry_condition_fn=_resumes,
-    )
-    def reproduce_stage(stage: str) -> State[Any]:
-        logger = get_run_logger()
+    def __init__(self, plan: Plan) -> None:
+        run = FlowRunContext.get()
+        self.plan, self.places = plan, Places()
+        self.id = run.flow_run.id if run and run.flow_run else None
+        self.in_worker = ending.is_engine()
+        self.board = Board(self.id)
+
+    def reproduce(self, stage: str) -> State[Any]:
+        logger, plan, board = get_run_logger(), self.plan, self.board
         context = TaskRunContext.get()
         task_run_id = context.task_run.id if context else None
 
         def say(line: str) -> None:
-            if not in_worker:  # which prints what is logged
-                tell(f"{stage}: {line}" if prefixed else line)
+            if not self.in_worker:  # which prints what is logged
+                tell(f"{stage}: {line}" if self.places.number > 1 else line)
             logger.info(line)
             board.line(stage, line, task_run_id)
 
         began = time.time()
-        outcome = plan.reproduce(stage, say, places)
+        outcome = plan.reproduce(stage, say, self.places)
         if outcome.code and stage not in plan.outcomes:
-            say(
-                f"{stage} was ended by a signal, which is what want of memory does too; it continues from its checkpoint"
-            )
+            say(f"{stage} was ended by a signal, possibly out of memory; it continues from its checkpoint")
             return Failed(name=INTERRUPTED, message="ended by a signal")
         if outcome.code:
             return Failed(message=f"dvc repro ended with exit code {outcome.code}")
@@ -128,12 +112,11 @@ def _carry_out(plan: Plan, targets: list[str], champion: str | None) -> State[An
             board.outputs(stage, plan.outputs[stage], task_run_id)
         return Completed(name="Cached", message="nothing changed") if outcome.what == "cached" else Completed()
 
-    @task(name="champion", cache_policy=NO_CACHE)
-    def choose_champion(condition: str) -> State[Any]:
-        logger = get_run_logger()
+    def choose_champion(self, condition: str) -> State[Any]:
+        logger, plan = get_run_logger(), self.plan
 
         def say(line: str) -> None:
-            if not in_worker:
+            if not self.in_worker:
                 tell(line)
             logger.info(line)
 
@@ -141,29 +124,54 @@ def _carry_out(plan: Plan, targets: list[str], champion: str | None) -> State[An
         plan.champion_code = plan.processes.run(champions.command(condition), say, plan.root, tracker)
         return Failed(message=champions.REFUSED[plan.champion_code]) if plan.champion_code else Completed()
 
+    def keep(self, experiment: experiments.Experiment, targets: list[str]) -> dict[str, Any]:
+        """Save the experiment. Returns its name and the metrics of its systems, which a sweep compares."""
+        plan = self.plan
+        systems = [plan.root / path for path in plan.unversioned if Path(path).parent.name == "systems"]
+        kept = {"experiment": experiment.name, "figures": {path.stem: path.read_text() for path in systems}}
+        experiments.keep(experiment, targets, plan.unversioned)
+        self.board.figures(kept)
+        tell(f"kept as experiment {experiment.name}: see dvc exp show, dvc exp apply {experiment.name}")
+        return kept
+
+
+def _carry_out(plan: Plan, targets: list[str], champion: str | None) -> State[Any]:
+    run = _Run(plan)
+    if run.id and str(run.id) == os.environ.get("PREFECT__FLOW_RUN_ID"):  # it has this process for itself
+        ending.watch(plan, plan.code)
+    plan.afterwards = bool(plan.experiment or champion)
+
+    @task(
+        name="stage",
+        task_run_name="{stage}",
+        cache_policy=NO_CACHE,
+        retries=1,
+        retry_delay_seconds=RETRY_SECONDS,
+        retry_condition_fn=_resumes,
+    )
+    def reproduce_stage(stage: str) -> State[Any]:
+        return run.reproduce(stage)
+
+    @task(name="champion", cache_policy=NO_CACHE)
+    def choose_champion(condition: str) -> State[Any]:
+        return run.choose_champion(condition)
+
     kept = None
     try:
-        futures: dict[str, Any] = {}
-        for stage, upstream in plan.upstream.items():
-            named = reproduce_stage.with_options(name=stage)  # the page shows it while the stage waits for others
-            futures[stage] = named.submit(stage, wait_for=[futures[name] for name in sorted(upstream)])
-        wait(list(futures.values()))
-        if champion and plan.code() == 0:
-            choose_champion(champion, return_state=True)
-        if plan.experiment and plan.code() == 0:
-            systems = [plan.root / path for path in plan.unversioned if Path(path).parent.name == "systems"]
-            kept = {"experiment": plan.experiment.name, "figures": {path.stem: path.read_text() for path in systems}}
-            experiments.keep(plan.experiment, list(plan.upstream) if targets else [], plan.unversioned)
-            board.figures(kept)
-            tell(f"kept as experiment {plan.experiment.name}: see dvc exp show, dvc exp apply {plan.experiment.name}")
-    except BaseException:  # a cancellation, a signal: the tasks' threads do not hear of it, their processes must
-        plan.processes.stop()
-        raise
+        with ending.stoppable(plan):
+            futures: dict[str, Any] = {}
+            for stage, upstream in plan.upstream.items():
+                named = reproduce_stage.with_options(name=stage)  # the page shows it while the stage waits for others
+                futures[stage] = named.submit(stage, wait_for=[futures[name] for name in sorted(upstream)])
+            wait(list(futures.values()))
+            if champion and plan.code() == 0:
+                choose_champion(champion, return_state=True)
+            if plan.experiment and plan.code() == 0:
+                kept = run.keep(plan.experiment, list(plan.upstream) if targets else [])
     finally:
-        ending.running.remove(plan)
         plan.afterwards = False
         plan.report()
-        board.close()
+        run.board.close()
     failed = [stage for stage, outcome in plan.outcomes.items() if outcome.code]
     failed += ["champion"] if plan.champion_code else []
     return Failed(message=f"failed: {', '.join(failed)}") if failed else Completed(data=kept)
@@ -209,7 +217,7 @@ def _run(plan: Plan, arguments: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    threading.Thread(target=ending.watch, args=(plan.finished, plan, code), daemon=True).start()
+    ending.watch(plan, code)
     if not os.environ.get("PREFECT_API_URL"):
         print("Prefect starts its server for this run, which takes some seconds.", flush=True)
     try:

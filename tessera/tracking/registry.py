@@ -173,32 +173,18 @@ def crown(client: Any, name: str, metric: str, lower: bool, threshold: float, di
     with nobody: that is refused, unless `dismiss` takes the alias away first. Codes: 0 there is a champion or nobody
     competes, 2 refused.
     """
-    from tessera.evaluation.comparison import Estimate, MixedProtocols, estimate, exceeds_noise, require_one_protocol
+    from tessera.evaluation.comparison import Estimate, estimate, exceeds_noise
 
     versions = sorted(
         client.search_model_versions(f"name = '{name}'"), key=lambda version: int(version.version), reverse=True
     )
-    known = {}
-    for version in versions:
-        measured = _measured(client, version, metric)
-        if isinstance(measured, str):
-            print(f"version {version.version} is left out: {measured}")
-        else:
-            known[str(version.version)] = measured
-    if not known:
+    titles = {str(version.version): f"{version.tags.get(SYSTEM)} (version {version.version})" for version in versions}
+    candidates = _candidates(client, versions, titles, metric)
+    if not candidates:
         print(f"{name} has no version with the figure {metric}, so there is no champion by it.", file=sys.stderr)
         return 2
-    titles = {str(version.version): f"{version.tags.get(SYSTEM)} (version {version.version})" for version in versions}
-    newest = next(iter(known))
-    alike = {}
-    for number, measured in known.items():
-        try:
-            require_one_protocol({titles[newest]: [known[newest]], titles[number]: [measured]})
-            alike[number] = measured
-        except MixedProtocols as error:
-            print(f"version {number} is left out: {error}")
-    key = metric.rpartition("/")[2]
-    estimates = {number: estimate([measured], key) for number, measured in alike.items()}
+    newest, key = next(iter(candidates)), metric.rpartition("/")[2]
+    estimates = {number: estimate([measured], key) for number, measured in candidates.items()}
     present = _champion(client, name)
     if present is not None and present not in estimates:
         if not dismiss:
@@ -239,6 +225,28 @@ def crown(client: Any, name: str, metric: str, lower: bool, threshold: float, di
     client.set_registered_model_alias(name, CHAMPION, best)
     print(f"{titles[best]} is champion of {name} with {metric} {_shown(good[best])}: {reason}")
     return 0
+
+
+def _candidates(client: Any, versions: list[Any], titles: dict[str, str], metric: str) -> dict[str, Any]:
+    """The figure of each version, newest first, that was measured by the protocol of the newest; says who is left out."""
+    from tessera.evaluation.comparison import MixedProtocols, require_one_protocol
+
+    known = {}
+    for version in versions:
+        measured = _measured(client, version, metric)
+        if isinstance(measured, str):
+            print(f"version {version.version} is left out: {measured}")
+        else:
+            known[str(version.version)] = measured
+    newest = next(iter(known), None)
+    alike = {}
+    for number, measured in known.items():
+        try:
+            require_one_protocol({titles[newest]: [known[newest]], titles[number]: [measured]})
+            alike[number] = measured
+        except MixedProtocols as error:
+            print(f"version {number} is left out: {error}")
+    return alike
 
 
 def _champion(client: Any, name: str) -> str | None:
