@@ -17,7 +17,7 @@ BIND = "import socket; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, sock
 require_free = @python -c $(call BIND,$($(1))) 2>/dev/null || { echo "make $@ cannot listen on 127.0.0.1:$($(1)): expected a \
 free port ($(2)); stop what uses it, or choose another: make $@ $(1)=$$(($($(1)) + 10))" >&2; exit 2; }
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test check ui studio serve flow results stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
+.PHONY: help setup repro test check ui studio serve flow results map stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -68,7 +68,10 @@ stack-status: setup  ## which of them run, and where
 	@python -m flows.stack status
 
 results: setup  ## keep the evidence of the default run in docs/results, README's table with it
-	python -m benchmarks.results
+	python -m tools.results
+
+map: setup  ## draw the rooms of the code and who imports whom into docs/floors.svg
+	python -m tools.floors
 
 bench: setup  ## our parts beside their peers', in one run
 	python -m benchmarks.quantizer && python -m benchmarks.sampling && python -m benchmarks.frechet

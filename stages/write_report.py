@@ -81,10 +81,7 @@ def run(
             stage: None if stage not in reference else "these" if reference[stage].has_these_settings else "other"
             for stage in histories
         },
-        protocols={
-            name: {key: protocol.model_dump() for key, protocol in measured.protocols.items()}
-            for name, measured in (systems | {f"tokenizer {name}": one for name, one in tokenizers.items()}).items()
-        },
+        protocols=_protocols(systems | {f"tokenizer {name}": one for name, one in tokenizers.items()}),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
@@ -92,6 +89,10 @@ def run(
     partial.replace(out)
     job.attach(out, "report.html")
     job.say(f"{len(page) / 2**20:.1f} MiB, open it in a browser: {out}")
+
+
+def _protocols(measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:
+    return {name: {key: one.model_dump() for key, one in each.protocols.items()} for name, each in measured.items()}
 
 
 def _rows(measured: dict[str, Measured], groups: tuple[str, ...]) -> dict[str, Any]:

@@ -93,6 +93,7 @@ class Studio:
         indices = tokens.numpy() if system.learns == "indices" else None
         return Drawn(images, indices, system.spec.codebook_size, asked.command())
 
+    # parameters: those of one request of the page
     def edit(
         self,
         name: str,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.results import TABLE, first_table
 from tessera import params as all_params
 from tessera.evaluation import figures
+from tools.results import TABLE, first_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs/results"

@@ -1,4 +1,4 @@
-"""The evidence of the default run, kept in docs/results: python -m benchmarks.results (after `make repro`; or `make results`).
+"""The evidence of the default run, kept in docs/results: python -m tools.results (after `make repro`; or `make results`).
 
 What a run writes (dvc.lock, data/metrics) belongs to whoever ran it, and is not shipped. Here stands what this project's own
 run gave: its tables, metrics, lock, the hashes of all weights and samples, and the machine. README's table is cut out of it.
