@@ -1,7 +1,7 @@
 """Draws the floors of the house: python -m tools.floors writes docs/floors.svg.
 
-Rooms and arrows are import-linter's own: its graph of imports, and the layers of pyproject.toml. A line goes from a room down to
-one that it imports from, the wider the more imports.
+Rooms and arrows are import-linter's own: its graph of imports, and the layers of pyproject.toml. A line leads from a room down
+to one that it imports from, the wider the more imports.
 """
 
 import tomllib
