@@ -35,8 +35,9 @@ repro: setup  ## run the whole pipeline, print the table of systems and where th
 	@python -m tessera.tracking replay || true  # the tracker may be down; nothing is lost, replay later
 	@echo; cat data/comparison/comparison.md; echo; python -m tessera.running.progress data/timings
 
-test: setup  ## every test, on tiny data, in two processes of one thread each
-	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile
+# Three, though there may be two cores: many tests wait, for servers, timeouts and each other's checkout. The longest begin first
+test: setup  ## every test, on tiny data, in three processes of one thread each
+	OMP_NUM_THREADS=1 pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 check: setup  ## style, import rules and contracts, in seconds
 	ruff format --check . && ruff check . && lint-imports && pytest -q tests/contract

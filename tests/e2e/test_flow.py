@@ -24,7 +24,7 @@ from flows.places import Places
 from flows.plan import Plan, opened, read_plan
 from tessera.tracking import journal, mirror
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.e2e(seconds=100)
 REPOSITORY = Path(__file__).parents[2]
 
 DVC_YAML = """

@@ -11,7 +11,7 @@ from tessera.artifacts import folder as artifact
 from tessera.params import read
 from tessera.running.job import Job
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.e2e(seconds=10)
 ROOT = Path(__file__).parents[2]
 
 

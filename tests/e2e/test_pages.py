@@ -23,7 +23,7 @@ from clones import AT_THE_END, cell
 from PIL import Image
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
-pytestmark = pytest.mark.e2e(seconds=150)
+pytestmark = pytest.mark.e2e(seconds=130)
 RUN_SECONDS = 600  # for a whole small pipeline; a busy machine takes several minutes
 PAGE_SECONDS = 60
 SYSTEMS = ("vqgan-autoregressive", "vqgan-flow")

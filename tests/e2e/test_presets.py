@@ -19,7 +19,7 @@ from tessera.contracts import ImageSpec
 from tessera.params import read
 from tessera.running.job import Job
 
-pytestmark = pytest.mark.e2e(seconds=60)
+pytestmark = pytest.mark.e2e(seconds=40)
 ROOT = Path(__file__).parents[2]
 
 

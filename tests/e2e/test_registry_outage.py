@@ -25,7 +25,7 @@ from tessera.contracts import ImageSpec, TokenSpec
 from tessera.tracking import journal as journal_module
 from tessera.tracking import registry, uploader
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.e2e(seconds=110)
 NAME = "tessera-toy"
 
 

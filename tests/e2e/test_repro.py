@@ -11,7 +11,7 @@ import pytest
 from clones import AT_THE_END, ENHANCING, EVERY_EDIT, SYSTEMS, cell, ran
 from PIL import Image
 
-pytestmark = pytest.mark.e2e(seconds=170)
+pytestmark = pytest.mark.e2e(seconds=60)
 
 
 def test_the_whole_pipeline_runs_and_ends_with_a_table(finished):

@@ -38,7 +38,7 @@ from tessera.running import publish
 from tessera.running.job import Job
 from tessera.system import System
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.e2e(seconds=80)
 ROOT = Path(__file__).parents[2]
 TRAINING = {"num_steps": 60, "batch_size": 16, "learning_rate": 0.01}
 GUIDANCE = 2.0

@@ -27,7 +27,7 @@ from ports import free_ports
 from flows.stack import members, servers
 from tessera.tracking.processes import process_start
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.e2e(seconds=140)
 REPOSITORY = Path(__file__).parents[2]
 MEMBERS = ("prefect", "mlflow", "worker", "control")
 MAKE_VARIABLES = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # a make in a make names the folders that it enters

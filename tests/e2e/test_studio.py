@@ -29,7 +29,7 @@ from tessera.params import Pipeline
 from tessera.running import publish
 from tessera.running.job import Job
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.e2e(seconds=100)
 ROOT = Path(__file__).parents[2]
 TRAINING = {"num_steps": 60, "batch_size": 16, "learning_rate": 0.01}
 PATIENCE = 120  # seconds for an answer, on a busy machine

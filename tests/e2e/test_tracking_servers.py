@@ -15,7 +15,7 @@ from mlflow_server import Server, environment, pid_of_uploader, replay, replay_w
 from tessera.tracking import journal as journal_module
 from tessera.tracking import uploader
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.e2e(seconds=150)
 STEPS = 300
 
 # A stage that says how long the calls of tracking took it; "wait": at half its steps it waits for the test to do harm
