@@ -236,6 +236,26 @@ def test_every_entry_of_the_graph_depends_on_its_own_file_and_no_other_code(grap
             assert stage.cmd.startswith("exec python -m tessera.running "), "begin its cmd in dvc.yaml with: exec"
 
 
+NOT_LISTED = {  # sections of params that a stage reads and dvc.yaml does not list, and what it depends on instead
+    ("train_prior", "dataset"): "its name stands in the images, which are a dependency",
+    ("edit_images", "features"): "their names are those of the folders of data/features",
+}
+
+
+def test_every_section_of_params_that_a_stage_reads_is_listed_in_dvc_yaml(graph, fingerprints):
+    code, needless = Code(ROOT, entries.PACKAGES), set(NOT_LISTED)
+    for entry in graph:
+        listed = {path.split(".")[0] for path in entry.params}
+        for name in fingerprints[entry.name]:
+            module, _, definition = name.rpartition(".")
+            known = code.module(module).definitions.get(definition)
+            read = {use.attribute for use in known.uses if use.name == "params" and use.attribute} if known else set()
+            for section in read & set(all_params.Pipeline.model_fields) - listed:
+                assert (entry.stage, section) in NOT_LISTED, f"{entry.name} reads params.{section} in {name}"
+                needless.discard((entry.stage, section))
+    assert not needless
+
+
 def test_defaults_that_nobody_wrote_are_in_the_file_of_an_entry(params, graph):
     entry = next(entry for entry in graph if entry.name == "train_prior@vqgan-flow")
     text = changes.as_text({}, {key: entries.plain(value) for key, value in entry.params.items()})
