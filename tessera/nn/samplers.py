@@ -1,8 +1,8 @@
 """Samplers of Gaussian diffusion: from noise to data along falling noise levels.
 
 Each takes `denoise(x, sigma)`, the expected data of x = data + sigma * noise, the x at the first level, and the levels
-(sigma, falling, the last may be 0). In a variance preserving process this x is the process's own divided by a, and sigma
-is b / a; the steps of DDIM, of the ancestral sampler and of DPM-Solver++ are the same in both.
+(sigma, falling, the last may be 0). This x is that of a variance-preserving process divided by alpha
+(nn/noise_levels.py); the steps of DDIM, of the ancestral sampler and of DPM-Solver++ are the same in both.
 
 Sources: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, arXiv:2006.11239, equations 6 and 7 (ancestral);
 Song et al., "Denoising Diffusion Implicit Models", 2020, arXiv:2010.02502, equations 12 and 16; Karras et al., 2022,
@@ -21,48 +21,59 @@ Draw = Callable[[Tensor], Tensor]  # standard normal numbers in the shape of a t
 
 
 def ancestral(denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw: Draw) -> Tensor:
-    """Each step draws from the posterior of the next x, given this one and the predicted data."""
-    for sigma, following in pairwise(sigmas):
+    """Ho et al., equations 6 and 7: each step draws from the posterior of the next x, given this one and the predicted data."""
+    for sigma, sigma_next in pairwise(sigmas):
         data = denoise(x, sigma)
-        kept = (following / sigma) ** 2
+        kept = (sigma_next / sigma) ** 2
         x = data + kept * (x - data)
-        if following:
-            x = x + following * math.sqrt(1 - kept) * draw(x)
+        if sigma_next:
+            x = x + sigma_next * math.sqrt(1 - kept) * draw(x)
     return x
 
 
 def ddim(denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw: Draw, eta: float = 0.0) -> Tensor:
-    """Each step keeps the predicted noise and scales it down; eta replaces a part by fresh noise, 1: `ancestral`."""
-    for sigma, following in pairwise(sigmas):
+    """Song et al., equation 12, with the fresh noise of equation 16; eta 0: deterministic, 1: `ancestral`."""
+    for sigma, sigma_next in pairwise(sigmas):
         data = denoise(x, sigma)
-        fresh = eta * following * math.sqrt(1 - (following / sigma) ** 2)
-        x = data + math.sqrt(following**2 - fresh**2) / sigma * (x - data)
+        fresh = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
+        x = data + math.sqrt(sigma_next**2 - fresh**2) / sigma * (x - data)
         if fresh:
             x = x + fresh * draw(x)
     return x
 
 
 def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Second order in dx / dsigma = (x - data) / sigma; two calls a step, one where a step ends at 0."""
-    for sigma, following in pairwise(sigmas):
-        slope = (x - denoise(x, sigma)) / sigma
-        ahead = x + (following - sigma) * slope
-        if following:
-            slope = (slope + (ahead - denoise(ahead, following)) / following) / 2
-            ahead = x + (following - sigma) * slope
-        x = ahead
+    """Karras et al., algorithm 1, on dx / dsigma = (x - data) / sigma; two calls a step, one where a step ends at 0."""
+
+    def derivative(x: Tensor, sigma: float) -> Tensor:
+        return (x - denoise(x, sigma)) / sigma
+
+    for sigma, sigma_next in pairwise(sigmas):
+        x = heun_step(derivative, x, sigma, sigma_next, is_corrected=sigma_next != 0)
     return x
 
 
+def heun_step(
+    derivative: Callable[[Tensor, float], Tensor], x: Tensor, t: float, t_next: float, is_corrected: bool
+) -> Tensor:
+    """Karras et al., algorithm 1, one step: x at t -> x at t_next; without the correction it is Euler's."""
+    slope = derivative(x, t)
+    ahead = x + (t_next - t) * slope
+    if is_corrected:
+        slope = (slope + derivative(ahead, t_next)) / 2
+        ahead = x + (t_next - t) * slope
+    return ahead
+
+
 def dpm_solver(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """DPM-Solver++(2M): second order in -log sigma from the predictions of this step and the one before; one call a step."""
+    """Lu et al., algorithm 2 (2M): second order in -log sigma by the predictions of this step and the last; one call a step."""
     previous, previous_step = None, 0.0
-    for sigma, following in pairwise(sigmas):
+    for sigma, sigma_next in pairwise(sigmas):
         data = denoise(x, sigma)
-        if not following:
+        if not sigma_next:
             return data
-        step = math.log(sigma / following)
+        step = math.log(sigma / sigma_next)
         leading = data if previous is None else data + step / (2 * previous_step) * (data - previous)
-        x = following / sigma * x - math.expm1(-step) * leading
+        x = sigma_next / sigma * x - math.expm1(-step) * leading
         previous, previous_step = data, step
     return x

@@ -9,6 +9,7 @@ guidance in an interval: Kynkaanniemi et al., 2024, arXiv:2404.07724; Heun's ste
 arXiv:2206.00364, algorithm 1.
 """
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -20,6 +21,7 @@ from tessera.bases.conditional import ConditionalConfig, ConditionalModel, Condi
 from tessera.bases.optimization import Fraction, Training
 from tessera.components import DenoiserConfig, Params, load
 from tessera.contracts import Learns, TokenSpec
+from tessera.nn.samplers import heun_step
 
 LEARNS: Learns = "latents"
 LARGEST_SIGMA = 80.0  # where an edit begins: at time 0 there are no data in x
@@ -48,25 +50,23 @@ class Model(ConditionalModel):
         self.denoiser = network.Model(config.denoiser, spec.latent_shape, spec.num_classes + 1)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """(B, D, h, w) latents at times t (B,) in [0, 1], (B,) labels up to and including null_label -> the velocity."""
+        """(B, D, h, w) latents at times t (B,) in [0, 1], (B,) labels up to and including null_label -> their velocities."""
         out = self.denoiser(x, t, labels)
         if self.config.predicts == "velocity":
             return out
-        return (out - x) / (1 - t).clamp_min(0.05).view(-1, 1, 1, 1)  # x_1 - x_t = (1 - t) * velocity
+        return (out - x) / (1 - t).clamp_min(0.05).view(-1, 1, 1, 1)  # Li and He: x_1 - x_t = (1 - t) * velocity
 
     @torch.no_grad()
     def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
         """(B,) labels -> (B, D, h, w) standardized latents. The generator is a CPU one: the same noise on every device."""
         labels = self.condition(labels)
         x = torch.randn(len(labels), *self.spec.latent_shape, generator=generator).to(labels.device)
-        times = torch.linspace(0, 1, sampling.num_steps + 1).tolist()
-        for t, next_t in zip(times, times[1:], strict=False):
-            velocity = self._guided(x, t, labels, sampling)
-            ahead = x + (next_t - t) * velocity
-            if sampling.solver == "heun" and next_t < 1:
-                velocity = (velocity + self._guided(ahead, next_t, labels, sampling)) / 2
-                ahead = x + (next_t - t) * velocity
-            x = ahead
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            return self._guided(x, t, labels, sampling)
+
+        for t, t_next in pairwise(torch.linspace(0, 1, sampling.num_steps + 1).tolist()):
+            x = heun_step(velocity, x, t, t_next, is_corrected=sampling.solver == "heun" and t_next < 1)
         return x
 
     def levels(self, sampling: Sampling) -> list[float]:
@@ -81,6 +81,7 @@ class Model(ConditionalModel):
         return t * x + (1 - t) * self._guided(t * x, t, labels, sampling)
 
     def _guided(self, x: Tensor, t: float, labels: Tensor, sampling: Sampling) -> Tensor:
+        """The velocity, guided within an interval of times (Kynkaanniemi et al.)."""
         times = torch.full((len(x),), t, device=x.device)
         low, high = sampling.guidance_interval
         if sampling.guidance_scale == 1.0 or not self.config.is_conditional or not low <= t <= high:
@@ -93,6 +94,7 @@ class Model(ConditionalModel):
 
 class Objective(ConditionalObjective):
     def loss(self, tokens: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
+        """Lipman et al., equation 23 at sigma_min = 0 (Liu et al., equation 1); times: Esser et al. 2024, section 3.1."""
         x_1 = tokens
         t = torch.sigmoid(self.config.time_mean + self.config.time_std * torch.randn(len(x_1), device=x_1.device))
         x_0 = torch.randn_like(x_1)
