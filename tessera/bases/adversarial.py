@@ -1,4 +1,4 @@
-"""What tokenizers with a discriminator share: its settings, its network, its losses, and the two phases of the training.
+"""What tokenizers with a discriminator share: its settings, its network, its losses, and the two phases of training.
 
 Source: Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021, arXiv:2012.09841, equations 4 to 7
 (perceptual and adversarial terms, the adaptive weight lambda); hinge loss: Lim and Ye 2017, arXiv:1705.02894; patches:
@@ -42,7 +42,7 @@ class AdversarialAutoencoder(Autoencoder):
 
 
 class PatchDiscriminator(nn.Module):
-    """(B, C, H, W) -> (B, 1, h, w) logits, one per overlapping patch: high for real."""
+    """Isola et al., section 3.2.2: (B, C, H, W) -> (B, 1, h, w) logits, one per overlapping patch, high for real."""
 
     def __init__(self, image_channels: int, channels: int, num_layers: int):
         super().__init__()
@@ -58,12 +58,15 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """What the discriminator minimises; 1 when it cannot tell."""
+    """Lim and Ye: what the discriminator minimizes, a scalar; 1 where it cannot tell real from fake."""
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter, limit: float) -> Tensor:
-    """Equation 7: the ratio of the two terms' gradient norms at the decoder's last layer, in float32, at most `limit`."""
+    """Esser et al., equation 7: the ratio of the gradient norms of two scalars at the decoder's last layer, at most `limit`.
+
+    In float32 also under autocast.
+    """
     with torch.autocast(reconstruction.device.type, enabled=False):
         of_reconstruction = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].float().norm()
         of_adversarial = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].float().norm()
@@ -71,10 +74,9 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.
 
 
 class AdversarialObjective(nn.Module):
-    """Reconstruction, what the latents add, and the judgement of a discriminator that learns in a phase of its own.
+    """Reconstruction, the loss of the latents, and an adversarial loss; the discriminator trains in a phase of its own.
 
-    A tokenizer says in `reconstruct` how images come back and what its latents cost. With adversarial_weight 0 there is
-    neither a discriminator nor its phase.
+    A tokenizer defines `reconstruct`. With adversarial_weight 0 there is neither a discriminator nor its phase.
     """
 
     def __init__(self, model: AdversarialAutoencoder, config: AdversarialConfig):
@@ -87,8 +89,9 @@ class AdversarialObjective(nn.Module):
             )
             self.register_buffer("average_logits", torch.zeros(2))  # of real and fake, for LeCam
         self.reconstruction_loss = ReconstructionLoss(config)
+        # not named monitor: the checkpoints of trainings hold its counters under this name
         self.watch = Monitor(config.health, config.quantizer, has_discriminator=config.adversarial_weight > 0)
-        self._judged: list[tuple[Tensor, Tensor]] = []  # images and their reconstructions, for the second phase
+        self._pending: list[tuple[Tensor, Tensor]] = []  # images and their reconstructions, for the second phase
 
     def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Reconstructions, the loss of the latents, and terms to plot; with a codebook, `self.watch` notes the codes."""
@@ -100,6 +103,7 @@ class AdversarialObjective(nn.Module):
         return self._discriminator() if step >= self.config.discriminator_start_step else None
 
     def _autoencoder(self, images: Tensor, step: int) -> dict[str, Tensor]:
+        """Esser et al., equation 6, the minimum over encoder, decoder and codebook: the loss in full in vqgan.py."""
         reconstructions, of_latents, plotted = self.reconstruct(images, step)
         terms = self.reconstruction_loss(reconstructions, images)
         reconstruction = terms["loss"]
@@ -107,14 +111,14 @@ class AdversarialObjective(nn.Module):
         if self.config.adversarial_weight:
             adversarial = weight = loss.new_zeros(())
             if step >= self.config.discriminator_start_step:
-                adversarial, weight = self._judgement(reconstructions, reconstruction)
+                adversarial, weight = self._adversarial(reconstructions, reconstruction)
                 loss = loss + weight * adversarial
-                self._judged.append((images, reconstructions.detach()))
+                self._pending.append((images, reconstructions.detach()))
             terms |= {"adversarial_loss": adversarial, "adversarial_weight": weight}
         return {**terms, **plotted, "loss": loss}
 
-    def _judgement(self, reconstructions: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        """Minus the mean logit of reconstructions, and its weight beside the reconstruction's loss."""
+    def _adversarial(self, reconstructions: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
+        """The adversarial loss, minus the mean logit of reconstructions, and its weight; `reconstruction` is their loss."""
         self.discriminator.requires_grad_(False)  # its gradients belong to its own phase
         adversarial = -self.discriminator(reconstructions).float().mean()
         self.discriminator.requires_grad_(True)
@@ -125,9 +129,10 @@ class AdversarialObjective(nn.Module):
         return adversarial, weight
 
     def _discriminator(self) -> dict[str, Tensor] | None:
-        if not self._judged:
+        """Hinge loss (Lim and Ye) and LeCam (Tseng et al., equation 5), on the images of this step's first phase."""
+        if not self._pending:
             return None
-        images, reconstructions = self._judged.pop(0)
+        images, reconstructions = self._pending.pop(0)
         real_logits, fake_logits = self.discriminator(images).float(), self.discriminator(reconstructions).float()
         loss = hinge_loss(real_logits, fake_logits)
         real, fake = real_logits.mean(), fake_logits.mean()
@@ -136,7 +141,7 @@ class AdversarialObjective(nn.Module):
             lecam = F.relu(real - average_fake).square() + F.relu(average_real - fake).square()
             loss = loss + self.config.lecam_weight * lecam
             means = torch.stack([real, fake]).detach()
-            if dist.is_initialized():  # each process judges its share; all keep the average of the whole batch
+            if dist.is_initialized():  # each process has its share; all keep the average of the whole batch
                 dist.all_reduce(means)
                 means /= dist.get_world_size()
             self.average_logits.lerp_(means, 0.01)
@@ -152,6 +157,6 @@ class AdversarialObjective(nn.Module):
         found = {"autoencoder": optimizers_for(self.model, training)}
         if self.config.adversarial_weight:
             rate = training.learning_rate * self.config.discriminator_learning_rate_factor
-            judge = training.model_copy(update={"learning_rate": rate, "betas": (0.5, 0.9), "weight_decay": 0.0})
-            found["discriminator"] = optimizers_for(self.discriminator, judge)
+            settings = training.model_copy(update={"learning_rate": rate, "betas": (0.5, 0.9), "weight_decay": 0.0})
+            found["discriminator"] = optimizers_for(self.discriminator, settings)
         return found

@@ -3,7 +3,7 @@
 A tokenizer file adds its own losses and networks to this; see tokenizers/vqvae.py for the smallest.
 
 Latent perturbation, Source: Qiu et al. (RobustTok), "Robust Latent Matters: Boosting Image Generation with Sampling Error
-Synthesis", 2025, arXiv:2503.08354, section 3: the decoder learns to bear the mistakes of a prior.
+Synthesis", 2025, arXiv:2503.08354, section 3: the decoder becomes robust to the sampling errors of a prior.
 Differs from it: indices of all images are replaced alike, where the authors choose some images of a batch first.
 """
 
@@ -79,7 +79,7 @@ class AutoencoderConfig(Params):
         return self
 
     def perturbed_share(self, step: int) -> float:
-        """The share of indices to replace at a step: from perturbation_share down to 0 on a line."""
+        """The share of indices to replace at a step: from perturbation_share down to 0, linearly."""
         until = self.perturbation_until * self.training.num_steps
         return self.perturbation_share * max(0.0, 1 - step / until)
 
@@ -120,14 +120,14 @@ class Autoencoder(nn.Module):
         return self.decoder(self.quantizer.indices_to_codes(indices)).float()
 
     def forward(self, images: Tensor, step: int) -> tuple[Tensor, Quantized]:
-        """Reconstructions at a step of the training, and the quantizer's answer with its loss."""
+        """Reconstructions (B, C, H, W) at a step of the training, and the quantizer's output with its loss."""
         quantized = self.quantizer(self.encoder(images))
         share = self.config.perturbed_share(step) if self.training else 0.0
         codes = self._perturbed(quantized, share) if share else quantized.codes
         return self.decoder(codes).float(), quantized
 
     def _perturbed(self, quantized: Quantized, share: float) -> Tensor:
-        """The codes, some of them replaced by near ones. Gradients reach the latents as if they were not."""
+        """Qiu et al., section 3: the codes, a share of them replaced by near ones; gradients reach the latents all the same."""
         codes, indices = quantized.codes, quantized.indices
         with torch.no_grad():
             is_replaced = torch.rand(indices.shape, device=indices.device) < share
@@ -142,7 +142,7 @@ class Autoencoder(nn.Module):
 
 
 class ReconstructionLoss(nn.Module):
-    """The weighted pixel and perceptual terms of a config."""
+    """The weighted pixel and perceptual terms of a Config (nn/image_losses.py)."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -174,9 +174,9 @@ def _local_lpips(config: AutoencoderConfig) -> Lpips:
 
 
 def codebook_terms(quantized: Quantized, codebook_size: int | None) -> dict[str, Tensor]:
-    """What to plot of a batch's indices: the perplexity of their histogram."""
+    """To plot of a batch's indices: exp of the entropy of their histogram, which is its perplexity."""
     if quantized.indices is None or codebook_size is None:
         return {}
     counts = torch.bincount(quantized.indices.flatten(), minlength=codebook_size).float()
-    shares = counts / counts.sum()
-    return {"codebook_perplexity": torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum())}
+    probs = counts / counts.sum()
+    return {"codebook_perplexity": torch.exp(-(probs * probs.clamp_min(1e-12).log()).sum())}

@@ -1,8 +1,8 @@
-"""A transformer over patches of noisy latents, told the time and the label by adaptive norms.
+"""A transformer over patches of noisy latents, conditioned on time and label by adaptive norms.
 
 Source: Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), 2022, arXiv:2212.09748, section 3.2
 (adaLN-zero); the body is nn/transformer.py.
-Differs from it: RMSNorm, SwiGLU, rotary positions beside learned ones, queries and keys normalised.
+Differs from it: RMSNorm, SwiGLU, rotary positions beside learned ones, queries and keys normalized.
 
 Shape letters: B batch, D latent channels, h w grid, L patches, N width.
 """

@@ -1,6 +1,6 @@
-"""A U-Net on noisy latents or pixels: residual convolutions on grids that halve and double, told the time and the label.
+"""A U-Net on noisy latents or pixels: residual convolutions on grids that halve and double, conditioned on time and label.
 
-A patch stem (pixel unshuffle) takes the finest grid away where it costs the most, as 28x28 pixels become 14x14 places.
+A patch stem (pixel unshuffle) spares the finest grid, which costs the most: 28x28 pixels become 14x14 places.
 
 Sources: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, arXiv:2006.11239, appendix B (the shape); Dhariwal
 and Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021, arXiv:2105.05233, section 3 (adaptive group norm, 64
@@ -35,7 +35,7 @@ class Config(Params):
 
 
 class Model(nn.Module):
-    compiles = True  # training.py
+    compiles = True  # training/loop.py
 
     def __init__(self, config: Config, latent_shape: tuple[int, int, int], num_labels: int):
         super().__init__()
@@ -99,14 +99,17 @@ class Model(nn.Module):
         return F.pixel_shuffle(self.leave(F.silu(self.norm(x))), self.config.patch_size).float()
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """What Muon may move: the kernels inside, neither those of the entry and exit nor what carries the condition."""
+        """What Muon optimizes: the kernels inside, neither those of the entry and exit nor what carries the condition."""
         return [p for part in (self.down, self.middle, self.up) for p in part.parameters() if p.ndim == 4]
 
 
 class Block(nn.Module):
-    """shortcut(x) + f(x), f = norm, SiLU, 3x3, norm scaled and shifted by the condition, SiLU, 3x3; f starts at zero."""
+    """shortcut(x) + f(x), f = norm, SiLU, 3x3, adaptive norm, SiLU, 3x3; f starts at zero.
 
-    recomputes = True  # training.py
+    Dhariwal and Nichol, section 3: the adaptive norm is scaled and shifted by the condition.
+    """
+
+    recomputes = True  # training/loop.py
 
     def __init__(self, in_channels: int, channels: int, condition: int, dropout: float):
         super().__init__()

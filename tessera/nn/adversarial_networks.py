@@ -90,7 +90,7 @@ def _activated(layer: nn.Module, channels: int, normalization: Normalization) ->
 
 
 class Block(nn.Module):
-    """x + f(x); f starts at zero, which is what keeps networks without normalization from exploding."""
+    """x + f(x); f starts at zero, without which networks without normalization explode (Huang et al., section 3)."""
 
     def __init__(self, level: Level, normalization: Normalization):
         super().__init__()
@@ -106,7 +106,7 @@ class Block(nn.Module):
 
 
 def _initialize(network: nn.Module) -> None:
-    """He et al., arXiv:1502.01852, and zero at the end of each residual branch."""
+    """He et al., arXiv:1502.01852, section 2.2; zero at the end of each residual branch."""
     for module in network.modules():
         if isinstance(module, nn.ConvTranspose2d):  # each output meets kernel / stride places of the input a side
             fan_in = module.in_channels * math.prod(module.kernel_size) / math.prod(module.stride)
@@ -147,7 +147,7 @@ class Generator(nn.Module):
 
 
 class ProjectionDiscriminator(nn.Module):
-    """(B, D, H, W) and (B,) labels -> (B,) logits: high for real."""
+    """Miyato and Koyama, equation 3: (B, D, H, W) and (B,) labels -> (B,) logits, high for real."""
 
     def __init__(self, sizes: Sizes, feature_dim: int):
         super().__init__()
@@ -167,7 +167,7 @@ class ProjectionDiscriminator(nn.Module):
         self.label_embedding = nn.Embedding(sizes.num_labels, feature_dim)
         _initialize(self)
         nn.init.normal_(self.to_logit.weight)
-        nn.init.normal_(self.label_embedding.weight)  # not zero: the label is heard from the first step
+        nn.init.normal_(self.label_embedding.weight)  # not zero: the label counts from the first step
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
         features = F.leaky_relu(self.to_features(self.layers(latents).flatten(1)), SLOPE)

@@ -1,4 +1,4 @@
-"""Random changes of what a discriminator sees, the same kinds for real and for generated, that gradients pass through.
+"""Differentiable augmentation of what a discriminator sees, of the same kinds for real and for generated.
 
 Source: Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training", 2020, arXiv:2006.10738, section 3.2
 (translation and cutout); Karras et al., "Training Generative Adversarial Networks with Limited Data", 2020,
@@ -20,7 +20,10 @@ TRANSLATION, CUTOUT = 0.125, 0.5  # shares of the side: the farthest move, and t
 
 
 def augmented(images: Tensor, kind: Augmentation, probability: float) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W), each image changed with this probability; draws from torch's global generator."""
+    """Zhao et al., section 3.2, of each image with a probability (Karras et al., section 2.2).
+
+    (B, C, H, W) -> (B, C, H, W); draws from torch's global generator.
+    """
     if kind == "none" or not probability:
         return images
     is_changed = torch.rand(len(images), device=images.device) < probability
@@ -32,7 +35,7 @@ def augmented(images: Tensor, kind: Augmentation, probability: float) -> Tensor:
 
 
 def _translated(images: Tensor) -> Tensor:
-    """Each image moved by whole places, at most TRANSLATION of the side each way; zeros come in."""
+    """Each image shifted by whole places, at most TRANSLATION of the side each way, with zeros beyond the edge."""
     batch, _, height, width = images.shape
     far_y, far_x = round(height * TRANSLATION), round(width * TRANSLATION)
     y = torch.randint(-far_y, far_y + 1, (batch, 1, 1), device=images.device)

@@ -20,7 +20,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 class ResBlock(nn.Module):
     """x + f(x) with f = norm, SiLU, 3x3, norm, SiLU, 3x3; the last convolution starts at zero, so f does too."""
 
-    recomputes = True  # training.py
+    recomputes = True  # training/loop.py
 
     def __init__(self, channels: int):
         super().__init__()
@@ -38,7 +38,7 @@ class ResBlock(nn.Module):
 class Encoder(nn.Module):
     """(B, C, H, W) -> (B, D, h, w) with h = H / (patch_size * 2 ** (levels - 1))."""
 
-    compiles = True  # training.py
+    compiles = True  # training/loop.py
 
     def __init__(
         self, image_channels: int, latent_channels: int, channels: tuple[int, ...], num_blocks: int, patch_size: int
@@ -60,14 +60,14 @@ class Encoder(nn.Module):
         return self.head(F.silu(self.norm(self.blocks(self.stem(images)))))
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """What Muon may move: the kernels between stem and head."""
+        """What Muon optimizes: the kernels between stem and head."""
         return [p for p in self.blocks.parameters() if p.ndim == 4]
 
 
 class Decoder(nn.Module):
     """(B, D, h, w) -> (B, C, H, W): the mirror of Encoder."""
 
-    compiles = True  # training.py
+    compiles = True  # training/loop.py
 
     def __init__(
         self, image_channels: int, latent_channels: int, channels: tuple[int, ...], num_blocks: int, patch_size: int
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """What an adaptive adversarial weight balances the gradients of."""
+        """The weight whose gradients an adaptive adversarial weight balances."""
         return self.head.weight
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -97,5 +97,5 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(x, self.patch_size)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """What Muon may move: the kernels between stem and head."""
+        """What Muon optimizes: the kernels between stem and head."""
         return [p for p in self.blocks.parameters() if p.ndim == 4]

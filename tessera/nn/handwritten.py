@@ -42,7 +42,7 @@ class RootMeanSquareNorm(torch.autograd.Function):
 
 
 class QueryKeyValue(torch.autograd.Function):
-    """(B, L, 3 N) -> query, key, value, each (B, H, L, E); queries and keys normalised, weighted and turned.
+    """(B, L, 3 N) -> query, key, value, each (B, H, L, E); queries and keys normalized, weighted and rotated.
 
     The gradient is written where it belongs instead of being gathered from three.
     """
@@ -82,14 +82,14 @@ class QueryKeyValue(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int, out: Tensor) -> None:
-    """Turn the pairs (x[i], x[i + E/2]) of the last axis; the other way is the backward."""
+    """Rotate the pairs (x[i], x[i + E/2]) of the last axis; direction -1 is the backward."""
     (a, b), (first, second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(a, cos, out=first).addcmul_(b, sin, value=-direction)
     torch.mul(b, cos, out=second).addcmul_(a, sin, value=direction)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float, is_causal: bool) -> Tensor:
-    """Softmax attention over (B, H, L, E) with all its (L, L) weights at once: the fastest for short sequences."""
+    """Vaswani et al. 2017, equation 1, over (B, H, L, E) with all (L, L) weights at once: the fastest for short sequences."""
     batch, heads, length, width = query.shape
     query, key, value = (x.reshape(batch * heads, length, width) for x in (query, key, value))
     bias = torch.zeros((), dtype=query.dtype)

@@ -1,4 +1,4 @@
-"""How far a reconstruction is from its image: per pixel, over scales, and by LPIPS where its weights lie at hand.
+"""Distances of a reconstruction from its image: per pixel, over scales, and LPIPS where its weights are at hand.
 
 Sources: Burt and Adelson, "The Laplacian pyramid as a compact image code", 1983 (the pyramid; L1 over its levels as in
 Bojanowski et al., arXiv:1707.05776, section 2.2); Zhang et al., "The Unreasonable Effectiveness of Deep Features",
@@ -21,7 +21,7 @@ def pixel_loss(reconstructions: Tensor, images: Tensor, kind: str) -> Tensor:
 
 
 def laplacian_pyramid(images: Tensor, num_levels: int = 3) -> list[Tensor]:
-    """Band-pass levels, then the remaining low-pass image; stops early where a side would be below 2 pixels."""
+    """Burt and Adelson: band-pass levels, then the low-pass rest; fewer where a side would be below 2 pixels."""
     levels = []
     for _ in range(num_levels - 1):
         if min(images.shape[-2:]) < 4:
@@ -33,7 +33,8 @@ def laplacian_pyramid(images: Tensor, num_levels: int = 3) -> list[Tensor]:
 
 
 def laplacian_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """Mean over levels of the mean absolute difference, a scalar. Linear, so one pyramid of the difference serves."""
+    """Bojanowski et al., section 2.2, with equal weights: L1 over levels, a scalar. Pyramids are linear: one of the difference
+    serves."""
     levels = laplacian_pyramid(reconstructions.float() - images.float())
     return torch.stack([level.abs().mean() for level in levels]).mean()
 
@@ -80,6 +81,6 @@ class Lpips(nn.Module):
         return self.of_each(reconstructions, images).mean()
 
     def of_each(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        """(B,) the distance of each image."""
+        """Zhang et al., equation 1: (B,) the distance of each image."""
         pairs = zip(self._levels(reconstructions.float()), self._levels(images.float()), self.weights, strict=True)
         return sum((getattr(self, name) * (a - b).square()).sum(dim=1).mean(dim=(1, 2)) for a, b, name in pairs)

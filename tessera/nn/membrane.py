@@ -1,4 +1,4 @@
-"""The membrane that closes the seam of a filled hole: smooth inside, and on its border what the known pixels ask for.
+"""The membrane that closes the seam of a filled hole: smooth inside, the difference from the known pixels on its border.
 
 Source: Perez, Gangnet and Blake, "Poisson Image Editing", 2003, section 2: with the gradient of the filling as guidance field
 the correction solves Laplace's equation with the differences on the border as boundary values.

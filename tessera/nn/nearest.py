@@ -15,7 +15,7 @@ CODES_PER_TILE = 32768  # a larger codebook is searched tile by tile
 
 @torch.no_grad()
 def nearest(z: Tensor, codebook: Tensor) -> Tensor:
-    """(M, D), (K, D) -> (M,) the row of the nearest code."""
+    """Van den Oord et al., equation 1: (M, D), (K, D) -> (M,) the row of the nearest code."""
     rows, codes = len(z), len(codebook)
     offsets = codebook.square().sum(dim=1) / 2  # (K,)
     tile = min(codes, CODES_PER_TILE)

@@ -1,8 +1,8 @@
 """Samplers of Gaussian diffusion: from noise to data along falling noise levels.
 
 Each takes `denoise(x, sigma)`, the expected data of x = data + sigma * noise, the x at the first level, and the levels
-(sigma, falling, the last may be 0). In a variance preserving process this x is the process's own divided by a, and sigma
-is b / a; the steps of DDIM, of the ancestral sampler and of DPM-Solver++ are the same in both.
+(sigma, falling, the last may be 0). This x is that of a variance-preserving process divided by alpha
+(nn/noise_levels.py); the steps of DDIM, of the ancestral sampler and of DPM-Solver++ are the same in both.
 
 Sources: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, arXiv:2006.11239, equations 6 and 7 (ancestral);
 Song et al., "Denoising Diffusion Implicit Models", 2020, arXiv:2010.02502, equations 12 and 16; Karras et al., 2022,
@@ -28,7 +28,7 @@ def noise(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def ancestral(denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw: Draw) -> Tensor:
-    """Each step draws from the posterior of the next x, given this one and the predicted data."""
+    """Ho et al., equations 6 and 7: each step draws from the posterior of the next x, given this one and the predicted data."""
     for sigma, sigma_next in pairwise(sigmas):
         x = ancestral_step(x, denoise(x, sigma), sigma, sigma_next, draw)
     return x
@@ -45,10 +45,7 @@ def ancestral_step(x: Tensor, data: Tensor, sigma: float, sigma_next: float, dra
 
 
 def ddim(denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw: Draw, eta: float = 0.0) -> Tensor:
-    """Each step keeps the predicted noise and scales it down; eta replaces a part by fresh noise, 1: `ancestral`.
-
-    Song et al., 2020, equation 12; the deviation of the fresh noise is equation 16.
-    """
+    """Song et al., equation 12, with the fresh noise of equation 16; eta 0: deterministic, 1: `ancestral`."""
     for sigma, sigma_next in pairwise(sigmas):
         data = denoise(x, sigma)
         fresh = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
@@ -59,7 +56,7 @@ def ddim(denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw: Draw, eta: 
 
 
 def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Second order in dx / dsigma = (x - data) / sigma; two calls a step, one where a step ends at 0."""
+    """Karras et al., algorithm 1, on dx / dsigma = (x - data) / sigma; two calls a step, one where a step ends at 0."""
 
     def slope(x: Tensor, sigma: float) -> Tensor:
         return (x - denoise(x, sigma)) / sigma
@@ -75,17 +72,14 @@ def euler_step(slope: Slope, x: Tensor, t: float, t_next: float) -> Tensor:
 
 
 def heun_step(slope: Slope, x: Tensor, t: float, t_next: float) -> Tensor:
-    """A second-order step along dx / dt = slope(x, t), by Heun's method (Karras et al., 2022, algorithm 1, lines 4 to 8)."""
+    """A second-order step along dx / dt = slope(x, t): Karras et al., algorithm 1, lines 4 to 8."""
     here = slope(x, t)
     ahead = x + (t_next - t) * here
     return x + (t_next - t) * ((here + slope(ahead, t_next)) / 2)
 
 
 def dpm_solver(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """DPM-Solver++(2M): second order in -log sigma from the predictions of this step and the one before; one call a step.
-
-    Lu et al., 2022, algorithm 2.
-    """
+    """Lu et al., algorithm 2 (2M): second order in -log sigma by the predictions of this step and the last; one call a step."""
     previous, previous_step = None, 0.0
     for sigma, sigma_next in pairwise(sigmas):
         data = denoise(x, sigma)

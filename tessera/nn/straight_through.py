@@ -1,4 +1,4 @@
-"""What the decoder's gradient does on its way through a quantizer, whose own derivative is zero almost everywhere.
+"""Gradient estimators for a quantizer, whose own derivative is zero almost everywhere.
 
 Source: straight through: Bengio et al., 2013, arXiv:1308.3432; the rotation: Fifty et al., "Restructuring Vector
 Quantization with the Rotation Trick", 2024, arXiv:2410.06424, section 4.
@@ -10,12 +10,13 @@ from torch import Tensor
 
 
 def straight_through(z: Tensor, codes: Tensor) -> Tensor:
-    """The codes in value; the gradient reaches z unchanged."""
+    """Bengio et al.: the codes in value; the gradient reaches z unchanged."""
     return z + (codes - z).detach()
 
 
 def rotated(z: Tensor, codes: Tensor) -> Tensor:
-    """(M, D), (M, D) -> the codes in value; the gradient reaches z rotated and scaled as z would have to be to become its code.
+    """Fifty et al., section 4: (M, D), (M, D) -> the codes in value; the gradient is that of the rotation and scaling that
+    takes z to its code.
 
     With unit vectors u of z and q of its code, and w = (u + q) / ||u + q||: R = 1 - 2 w w^T + 2 q u^T turns u into q.
     """

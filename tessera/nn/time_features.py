@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def time_features(t: Tensor, width: int) -> Tensor:
-    """(B,) near [0, 1] -> (B, width) cosines and sines at periods from about 1/160 to 60 (the transformer's usual ones)."""
+    """Vaswani et al., section 3.5: (B,) near [0, 1] -> (B, width) cosines and sines at periods from about 1/160 to 60."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device) / (width // 2)) * 1000
     angles = t.float().unsqueeze(1) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -1,7 +1,7 @@
-"""The transformer body of every token prior: pre-RMSNorm, rotary positions on the grid, SwiGLU, normalised queries and keys.
+"""The transformer body of every token prior: pre-RMSNorm, rotary positions on the grid, SwiGLU, normalized queries and keys.
 
 Sources: Vaswani et al. 2017, arXiv:1706.03762; RMSNorm, Zhang and Sennrich 2019, arXiv:1910.07467; SwiGLU, Shazeer 2020,
-arXiv:2002.05202; RoPE, Su et al. 2021, arXiv:2104.09864, here on two axes; query-key normalisation, Henry et al. 2020,
+arXiv:2002.05202; RoPE, Su et al. 2021, arXiv:2104.09864, here on two axes; query-key normalization, Henry et al. 2020,
 arXiv:2010.04245; adaLN-zero conditioning, Peebles and Xie 2022 (DiT), arXiv:2212.09748, section 3.2.
 
 Shape letters: B batch, L sequence, N width, H heads, E = N / H.
@@ -21,7 +21,7 @@ def is_handwritten_faster(x: Tensor) -> bool:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, in float32."""
+    """Zhang and Sennrich, equation 4: x / rms(x) * weight over the last axis, in float32."""
 
     def __init__(self, width: int, has_weight: bool = True):
         super().__init__()
@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(height: int, width: int, head_width: int, base: float = 100.0) -> Tensor:
-    """(h * w, E / 2) angles, half of them turned by the row, half by the column, raster order."""
+    """(h * w, E / 2) angles in raster order, half of them proportional to the row, half to the column."""
     quarter = head_width // 4
     frequencies = base ** (-torch.arange(quarter) / quarter)
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -43,7 +43,10 @@ def rotary_angles(height: int, width: int, head_width: int, base: float = 100.0)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + E/2]) of the last axis; x (B, H, L, E), cos and sin (L, E / 2) or (B, 1, L, E / 2)."""
+    """Su et al., section 3.2.2: rotate the pairs (x[i], x[i + E/2]) of the last axis.
+
+    x (B, H, L, E), cos and sin (L, E / 2) or (B, 1, L, E / 2).
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -65,6 +68,8 @@ class Cache:
 
 
 class Attention(nn.Module):
+    """Vaswani et al., equation 1, with queries and keys normalized (Henry et al.) and rotated."""
+
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -95,6 +100,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """Shazeer, section 2: (SiLU(x W) * x V) U, as wide as keeps the number of weights of a layer of 4 N."""
+
     def __init__(self, width: int):
         super().__init__()
         hidden = (8 * width // 3 + 15) // 16 * 16
@@ -107,9 +114,12 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each on a norm of the residual stream; with a condition, each shifted, scaled and gated."""
+    """Attention and SwiGLU, each on a norm of the residual stream; with a condition (B, N), each shifted, scaled and gated.
 
-    recomputes = True  # training.py
+    The condition enters by adaLN-zero: Peebles and Xie, section 3.2.
+    """
+
+    recomputes = True  # training/loop.py
 
     def __init__(self, width: int, heads: int, dropout: float, is_conditioned: bool):
         super().__init__()
@@ -136,9 +146,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """(B, L, N) -> (B, L, N), normalised at the end. The grid gives each of the L = h * w places its rotary angles."""
+    """(B, L, N) -> (B, L, N), normalized at the end. The grid gives each of the L = h * w places its rotary angles."""
 
-    compiles = True  # training.py
+    compiles = True  # training/loop.py
 
     def __init__(
         self,
@@ -172,7 +182,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """With caches, x is the next piece of the sequence, and everything before it is in the caches.
 
-        Where on the grid each place of x stands is told by `places` (B, L), for each image anew; None is raster order.
+        `places` (B, L): the grid place of each element of x, for each image its own; None is raster order.
         """
         if places is None:
             start = caches[0].length if caches else 0
@@ -189,5 +199,5 @@ class Transformer(nn.Module):
         return [Cache(batch, self.heads, length, self.width // self.heads, like) for _ in self.blocks]
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """What Muon may move: the matrices inside the blocks."""
+        """What Muon optimizes: the matrices inside the blocks."""
         return [p for block in self.blocks for p in block.parameters() if p.ndim == 2]

@@ -12,10 +12,10 @@ from torch import Tensor
 def warp(
     images: Tensor, draws: Tensor, rotation: float, scale: float, shift: float, interpolation: str = "bilinear"
 ) -> Tensor:
-    """(B, C, H, W) float images, each warped by its column of `draws` (4, B) in [-1, 1]; edges repeat outward.
+    """Simard et al., section 2: (B, C, H, W) images, each warped by its column of `draws` (4, B) in [-1, 1].
 
-    A draw of 1 means the whole rotation in radians, scale as a relative change, shift as a fraction of the side.
-    Interpolation "bicubic" keeps images sharp, and may leave their range of values; "bilinear" is faster and blurs.
+    A draw of 1 means the whole rotation in radians, scale as a relative change, shift as a fraction of the side. Edges repeat
+    outward. Interpolation "bicubic" keeps images sharp, and may leave their range of values; "bilinear" is faster and blurs.
     """
     draws = draws.to(images.device)
     angle, factor, shifts = draws[0] * rotation, 1 + draws[1] * scale, draws[2:] * 2 * shift  # a side is 2 units long

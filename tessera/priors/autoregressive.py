@@ -1,7 +1,7 @@
 """Autoregressive prior: a causal transformer that predicts the indices of an image one after another, in raster order.
 
-It may be trained on random orders first, a share of the images that falls to nothing (RAR): it then learns to use every
-place for every other, and can complete an image of which any places are known.
+It may be trained in random orders first, on a share of the images that falls to 0 (RAR): it then learns to predict any place
+from any others, and can complete an image of which any places are known.
 
 Sources: Esser et al. (VQGAN), 2021, arXiv:2012.09841, section 3.2; Sun et al. (LlamaGen), 2024, arXiv:2406.06525, for the
 plain language-model body; classifier-free guidance: Ho and Salimans 2022, arXiv:2207.12598; nucleus sampling: Holtzman et
@@ -93,7 +93,10 @@ class Model(ConditionalModel):
 
     @torch.no_grad()
     def bits(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """(B, *index_grid) indices, (B,) labels -> (B,) -log2 of their probability in raster order, exact; nothing is drawn."""
+        """Esser et al., section 3.2: (B, *index_grid) indices, (B,) labels -> (B,) -log2 of their probability in raster order.
+
+        Exact; nothing is drawn.
+        """
         indices = tokens.flatten(1)
         log_probs = self(indices, self.condition(labels)).float().log_softmax(dim=2)
         return -log_probs.gather(2, indices.unsqueeze(2)).sum(dim=(1, 2)) / math.log(2)
@@ -117,10 +120,10 @@ class Model(ConditionalModel):
     ) -> Tensor:
         """Keep the (B, *index_grid) indices where is_known and draw the others.
 
-        A model of random orders reads what is known first and draws the others in raster order, each given all that is
-        known: exact for what the model has learnt of such orders, which the annealing to raster order lets fade
-        (random_order_until of (1, 1) keeps it). Other models go through all places in raster order, and an index is drawn
-        given what comes before it alone: not the distribution given all that is known.
+        A model of random orders reads the known ones first and draws the others in raster order, each given all that are
+        known: exact as far as the model knows such orders, which it forgets while they are annealed to raster order
+        (random_order_until of (1, 1) prevents that). Other models go through all places in raster order and draw an index
+        given those before it alone, which is not the distribution given all that are known.
         """
         labels = self.condition(labels)
         indices, is_known = indices.flatten(1), is_known.flatten(1)
@@ -154,16 +157,16 @@ class Model(ConditionalModel):
 
     @property
     def reads_all_known(self) -> bool:
-        """Whether `complete` draws each index given all that is known."""
+        """Whether `complete` draws each index given all that are known."""
         return self.read_position is not None
 
     @torch.no_grad()
     def evidence(self, indices: Tensor, is_known: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """(B, *index_grid) indices and which are known -> (B,) nats: the log-probability of the known ones; nothing is drawn.
 
-        A model of random orders reads the known ones first: those alone matter. In raster order each is given all indices
-        before it: that makes it the weight by which draws of `complete` that did not look at the known ones behind
-        them become draws from the distribution given everything known.
+        A model of random orders reads the known ones first, and no others. In raster order each is given all indices before
+        it, drawn ones too: the importance weight that turns draws of `complete`, which ignore the known ones behind them,
+        into draws from the distribution given all that are known.
         """
         labels = self.condition(labels)
         indices, is_known = indices.flatten(1), is_known.flatten(1)
@@ -175,7 +178,7 @@ class Model(ConditionalModel):
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """(B, K) logits -> (B,) indices, by the Gumbel-max trick."""
+    """(B, K) logits -> (B,) indices, by the Gumbel-max trick; top_p: Holtzman et al., section 3.1 (nucleus sampling)."""
     logits = logits / sampling.temperature
     if sampling.top_k and sampling.top_k < logits.shape[1]:
         least = logits.topk(sampling.top_k, dim=1).values[:, -1:]
@@ -189,7 +192,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tens
 
 
 def random_order_share(until: tuple[float, float], progress: float) -> float:
-    """The share of images read in a random order when the share `progress` of the training is done."""
+    """RAR, section 3.2: the share of images read in a random order when the share `progress` of the training is done."""
     begin, end = until
     if progress < begin:
         return 1.0
@@ -198,6 +201,7 @@ def random_order_share(until: tuple[float, float], progress: float) -> float:
 
 class Objective(ConditionalObjective):
     def loss(self, tokens: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
+        """Esser et al., section 3.2: the mean cross-entropy of each index given those before it, in nats."""
         indices = tokens.flatten(1)  # (B, L)
         order = self._orders(indices, step)
         indices = indices if order is None else indices.gather(1, order)

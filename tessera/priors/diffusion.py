@@ -1,8 +1,8 @@
-"""Gaussian diffusion prior: a network that finds the data in noisy latents, and samplers that follow it from noise to data.
+"""Gaussian diffusion prior: a network that denoises latents, and samplers that go from noise to data by it.
 
-Noise levels are sigma, noise over data. Two schedules say how they are drawn in training and spaced in sampling: `cosine`
-in a time of its own, and `edm`, log-normal in training and even in sigma^(1 / rho) in sampling. What the network predicts
-is chosen apart from that. `edm` with `velocity` is EDM's preconditioning and its loss, as nn/noise_levels.py explains.
+Noise levels are sigma, noise over data. A schedule says how they are drawn in training and spaced in sampling: `cosine` in
+a time of its own; `edm` log-normal in training and even in sigma^(1 / rho) in sampling. What the network predicts is a
+setting apart. `edm` with `velocity` is EDM's preconditioning and loss, as nn/noise_levels.py explains.
 
 Sources: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, arXiv:2006.11239; Nichol and Dhariwal, 2021,
 arXiv:2102.09672 (cosine); Salimans and Ho, 2022, arXiv:2202.00512 (velocity); Karras et al., 2022, arXiv:2206.00364 (EDM);
@@ -32,7 +32,7 @@ class Config(ConditionalConfig):
     predicts: Literal["velocity", "noise", "data"] = "velocity"  # what the network's output means
     schedule: Literal["cosine", "edm"] = "edm"
     log_snr_shift: float = 0.0  # cosine: added to the log of the signal-to-noise ratio, below 0: noisier
-    sigma_log_mean: float = -0.5  # edm: of log sigma in training; EDM's -1.2, in units of the data's deviation
+    sigma_log_mean: float = -0.5  # edm: of log sigma in training; EDM's -1.2, in units of the data's std
     sigma_log_std: Positive = 1.2
     min_snr: Positive | None = None  # largest weight of the data's squared error; null: the velocity's weight
     training: Training
@@ -64,11 +64,12 @@ class Model(ConditionalModel):
         self.denoiser = network.Model(config.denoiser, spec.latent_shape, spec.num_classes + 1)
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        """(B, D, h, w) a * data + b * noise at levels sigma (B,), labels up to and including null_label -> the prediction."""
+        """(B, D, h, w) alpha * data + sigma_vp * noise at levels sigma (B,), (B,) labels up to and including null_label -> the
+        prediction, (B, D, h, w)."""
         if self.config.schedule == "cosine":
             times = noise_levels.cosine_time(sigma, self.config.log_snr_shift)
         else:
-            times = sigma.log() / 4  # EDM's c_noise
+            times = sigma.log() / 4  # EDM, table 1: c_noise
         return self.denoiser(x, times, labels)
 
     @torch.no_grad()
@@ -95,19 +96,19 @@ class Model(ConditionalModel):
         return noise_levels.edm_grid(sampling.num_steps, sampling.sigma_min, sampling.sigma_max)
 
     def denoise(self, x: Tensor, sigma: float, labels: Tensor, sampling: Sampling) -> Tensor:
-        """The expected data of x = data + sigma * noise, guided and clipped."""
+        """The expected data of x = data + sigma * noise, guided and clipped; EDM, equation 7."""
         labels = self.condition(labels)
         levels = torch.full((len(x),), sigma, device=x.device)
-        a, b = (share.view(-1, 1, 1, 1) for share in noise_levels.shares(levels))
-        x = a * x
+        alpha, sigma_vp = (scale.view(-1, 1, 1, 1) for scale in noise_levels.variance_preserving(levels))
+        x = alpha * x
         low, high = sampling.guidance_interval
         if sampling.guidance_scale == 1.0 or not self.config.is_conditional or not low <= 1 / (1 + sigma) <= high:
             out = self(x, levels, labels)
-        else:  # the three predictions differ by terms without the network, so guiding any of them is guiding all
+        else:  # predictions differ by terms without the network: guiding any of them guides all
             null = self.null_labels(labels)
             both = self(torch.cat([x, x]), torch.cat([levels, levels]), torch.cat([labels, null]))
             out = guided(*both.chunk(2), sampling.guidance_scale)
-        data = noise_levels.data_of(self.config.predicts, out, x, a, b)
+        data = noise_levels.data_of(self.config.predicts, out, x, alpha, sigma_vp)
         if sampling.clip_data is None:
             return data
         mean, std = (x.new_tensor(values).view(-1, 1, 1) for values in (self.spec.latent_mean, self.spec.latent_std))
@@ -117,15 +118,16 @@ class Model(ConditionalModel):
 
 class Objective(ConditionalObjective):
     def loss(self, tokens: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
+        """EDM, equation 8 at sigma_data = 1, whatever is predicted; with min_snr: Hang et al., section 3.4."""
         config, data = self.config, tokens
         uniforms = noise_levels.even_uniforms(len(data), data.device)
         if config.schedule == "cosine":
             sigma = noise_levels.cosine_sigma(uniforms, config.log_snr_shift).clamp_min(1e-3)
         else:
             sigma = noise_levels.edm_sigma(uniforms, config.sigma_log_mean, config.sigma_log_std)
-        a, b = (share.view(-1, 1, 1, 1) for share in noise_levels.shares(sigma))
+        alpha, sigma_vp = (scale.view(-1, 1, 1, 1) for scale in noise_levels.variance_preserving(sigma))
         noise = torch.randn_like(data)
-        out = self.model(a * data + b * noise, sigma, labels)
-        target = noise_levels.target_of(config.predicts, data, noise, a, b)
+        out = self.model(alpha * data + sigma_vp * noise, sigma, labels)
+        target = noise_levels.target_of(config.predicts, data, noise, alpha, sigma_vp)
         weight = noise_levels.loss_weight(config.predicts, sigma, config.min_snr)
         return {"loss": (weight * (out - target).square().mean(dim=(1, 2, 3))).mean()}

@@ -50,11 +50,11 @@ class Model(ConditionalModel):
         self.denoiser = network.Model(config.denoiser, spec.latent_shape, spec.num_classes + 1)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """(B, D, h, w) latents at times t (B,) in [0, 1], (B,) labels up to and including null_label -> the velocity."""
+        """(B, D, h, w) latents at times t (B,) in [0, 1], (B,) labels up to and including null_label -> their velocities."""
         out = self.denoiser(x, t, labels)
         if self.config.predicts == "velocity":
             return out
-        return (out - x) / (1 - t).clamp_min(0.05).view(-1, 1, 1, 1)  # x_1 - x_t = (1 - t) * velocity
+        return (out - x) / (1 - t).clamp_min(0.05).view(-1, 1, 1, 1)  # Li and He: x_1 - x_t = (1 - t) * velocity
 
     @torch.no_grad()
     def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -83,6 +83,7 @@ class Model(ConditionalModel):
         return t * x + (1 - t) * self._guided(t * x, t, labels, sampling)
 
     def _guided(self, x: Tensor, t: float, labels: Tensor, sampling: Sampling) -> Tensor:
+        """The velocity, guided within an interval of times (Kynkaanniemi et al.)."""
         times = torch.full((len(x),), t, device=x.device)
         low, high = sampling.guidance_interval
         if sampling.guidance_scale == 1.0 or not self.config.is_conditional or not low <= t <= high:
@@ -95,6 +96,7 @@ class Model(ConditionalModel):
 
 class Objective(ConditionalObjective):
     def loss(self, tokens: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
+        """Lipman et al., equation 23 at sigma_min = 0 (Liu et al., equation 1); times: Esser et al. 2024, section 3.1."""
         x_1 = tokens
         t = torch.sigmoid(self.config.time_mean + self.config.time_std * torch.randn(len(x_1), device=x_1.device))
         x_0 = torch.randn_like(x_1)

@@ -34,7 +34,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class AdversarialTraining(Training):
-    """Momentum on a moving opponent does harm, so there is none unless it is asked for."""
+    """Momentum harms the training against a moving opponent, so there is none by default."""
 
     betas: tuple[Fraction, Fraction] = (0.0, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -77,7 +77,7 @@ class Model(nn.Module):
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         """(B, noise_dim) standard normal noise, (B,) labels -> (B, D, h, w) standardized latents."""
-        x = self.generator(noise, seen(labels, self.config)).float()
+        x = self.generator(noise, condition(labels, self.config)).float()
         return x if self.config.output_range == "unbounded" else (x.tanh() - self.mean) / self.std
 
     @torch.no_grad()
@@ -93,13 +93,13 @@ def network_sizes(config: Config, spec: TokenSpec) -> Sizes:
     return Sizes(spec.latent_shape, num_labels, config.patch_size, levels, config.num_blocks, config.normalization)
 
 
-def seen(labels: Tensor, config: Config) -> Tensor:
-    """The labels that the networks are told."""
+def condition(labels: Tensor, config: Config) -> Tensor:
+    """(B,) labels -> (B,) what both networks are conditioned on."""
     return labels if config.is_conditional else torch.zeros_like(labels)
 
 
 def draw_noise(batch: int, noise_dim: int, truncation: float | None, generator: torch.Generator) -> Tensor:
-    """(batch, noise_dim) normal numbers, none beyond +-truncation."""
+    """BigGAN, section 3.1: (batch, noise_dim) normal numbers, none beyond +-truncation."""
     if truncation is None:
         return torch.randn(batch, noise_dim, generator=generator)
     within = torch.erf(torch.tensor(truncation / 2**0.5, dtype=torch.float64))
@@ -108,26 +108,29 @@ def draw_noise(batch: int, noise_dim: int, truncation: float | None, generator: 
 
 
 def generator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str) -> Tensor:
-    """What the generator minimizes; relativistic: that each generated image looks more real than its partner."""
+    """What the generator minimizes, a scalar, of (B,) logits: Huang et al., section 2, or Goodfellow et al., section 3."""
     return F.softplus((real_logits if kind == "relativistic" else 0.0) - fake_logits).mean()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str) -> Tensor:
-    """What the discriminator minimizes; relativistic: the mirror image, a classifier's loss on the difference."""
+    """What the discriminator minimizes, a scalar, from the same sources as `generator_loss`."""
     if kind == "relativistic":
         return F.softplus(fake_logits - real_logits).mean()
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
 def gradient_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
-    """The squared norm of each logit's gradient by its own input, mean over the batch, itself differentiable."""
+    """Mescheder et al., equation 9 (R1) of real inputs, 10 (R2) of generated ones, less gamma / 2: a scalar, differentiable.
+
+    The squared norm of the gradient of each logit by its own input, the mean over the batch.
+    """
     gradients = torch.autograd.grad(logits.sum(), inputs, create_graph=True)[0]
     gradients = gradients.to(torch.promote_types(gradients.dtype, torch.float32))  # bf16 under autocast
     return gradients.flatten(1).square().sum(dim=1).mean()
 
 
 def accuracy(real_logits: Tensor, fake_logits: Tensor, kind: str) -> Tensor:
-    """The share that the discriminator names rightly: of the pairs, or of all images; 0.5 is guessing."""
+    """The share that the discriminator classifies correctly: of the pairs, or of all images; 0.5 is guessing."""
     if kind == "relativistic":
         return (real_logits > fake_logits).float().mean()
     return 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())
@@ -145,7 +148,7 @@ class Objective(nn.Module):
         self._judged: list[Tensor] = []  # what the generator's phase drew, one for each micro-batch
 
     def forward(self, batch: TokenBatch, phase: str, step: int) -> dict[str, Tensor]:
-        labels = seen(batch.labels, self.config)
+        labels = condition(batch.labels, self.config)
         return (
             self._generator(batch.tokens, labels) if phase == "generator" else self._discriminator(batch, labels, step)
         )
@@ -154,6 +157,7 @@ class Objective(nn.Module):
         return augmented(latents, self.config.augmentation, self.config.augment_probability)
 
     def _generator(self, real: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The generator's phase: `generator_loss`."""
         noise = torch.randn(len(labels), self.config.noise_dim, device=labels.device)
         fake = self.model(noise, labels)
         self._judged.append(fake.detach())
@@ -167,6 +171,10 @@ class Objective(nn.Module):
         return {"loss": generator_loss(real_logits, fake_logits, self.config.loss)}
 
     def _discriminator(self, batch: TokenBatch, labels: Tensor, step: int) -> dict[str, Tensor]:
+        """The discriminator's phase: `discriminator_loss` + r1_weight / 2 R1 + r2_weight / 2 R2 (Huang et al., section 2).
+
+        Penalties are taken every penalty_interval steps, and count this many times as much: Karras et al., section 3.2.
+        """
         config = self.config
         weights = (config.r1_weight, config.r2_weight)
         if step % config.penalty_interval:
@@ -194,8 +202,8 @@ class Objective(nn.Module):
     def optimizers(self) -> dict[str, list[Optimizer]]:
         training = self.config.training
         rate = training.learning_rate * self.config.discriminator_learning_rate_factor
-        judge = training.model_copy(update={"learning_rate": rate})
+        settings = training.model_copy(update={"learning_rate": rate})
         return {
             "generator": optimizers_for(self.model, training),
-            "discriminator": optimizers_for(self.discriminator, judge),
+            "discriminator": optimizers_for(self.discriminator, settings),
         }

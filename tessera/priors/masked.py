@@ -1,6 +1,6 @@
 """Masked prior: a transformer that sees some of the indices of an image and predicts the others, all at once.
 
-Sampling starts from nothing known and places a growing number of indices per step.
+Sampling starts from masks alone and fills a growing number of places per step.
 
 Sources: Chang et al. (MaskGIT), 2022, arXiv:2202.04200, section 3; the arccos schedule and the ramp of the guidance: Weber et
 al. (MaskBit), 2024, arXiv:2409.16211; the Halton order: Besnier et al., 2025, arXiv:2503.17076; classifier-free
@@ -54,7 +54,7 @@ class Sampling(Params):
 
 
 def mask_ratio(schedule: MaskSchedule, progress: Tensor) -> Tensor:
-    """The share of places that are masked at `progress` in [0, 1]: from 1 to 0."""
+    """The share of masked places at `progress` in [0, 1], from 1 to 0: MaskGIT, section 3.3 (cosine), or MaskBit (arccos)."""
     if schedule == "arccos":
         return torch.arccos(progress) * (2 / math.pi)
     return torch.cos(progress * (math.pi / 2))
@@ -62,7 +62,7 @@ def mask_ratio(schedule: MaskSchedule, progress: Tensor) -> Tensor:
 
 @cache
 def placed_per_step(num_places: int, steps: int, schedule: MaskSchedule) -> tuple[int, ...]:
-    """How many of the masked places each step fills: at least one, and all of them by the last. No more steps than places."""
+    """MaskGIT, section 3.2: how many masked places each step fills, at least one; there are no more steps than places."""
     steps = min(steps, num_places)
     masked, placed = num_places, []
     for step in range(1, steps + 1):
@@ -74,7 +74,8 @@ def placed_per_step(num_places: int, steps: int, schedule: MaskSchedule) -> tupl
 
 
 def halton_order(height: int, width: int) -> Tensor:
-    """(h * w,) every place once, in the order in which the points of Halton's sequence of bases 2 and 3 first fall on it."""
+    """Besnier et al.: (h * w,) every place once, in the order in which the points of the Halton sequence of bases 2 and 3
+    first fall on it."""
     order: dict[int, None] = {}
     number = 0
     while len(order) < height * width:
@@ -85,7 +86,7 @@ def halton_order(height: int, width: int) -> Tensor:
 
 
 def _radical_inverse(number: int, base: int) -> float:
-    """The digits of `number`, mirrored at the point: 6 = 110 in base 2 gives 0.011."""
+    """The digits of `number` mirrored at the radix point: 6 = 110 in base 2 gives 0.011."""
     value, unit = 0.0, 1 / base
     while number:
         number, digit = divmod(number, base)
@@ -95,7 +96,7 @@ def _radical_inverse(number: int, base: int) -> float:
 
 
 class Model(ConditionalModel):
-    reads_all_known = True  # `complete` draws each index given all that is known
+    reads_all_known = True  # `complete` draws each index given all that are known
 
     def __init__(self, config: Config, spec: TokenSpec):
         super().__init__(config, spec)
@@ -120,11 +121,11 @@ class Model(ConditionalModel):
 
     @torch.no_grad()
     def bits(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """(B, *index_grid) indices, (B,) labels -> (B,) an estimate, without bias, of an upper bound of -log2 probability.
+        """(B, *index_grid) indices, (B,) labels -> (B,) an unbiased estimate of an upper bound of -log2 probability.
 
-        Filled one place after the other in a random order, an image costs, in the mean over orders, L times the mean over
-        m = 1..L of the mean cost of one of m masked places given the others; the mean over orders is a bound by Jensen's
-        inequality. m is spread evenly over BOUND_DRAWS draws of an image, and which places are masked is random.
+        Hoogeboom et al., section 3: the mean over orders of filling one place after the other, a bound by Jensen's
+        inequality. It is L times the mean over m = 1..L of the mean cost of one of m masked places given the others. m is
+        spread evenly over BOUND_DRAWS draws of an image; which places are masked is random.
         """
         labels = self.condition(labels)
         indices = tokens.flatten(1)
@@ -144,7 +145,7 @@ class Model(ConditionalModel):
     def evidence(self, indices: Tensor, is_known: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """(B, *index_grid) indices and which are known -> (B,) nats: an estimate of the log-probability of the known ones.
 
-        They are read in a random order, in pieces that grow with what was read; within one each is given the pieces before.
+        They are read in a random order, in pieces that grow with what was read, each given the pieces before.
         """
         labels = self.condition(labels)
         indices, is_known = indices.flatten(1), is_known.flatten(1)
@@ -176,7 +177,7 @@ class Model(ConditionalModel):
         sampling: Sampling,
         generator: torch.Generator,
     ) -> Tensor:
-        """Keep the (B, *index_grid) indices where is_known and draw the others, given those."""
+        """MaskGIT, section 3.2: keep the (B, *index_grid) indices where is_known and draw the others, given those."""
         labels = self.condition(labels)
         indices, is_known = indices.flatten(1), is_known.flatten(1)
         indices = torch.where(is_known, indices, self.mask_index)
@@ -191,8 +192,8 @@ class Model(ConditionalModel):
             logits = self._guided(indices, labels, sampling, progress) / sampling.temperature
             drawn = (logits + gumbel_noise(logits.shape, generator).to(logits.device)).argmax(dim=2)  # (B, L)
             if sampling.order == "confidence":
-                heat = [sampling.choice_temperature * (1 - (step + 1) / max(1, len(plan))) for plan in plans]
-                noise = gumbel_noise(indices.shape, generator) * torch.tensor(heat).clamp_min(0).unsqueeze(1)
+                temperatures = [sampling.choice_temperature * (1 - (step + 1) / max(1, len(plan))) for plan in plans]
+                noise = gumbel_noise(indices.shape, generator) * torch.tensor(temperatures).clamp_min(0).unsqueeze(1)
                 confidence = logits.log_softmax(dim=2).gather(2, drawn.unsqueeze(2)).squeeze(2)
                 precedence = confidence + noise.to(confidence.device)
             chosen = first(precedence, indices == self.mask_index, placed)
@@ -200,7 +201,7 @@ class Model(ConditionalModel):
         return indices.view(-1, *self.grid)
 
     def _precedence(self, indices: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-        """(B, L): of two places that are masked the one with the larger number is filled first."""
+        """(B, L): of two masked places the one with the larger number is filled first."""
         if sampling.order == "halton":
             rank = torch.empty(indices.shape[1])
             rank[halton_order(*self.grid)] = -torch.arange(indices.shape[1], dtype=rank.dtype)
@@ -227,6 +228,7 @@ def first(precedence: Tensor, is_open: Tensor, number: Tensor) -> Tensor:
 
 class Objective(ConditionalObjective):
     def loss(self, tokens: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
+        """MaskGIT, section 3.1, equation 1: the cross-entropy of masked indices, a mean over those of the batch."""
         indices = tokens.flatten(1)  # (B, L)
         is_masked = self._masks(indices)
         logits = self.model(torch.where(is_masked, self.model.mask_index, indices), labels)
@@ -235,7 +237,7 @@ class Objective(ConditionalObjective):
         return {"loss": loss, "accuracy": (logits.argmax(dim=1) == truth).float().mean()}
 
     def _masks(self, indices: Tensor) -> Tensor:
-        """(B, L) booleans, a random number of each row, at least one."""
+        """(B, L) whether a place is masked: a random number of each row, at least one."""
         ratio = mask_ratio(self.config.mask_schedule, torch.rand(len(indices), device=indices.device))
         number = (ratio * indices.shape[1]).ceil().clamp_min(1)
         return first(

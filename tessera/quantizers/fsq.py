@@ -54,7 +54,7 @@ class Quantizer(nn.Module):
         self.register_buffer("place_values", place_values.view(-1, 1, 1), persistent=False)  # (D, 1, 1)
 
     def forward(self, z: Tensor) -> Quantized:
-        """z: (B, D, h, w), any real numbers. Rounding is float32 also under autocast."""
+        """Mentzer et al., section 3.1. z: (B, D, h, w), any real numbers. Rounding is float32 also under autocast."""
         with torch.autocast(z.device.type, enabled=False):
             bounded = self.bound(z.float())
             digits = (bounded.detach() * (self.levels // 2)).round()
@@ -62,7 +62,7 @@ class Quantizer(nn.Module):
             return Quantized(straight_through(bounded, digits / (self.levels // 2)), indices, bounded.new_zeros(()))
 
     def bound(self, z: Tensor) -> Tensor:
-        """Squash channel d into [-1, 1] so that levels[d] multiples of 1 / (levels[d] // 2) lie inside."""
+        """Mentzer et al., appendix A.1: squash channel d into [-1, 1], around levels[d] multiples of 1 / (levels[d] // 2)."""
         half_width = (self.levels - 1) * (1 - MARGIN) / 2
         offset = 0.5 * (self.levels % 2 == 0)  # an even number of levels sits around -1/2: 8 are -4 ... 3
         return (torch.tanh(z + torch.atanh(offset / half_width)) * half_width - offset) / (self.levels // 2)

@@ -1,7 +1,7 @@
 """No quantization: latents stay continuous, for priors that model latents, and as the upper bound of every codebook.
 
 Source: the continuous autoencoder of Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
-2022, arXiv:2112.10752, section 3.1, without its regularisation.
+2022, arXiv:2112.10752, section 3.1, without its regularization.
 """
 
 from typing import Annotated, Literal

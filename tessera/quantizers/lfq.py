@@ -53,7 +53,7 @@ class Quantizer(nn.Module):
         self.register_buffer("place_values", 2 ** torch.arange(config.code_dim), persistent=False)  # (D,)
 
     def forward(self, z: Tensor) -> Quantized:
-        """z: (B, D, h, w). Signs and entropies are float32 also under autocast."""
+        """Yu et al., section 3.1. z: (B, D, h, w). Signs and entropies are float32 also under autocast."""
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             is_positive = z > 0
@@ -66,7 +66,7 @@ class Quantizer(nn.Module):
             return Quantized(straight_through(z, codes), indices, loss)
 
     def entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each soft assignment, mean over tokens, and of the batch's mean assignment; nats, both at most D log 2."""
+        """Yu et al., section 3.1: E[H(q(z))] and H(E[q(z)]) of soft assignments q, in nats, both at most D log 2."""
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
         logits = 4 * flat / self.config.entropy_temperature  # ||z + 1||^2 - ||z - 1||^2 = 4 z
         on, off = torch.sigmoid(logits), torch.sigmoid(-logits)
@@ -111,14 +111,14 @@ def _mean_assignment(on: Tensor, off: Tensor) -> Tensor:
     return (high.T @ low).flatten() / len(on)
 
 
-def _entropy(shares: Tensor) -> Tensor:
-    return -(shares * shares.clamp_min(1e-20).log()).sum()
+def _entropy(probs: Tensor) -> Tensor:
+    return -(probs * probs.clamp_min(1e-20).log()).sum()
 
 
-def _over_processes(shares: Tensor) -> Tensor:
-    """The mean over all processes in value. Each passes on the gradient of its own share; DDP takes their mean."""
+def _over_processes(probs: Tensor) -> Tensor:
+    """The mean over all processes in value. Each passes on the gradient of its own part; DDP takes their mean."""
     if not dist.is_initialized():
-        return shares
-    total = shares.detach().clone()
+        return probs
+    total = probs.detach().clone()
     dist.all_reduce(total)
-    return straight_through(shares, total / dist.get_world_size())
+    return straight_through(probs, total / dist.get_world_size())

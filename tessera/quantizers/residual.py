@@ -56,7 +56,7 @@ class Quantizer(nn.Module):
         self.scales = [shrinking**level for level in range(config.num_levels)]
 
     def forward(self, z: Tensor) -> Quantized:
-        """z: (B, D, h, w). The loss is the sum over levels."""
+        """Lee et al., section 3.1. z: (B, D, h, w). The loss is the sum over levels."""
         with torch.autocast(z.device.type, enabled=False):
             left = z.float()
             total, indices, loss = 0.0, [], left.new_zeros(())
@@ -72,7 +72,7 @@ class Quantizer(nn.Module):
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """(B, h, w * levels) int64 -> (B, D, h, w) float.
 
-        Each index says its level itself, so that an unlikely draw of a prior, of another level than its place, is a code too.
+        An index names its level, so that an unlikely draw of a prior, of another level than its place has, is a code too.
         """
         flat = indices.flatten()
         codes = None

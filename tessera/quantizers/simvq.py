@@ -29,7 +29,7 @@ class Config(Params):
     commitment_weight: Annotated[float, Field(ge=0)] = 0.25  # beta, on the encoder's term
     codebook_weight: Annotated[float, Field(ge=0)] = 1.0  # of the codes' term
     code_scale: Annotated[float, Field(gt=0)] = 0.3  # standard deviation of a code's channel at the start
-    frozen_scale: Annotated[float, Field(gt=0)] = 3.0  # that of the frozen codebook: how far a step moves the codes
+    frozen_scale: Annotated[float, Field(gt=0)] = 3.0  # of the frozen codebook: how far a step moves the codes
     rotation_trick: bool = False
 
 
@@ -51,6 +51,7 @@ class Quantizer(nn.Module):
             return self._quantize(z.float())
 
     def _quantize(self, z: Tensor) -> Quantized:
+        """Zhu et al.: van den Oord et al., equations 1 to 3, with codes `linear(frozen)`."""
         batch, width, height, columns = z.shape
         flat = z.permute(0, 2, 3, 1).reshape(-1, width)  # (B * h * w, D)
         indices = nearest(flat.detach(), self._codes().detach())

@@ -5,7 +5,7 @@ codes that nobody uses onto latents of the batch. The plain gradient codebook (`
 `revive_below: 0`) is the classic baseline; it collapses (16 of 1,024 codes in use after 400 steps on CIFAR-10).
 
 Source: van den Oord et al., "Neural Discrete Representation Learning", 2017, arXiv:1711.00937, equations 1 to 3, and
-appendix A.1 (moving averages); normalised codes: Yu et al. (ViT-VQGAN), 2021, arXiv:2110.04627, section 3.2; revival:
+appendix A.1 (moving averages); normalized codes: Yu et al. (ViT-VQGAN), 2021, arXiv:2110.04627, section 3.2; revival:
 Williams et al., 2020, arXiv:2002.08111, section 3, after Dhariwal et al. (Jukebox), arXiv:2005.00341; rotation: Fifty et
 al., 2024, arXiv:2410.06424, section 4.
 Differs from it: the averages have Laplace smoothing (as in Sonnet); the start waits `init_step` steps for useful latents.
@@ -37,7 +37,7 @@ class Config(Params):
     init_step: Annotated[int, Field(ge=0)] = 30  # batches that pass unquantized before init: data
     revive_below: Annotated[float, Field(ge=0, lt=1)] = 0.03  # of the mean use: a code below is dead; 0: never
     normalize_codes: bool = False  # latents and codes on the unit sphere
-    rotation_trick: bool = False  # the decoder's gradient is turned as its code lies to the latent
+    rotation_trick: bool = False  # the decoder's gradient is rotated from the code to the latent
 
     @property
     def codes_start_step(self) -> int | None:
@@ -67,6 +67,7 @@ class Quantizer(nn.Module):
             return self._quantize(z.float())
 
     def _quantize(self, z: Tensor) -> Quantized:
+        """Van den Oord et al., equations 1 and 2, and equation 3 less its reconstruction term."""
         batch, width, height, columns = z.shape
         flat = z.permute(0, 2, 3, 1).reshape(-1, width)  # (B * h * w, D)
         if self.config.normalize_codes:
@@ -80,7 +81,7 @@ class Quantizer(nn.Module):
         codebook = self._codes()
         indices = nearest(flat.detach(), codebook.detach())  # (B * h * w,)
         codes = codebook[indices]
-        # ||z - sg(e)||^2 draws the encoder to the code, ||sg(z) - e||^2 the code to the encoder: beta is on the first.
+        # beta ||z - sg(e)||^2 pulls the latents to their codes, ||sg(z) - e||^2 the codes to their latents
         loss = self.config.commitment_weight * F.mse_loss(flat, codes.detach())
         if self.config.update == "gradient":
             loss = loss + self.config.codebook_weight * F.mse_loss(codes, flat.detach())
@@ -102,6 +103,7 @@ class Quantizer(nn.Module):
         return nearest_others(self._codes().detach(), indices, count)
 
     def _codes(self) -> Tensor:
+        """(K, D); normalized as in ViT-VQGAN, section 3.2."""
         if not self.config.normalize_codes:
             return self.codebook
         # a copy, because the backward pass of normalize needs its input and revival overwrites codes before it
@@ -120,7 +122,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _learn(self, flat: Tensor, indices: Tensor) -> None:
-        """Move the averages by this batch, over all processes; then move dead codes onto latents of the batch."""
+        """Van den Oord et al., appendix A.1, with Laplace smoothing, over the batches of all processes; then revival."""
         counts = torch.bincount(indices, minlength=self.codebook_size).float()
         _all_reduce(counts)
         decay = self.config.ema_decay
@@ -136,6 +138,7 @@ class Quantizer(nn.Module):
             self._revive(flat)
 
     def _revive(self, flat: Tensor) -> None:
+        """Williams et al., section 3: codes that are hardly used move onto latents of the batch."""
         mean = self.code_counts.mean()
         dead = self.code_counts < self.config.revive_below * mean  # (K,)
         # the whole codebook is drawn and only dead rows are taken: no number of dead codes has to reach the host

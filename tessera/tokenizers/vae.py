@@ -47,7 +47,8 @@ class Model(AdversarialAutoencoder):
         return Encoded(self.moments(images)[0], None)
 
     def forward(self, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Reconstructions, of draws in training and of means otherwise, and the divergence."""
+        """Reconstructions (B, C, H, W), of draws in training (Kingma and Welling, section 2.4) and of means otherwise; the
+        divergence."""
         mean, log_variance = self.moments(images)
         latents = mean
         if self.training:
@@ -56,11 +57,12 @@ class Model(AdversarialAutoencoder):
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, variance) || N(0, 1)) in nats, mean over latent values."""
+    """Kingma and Welling, appendix B: KL(N(mean, variance) || N(0, 1)) in nats, the mean over latent values."""
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
 
 
 class Objective(AdversarialObjective):
     def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Rombach et al., section 3.1: the loss of the latents is a slight KL penalty."""
         reconstructions, divergence = self.model(images, step)
         return reconstructions, self.config.kl_weight * divergence, {"kl_loss": divergence}

@@ -31,9 +31,11 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config = model, config
         self.reconstruction_loss = ReconstructionLoss(config)
+        # not named monitor: the checkpoints of trainings hold its counters under this name
         self.watch = Monitor(config.health, config.quantizer)
 
     def forward(self, batch: ImageBatch, phase: str, step: int) -> dict[str, Tensor]:
+        """Van den Oord et al., equation 3."""
         reconstructions, quantized = self.model(batch.images, step)
         self.watch.note_codes(quantized.indices, step)
         terms = self.reconstruction_loss(reconstructions, batch.images)

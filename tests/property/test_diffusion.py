@@ -42,15 +42,15 @@ def levels(count=9):
 def test_the_data_are_found_again_from_what_is_predicted(predicts):
     generator = torch.Generator().manual_seed(0)
     data, noise = torch.randn(2, 9, 5, generator=generator, dtype=torch.float64)
-    a, b = noise_levels.shares(levels())
+    a, b = noise_levels.variance_preserving(levels())
     target = noise_levels.target_of(predicts, data, noise, a, b)
     found = noise_levels.data_of(predicts, target, a * data + b * noise, a, b)
     torch.testing.assert_close(found, data, atol=1e-11, rtol=1e-11)
 
 
-def test_shares_lie_on_the_circle_and_have_the_ratio_sigma():
+def test_alpha_and_sigma_lie_on_the_circle_and_have_the_ratio_sigma():
     sigma = levels()
-    a, b = noise_levels.shares(sigma)
+    a, b = noise_levels.variance_preserving(sigma)
     torch.testing.assert_close(a**2 + b**2, torch.ones_like(a))
     torch.testing.assert_close(b / a, sigma)
 
@@ -69,7 +69,7 @@ def test_the_velocity_is_the_preconditioning_of_edm():
     """Karras et al., table 1 at sigma_data = 1: D = c_skip y + c_out F(c_in y), loss weight c_out^-2, with F = -velocity."""
     sigma, y, out = levels(), torch.randn(9, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
     c_skip, c_out, c_in = 1 / (sigma**2 + 1), sigma / (sigma**2 + 1).sqrt(), 1 / (sigma**2 + 1).sqrt()
-    a, b = noise_levels.shares(sigma)
+    a, b = noise_levels.variance_preserving(sigma)
     torch.testing.assert_close(a, c_in)
     torch.testing.assert_close(noise_levels.data_of("velocity", -out, c_in * y, a, b), c_skip * y + c_out * out)
     torch.testing.assert_close(noise_levels.loss_weight("velocity", sigma, None), torch.ones_like(sigma))
@@ -82,7 +82,7 @@ def test_the_loss_is_the_same_whatever_is_predicted(min_snr):
     """One wrong guess of the data, said in three ways, costs the same, where the weight is not at its limit."""
     sigma = torch.logspace(-0.45, 0.45, 7, dtype=torch.float64).view(-1, 1)
     data, noise, guess = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    a, b = noise_levels.shares(sigma)
+    a, b = noise_levels.variance_preserving(sigma)
     x = a * data + b * noise
     losses = []
     for predicts in PREDICTS:
@@ -99,7 +99,7 @@ def test_the_loss_is_the_same_whatever_is_predicted(min_snr):
 def test_the_cosine_is_that_of_its_source_and_can_be_inverted():
     """alpha_bar(t) = f(t) / f(0), f(t) = cos((t + s) / (1 + s) * pi / 2)^2."""
     t = torch.linspace(0.02, 0.93, 9, dtype=torch.float64)
-    kept = noise_levels.shares(noise_levels.cosine_sigma(t))[0] ** 2
+    kept = noise_levels.variance_preserving(noise_levels.cosine_sigma(t))[0] ** 2
     f = [math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2 for time in (0.0, *t.tolist())]
     torch.testing.assert_close(kept, torch.tensor([one / f[0] for one in f[1:]], dtype=torch.float64))
     for shift in (0.0, -1.5):
@@ -137,7 +137,7 @@ def test_a_network_that_knows_the_data_has_no_loss_and_samples_them(predicts, sc
     model = diffusion.Model(settings, spec())
 
     def knows(x, sigma, labels):
-        a, b = (share.view(-1, 1, 1, 1) for share in noise_levels.shares(sigma))
+        a, b = (share.view(-1, 1, 1, 1) for share in noise_levels.variance_preserving(sigma))
         return noise_levels.target_of(predicts, data.expand_as(x), (x - a * data) / b, a, b)
 
     model.forward = knows

@@ -95,7 +95,7 @@ def test_dpm_solver_on_edm_levels_is_that_of_diffusers():
         x = scheduler.step(-velocity, t, x).prev_sample
 
     def edm(x, sigma):
-        a, b = noise_levels.shares(torch.tensor(sigma, dtype=x.dtype))
+        a, b = noise_levels.variance_preserving(torch.tensor(sigma, dtype=x.dtype))
         return noise_levels.data_of("velocity", said(a * x, sigma), a * x, a, b)
 
     torch.testing.assert_close(samplers.dpm_solver(edm, found, levels), x, atol=1e-4, rtol=1e-4)
