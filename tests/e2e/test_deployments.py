@@ -280,7 +280,7 @@ def test_a_training_that_is_killed_goes_on_from_its_checkpoint_in_the_same_run(t
     team.forget()
     run = team.submit(targets=[TRAINING])
     wait_for("it trains", team.is_training, 180)
-    (pid,) = [pid for pid in team.stages() if b"train_tokenizer" in command_of(pid)]
+    (pid,) = [pid for pid in team.stages() if b"tessera.running\0train_tokenizer" in command_of(pid)]
     os.kill(pid, signal.SIGKILL)
     team.ends(run)
     assert "continues from its checkpoint" in team.logs(run) and "resumed step" in team.logs(run)
