@@ -27,7 +27,7 @@ INTERVAL_SECONDS = 3.0
 LINK_SECONDS = 15.0  # the uploader to MLflow takes some to start, and looks every two
 PICTURE_BYTES = 300_000  # pictures travel inside the artifact, since a browser cannot read the worker's disk
 PICTURE_PIXELS = 900
-FIGURES = "figures-of-systems"
+METRICS = "metrics-of-systems"
 CELL_PIXELS = 240  # of a picture in a table
 CELL = re.compile(r"(?<=\| )[\w./@-]+\.png(?= +\|)")  # a table of paths, which a browser cannot follow
 AS_TRAINING = "?workflowType=machine_learning"  # MLflow's page opens on "GenAI" otherwise
@@ -89,10 +89,10 @@ class Board:
     def markdown(self, key: str, text: str) -> None:
         self._post(key_of(key), text, None)
 
-    def figures(self, kept: dict[str, Any]) -> None:
-        """What a run has kept, for the sweep that it is a cell of: that may wait for it on another machine."""
+    def metrics(self, kept: dict[str, Any]) -> None:
+        """What a run has kept, for the sweep that it is a cell of, which may wait for it on another machine."""
         self._post(
-            FIGURES, json.dumps(kept), None, "figures of systems, for the sweep that this run is a cell of", "json"
+            METRICS, json.dumps(kept), None, "metrics of systems, for the sweep that this run is a cell of", "json"
         )
 
     def link(self, stage: str, checkout: Path, since: float, task_run_id: UUID | None) -> None:

@@ -1,4 +1,4 @@
-"""The step behind the stages that lets MLflow's registry choose the champion of a data set, by one figure."""
+"""The step behind the stages that lets MLflow's registry choose the champion of a data set, by one metric."""
 
 import re
 import sys
@@ -10,15 +10,15 @@ REFUSED = {
 
 
 def arguments(condition: str) -> list[str]:
-    """What `python -m tessera.tracking champion` is to be told. Raises ValueError for what is no condition."""
+    """The options of `python -m tessera.tracking champion`. Raises ValueError if this is no condition."""
     found = re.fullmatch(r"\s*([a-z0-9_]+/[a-z0-9_]+)\s*([<>])\s*(-?\d+(?:\.\d+)?)\s*", condition)
     if not found:
         raise ValueError(
-            f"champion is {condition!r}: expected a figure of systems, < or >, and a number that the champion has to beat, "
+            f"champion is {condition!r}: expected a metric of systems, < or >, and a number that the champion has to beat, "
             'e.g. "generation/fd_classifier < 0.5"'
         )
-    figure, sign, number = found.groups()
-    return ["--metric", figure, "--lower" if sign == "<" else "--higher", "--threshold", number]
+    metric, sign, number = found.groups()
+    return ["--metric", metric, "--lower" if sign == "<" else "--higher", "--threshold", number]
 
 
 def command(condition: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""How a process that runs flows comes to its end: by a signal, and where Prefect finds none."""
+"""How a process that runs flows ends: after a signal, and when Prefect does not return."""
 
 import contextlib
 import os
@@ -75,7 +75,7 @@ def watch(plan: Plan, code: Callable[[], int]) -> None:
 
 
 def _stop_server() -> None:
-    """os._exit runs no exit handlers, so Prefect's own server would live on."""
+    """os._exit runs no exit handlers, so Prefect's own server would survive."""
     module = sys.modules.get("prefect.server.api.server")
     for server in list(module.SubprocessASGIServer._instances.values()) if module else []:
         if server.server_process is not None:

@@ -104,16 +104,16 @@ def keep(experiment: Experiment, targets: list[str], unversioned: list[str]) -> 
 
 
 def environment(experiment: Experiment) -> dict[str, str]:
-    """What stages in the worktree need to report to the checkout's tracker, with the experiment's name, as DVC gives it."""
+    """The environment in which stages in the worktree report to the checkout's tracker, named as DVC names the experiment."""
     from tessera.tracking.mirror import tracking_uri
 
     return {"MLFLOW_TRACKING_URI": tracking_uri(experiment.checkout), "DVC_EXP_NAME": experiment.name}
 
 
 def shared_lock(experiment: Experiment, recipe: str) -> Path:
-    """The lock of one computation in all experiments of the checkout: who comes second finds its result in DVC's cache.
+    """The lock of one computation in all experiments of the checkout: the second to run finds its result in DVC's cache.
 
-    The files are few, whatever is tried: two computations that share one wait for each other, and that is all.
+    There are at most 4,096 files: two computations that share one by chance only wait for each other.
     """
     return experiment.checkout / RUNS / "locks" / f"recipe-{recipe[:3]}.lock"
 
@@ -191,7 +191,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _environment(checkout: Path) -> dict[str, str]:
-    """Commits need an author: who git says, or a name of ours where nobody told it."""
+    """Commits need an author: git's own setting, or IDENTITY without one."""
     known = subprocess.run(["git", "var", "GIT_COMMITTER_IDENT"], cwd=checkout, capture_output=True).returncode == 0
     ours = {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in IDENTITY.items()}
     return {**os.environ, "DVC_NO_ANALYTICS": "true", **({} if known else ours)}

@@ -1,7 +1,7 @@
 """Locks between processes and users of one machine: one file per device or stage, which the kernel frees.
 
-A queue in a process knows nothing of another flow run, worker or checkout. flock(2) does, needs no server, and ends with
-the processes that hold it: a stage's dvc inherits the descriptor, so that a device stays taken until both are gone.
+A queue inside a process would not see other flow runs, workers or checkouts. flock(2) does, needs no server, and ends with
+the processes that hold it: the dvc of a stage inherits the descriptor, so a device stays taken until both are gone.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ class Lock:
 
 
 def take(path: Path, owner: str) -> Lock | None:
-    """The lock, or None if somebody has it. `owner` is for people who wonder who that is."""
+    """The lock, or None if somebody has it. `owner` is shown to whoever waits for it."""
     descriptor = _open(path)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,7 +46,7 @@ def one_of(
 ) -> Iterator[Lock]:
     """Hold the first lock that is free, for as long as the block lasts.
 
-    While there is none, says once who has them, and calls `give_up`, which ends the waiting by raising.
+    While none is, says once who holds them, and calls `give_up`, which may raise to end the wait.
     """
     told = False
     while True:
@@ -56,7 +56,7 @@ def one_of(
             break
         if not told:
             told = True
-            say("waiting for " + "; ".join(f"{path.stem}, which has {_owner(path)}" for path in paths))
+            say("waiting for " + "; ".join(f"{path.stem}, held by {_owner(path)}" for path in paths))
         time.sleep(POLL_SECONDS)
     try:
         yield lock

@@ -1,4 +1,4 @@
-"""The devices of this machine, and which stage has which: found without importing torch or Prefect, which take seconds."""
+"""The devices of this machine and their allocation to stages, without importing torch or Prefect, which takes seconds."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from flows import locks
 
 
 def devices() -> list[str]:
-    """The GPUs that this process may use, found without importing torch: by index, in the order of nvidia-smi."""
+    """The GPUs that this process may use, by index, in the order of nvidia-smi."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     named = [name.strip() for name in (visible or "").split(",") if name.strip() not in ("", "-1")]
     if (visible is not None and all(map(str.isdecimal, named))) or shutil.which("nvidia-smi") is None:
@@ -52,9 +52,9 @@ class Places:
     def one(
         self, owner: str, say: Callable[[str], None], give_up: Callable[[], None]
     ) -> Iterator[tuple[locks.Lock, dict[str, str]]]:
-        """Hold a place; what to add to the environment of the stage that has it."""
+        """Hold a place: yields its lock, and what to add to the environment of the stage that runs there."""
         while not self._turns.acquire(timeout=locks.POLL_SECONDS):
-            give_up()  # a wait without end could not be cancelled
+            give_up()  # an endless wait could not be cancelled
         try:
             with locks.one_of(list(self.environments), owner, say, give_up) as lock:
                 yield lock, self.environments[lock.path]

@@ -30,7 +30,7 @@ HINTS = (  # dvc gives them after each stage
 
 
 def tell(line: str) -> None:
-    """Print a line; where nobody reads any more, because the worker was killed, the run goes on."""
+    """Print a line. The run continues even if nobody reads it any more, e.g. because the worker was killed."""
     with contextlib.suppress(OSError):
         print(line, flush=True)
 
@@ -40,12 +40,12 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
     code: int = 0
     changed: bool = False  # whether its outputs may differ from those at the start
-    interrupted: bool = False  # by a signal that is not the flow's own, such as the one for want of memory
+    interrupted: bool = False  # by a signal that the flow did not send, e.g. the out-of-memory killer's
 
 
 @dataclass
 class Plan:
-    """What to reproduce, and what became of it: the truth of a flow run, whatever happens to Prefect."""
+    """What to reproduce and the outcome of each stage: the state of a flow run, whatever happens to Prefect."""
 
     root: Path
     upstream: dict[str, set[str]]  # each stage's direct upstream stages, in an order in which they can run
@@ -57,7 +57,7 @@ class Plan:
     force: bool
     experiment: experiments.Experiment | None = None  # whose worktree `root` is
     recipes: dict[str, str] = field(default_factory=dict)  # of an experiment's stages: equal ones compute the same
-    afterwards: bool = False  # whether there is something to do when all stages have come out well
+    afterwards: bool = False  # whether a step follows once all stages have succeeded
     champion_code: int = 0  # the exit code of the step that chooses the champion
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     interrupted: set[str] = field(default_factory=set)  # stages that are run once more
@@ -65,9 +65,9 @@ class Plan:
     over: threading.Event = field(default_factory=threading.Event)  # reported: nothing more will run
 
     def reproduce(self, stage: str, say: Callable[[str], None], places: Places) -> Outcome:
-        """Run one stage, whose upstream stages have all come out well; a clean one starts no process.
+        """Run one stage, whose upstream stages have all succeeded; a clean one starts no process.
 
-        A stage that a signal has ended is not yet an outcome the first time: call again, and it resumes.
+        The first time that a signal ends a stage, no outcome is recorded: call again, and it resumes.
         """
         outcome = Outcome("cached") if self._is_clean(stage) else self._run(stage, say, places)
         if outcome.interrupted and stage not in self.interrupted:
@@ -100,7 +100,7 @@ class Plan:
             if line.strip() and not line.strip().startswith(HINTS):
                 say(line)
 
-        # First the stage, then a device: who waits for another run of the same stage keeps nobody from a device
+        # The lock of the stage first: waiting for another run of the same stage must not occupy a device
         owner = f"{stage} in {self.root}"
         single = [self.root / STATE / "locks" / f"flow-{stage}.lock"]
         if self.experiment:  # another one may be computing the same, and this one takes it from the cache
@@ -108,7 +108,7 @@ class Plan:
         with contextlib.ExitStack() as held:
             mine = [held.enter_context(locks.one_of([path], owner, say, self._check_going_on)) for path in single]
             device, environment = held.enter_context(places.one(owner, say, self._check_going_on))
-            if self.experiment:  # its stages would start an uploader for a folder that goes away
+            if self.experiment:  # its stages would start an uploader for a folder that is removed afterwards
                 start_uploader(self.experiment.checkout)
                 environment = environment | experiments.environment(self.experiment)
             began = time.monotonic()
@@ -127,7 +127,7 @@ class Plan:
             raise Stopped("the flow is ending")
 
     def settled(self) -> bool:
-        """Whether every stage has come to its end, or never can because one before it failed."""
+        """Whether every stage has ended, or cannot run because one upstream of it failed."""
         lost: set[str] = set()
         for stage, upstream in self.upstream.items():
             outcome = self.outcomes.get(stage)
@@ -138,7 +138,7 @@ class Plan:
         return True
 
     def finished(self) -> bool:
-        """Whether Prefect alone is still at work."""
+        """Whether nothing but Prefect is still at work."""
         settled = self.settled() and (not self.afterwards or self.code() != 0)
         return settled or self.processes.stopping.is_set() or self.over.is_set()
 
@@ -164,7 +164,7 @@ def read_plan(root: Path, targets: list[str], force: bool, experiment: experimen
     from dvc.lock import LockError
     from dvc.repo import Repo
 
-    # DVC takes the names of stages relative to the working directory, of which a process has one
+    # DVC resolves the names of stages relative to the working directory, which all threads share
     with _reading, contextlib.chdir(root), Repo(_wait_for_lock=True) as repo:
         graph = repo.index.graph  # its edges lead from a stage to what it depends on
         wanted = {stage for target in targets for stage in repo.stage.collect(target)} if targets else set(graph)
@@ -241,7 +241,7 @@ _reading = threading.Lock()
 
 @contextlib.contextmanager
 def opened(targets: list[str], force: bool, preset: str | None, overrides: experiments.Overrides) -> Iterator[Plan]:
-    """The plan of a run: in the checkout, or with a preset or overrides in a worktree of its own, for its user alone."""
+    """The plan of a run: in the checkout or, with a preset or overrides, in a worktree that no other run may use meanwhile."""
     checkout = Path.cwd()
     experiment = experiments.define(checkout, preset, overrides)
     if experiment is None:

@@ -1,7 +1,7 @@
 """Commands that a flow runs: each in a process group of its own, so that stopping the flow leaves nothing running.
 
-A signal to dvc alone orphans the stage below it, and a thread that reads a child's output hears of no cancellation:
-so whoever ends first tells dvc, dvc tells its stage once, and the waiting never blocks for long.
+A signal to dvc alone orphans the stage below it, and a thread that reads a child's output notices no cancellation. So
+whoever ends first signals dvc, dvc signals its stage once, and no wait blocks for long.
 """
 
 import os
@@ -40,7 +40,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 class Stopped(RuntimeError):
-    """The flow is ending, and starts nothing any more."""
+    """The flow is ending and starts nothing more."""
 
 
 def dvc(*arguments: str) -> list[str]:

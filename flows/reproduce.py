@@ -1,8 +1,8 @@
 """Runs the pipeline through Prefect: DVC's own graph, one task per stage, each of them `dvc repro --single-item STAGE`.
 
-    python -m flows.reproduce [TARGET ...] [--force] [--preset NAME] [-S KEY=VALUE ...] [--champion "FIGURE < NUMBER"]
+    python -m flows.reproduce [TARGET ...] [--force] [--preset NAME] [-S KEY=VALUE ...] [--champion "METRIC < NUMBER"]
 
-DVC decides what is stale, Prefect when and where it runs and what people see. Without PREFECT_API_URL no server is
+DVC decides what is stale; Prefect decides when and where it runs, and shows it. Without PREFECT_API_URL no server is
 needed: Prefect starts one for the run, on the loopback interface, with its files in .prefect.
 """
 
@@ -44,14 +44,16 @@ INTERRUPTED = "Interrupted"
 RETRY_SECONDS = 3.0  # a process that was told to end by the death of its parent may still be saving
 
 
-_plan: Plan | None = None  # opened by `main` before Prefect starts, so that a wrong target is told in two seconds
+_plan: Plan | None = (
+    None  # opened by `main` before Prefect starts, so that a wrong target is refused within two seconds
+)
 
 
 def _resumes(task: Any, run: Any, state: State[Any]) -> bool:
     return state.name == INTERRUPTED
 
 
-# Every stage has a thread, nearly all of them waiting; how many work is the number of places
+# A thread for every stage, most of them waiting: as many work at a time as there are places
 @flow(name="reproduce", task_runner=ThreadPoolTaskRunner(max_workers=1000))
 def reproduce(
     preset: str | None = None,
@@ -69,10 +71,10 @@ def reproduce(
         targets: stages such as train_prior@vqgan-flow; without any, all of them.
         force: run the stages even if nothing changed.
         champion: "generation/fd_classifier < 0.5" gives MLflow's alias champion to the best registered system by this
-            figure when all stages have come out well, if it is below (or with >, above) the number.
+            metric once all stages have succeeded, if it is below (or with >, above) the number.
     """
     if champion:
-        champions.arguments(champion)  # a wrong one is told before the work
+        champions.arguments(champion)  # an invalid one is refused before the work
     with contextlib.nullcontext(_plan) if _plan else opened(targets or [], force, preset, overrides) as plan:
         return _carry_out(plan, targets or [], champion)
 
@@ -128,9 +130,9 @@ class _Run:
         """Save the experiment. Returns its name and the metrics of its systems, which a sweep compares."""
         plan = self.plan
         systems = [plan.root / path for path in plan.unversioned if Path(path).parent.name == "systems"]
-        kept = {"experiment": experiment.name, "figures": {path.stem: path.read_text() for path in systems}}
+        kept = {"experiment": experiment.name, "metrics": {path.stem: path.read_text() for path in systems}}
         experiments.keep(experiment, targets, plan.unversioned)
-        self.board.figures(kept)
+        self.board.metrics(kept)
         tell(f"kept as experiment {experiment.name}: see dvc exp show, dvc exp apply {experiment.name}")
         return kept
 
@@ -202,7 +204,7 @@ def main() -> int:
 
 
 def _run(plan: Plan, arguments: argparse.Namespace) -> int:
-    """The flow run of a plan in this process, with signals, and with an end even where Prefect finds none."""
+    """Run the flow in this process: it ends on signals, and even if Prefect does not return."""
     global _plan
     _plan = plan
     stopped = 0
@@ -225,9 +227,9 @@ def _run(plan: Plan, arguments: argparse.Namespace) -> int:
         reproduce(*given, return_state=True)
     except SystemExit:
         pass  # by `stop`
-    except Exception as error:  # Prefect's own trouble is told, but the stages say whether the run was good
+    except Exception as error:  # Prefect's own failure is reported, but the stages decide whether the run succeeded
         print(
-            f"Prefect failed ({type(error).__name__}: {error}); the list of stages tells what was done", file=sys.stderr
+            f"Prefect failed ({type(error).__name__}: {error}); the list of stages shows what was done", file=sys.stderr
         )
     plan.report()
     return code()

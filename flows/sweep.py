@@ -2,8 +2,8 @@
 
     python -m flows.sweep systems.vqgan-flow.prior.training.num_steps=300,700 seed=0,1 [--preset NAME] [--target STAGE]
 
-What cells have in common is computed once. Without a worker they run here, side by side where devices allow. A sweep that
-a worker runs leaves them to the workers of the pool where `reproduce` is deployed: each free one takes the next cell.
+What cells have in common is computed once. Without a worker they run here, in parallel where devices allow. A sweep that a
+worker runs leaves them to the workers of the pool where `reproduce` is deployed: each free one takes the next cell.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from prefect.states import Cancelling, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import experiments
-from flows.board import FIGURES, Board
+from flows.board import METRICS, Board
 from flows.ending import is_engine, leave_later, stop_all
 from flows.places import Places
 from flows.plan import tell
@@ -135,7 +135,7 @@ def _is_unanswered(task: Any, run: Any, state: State[Any]) -> bool:
 
 
 def _workers_share_cells(run: FlowRun) -> bool:
-    """Whether the cells have a pool of their own. In the sweep's pool they could wait for ever for the sweep's slot."""
+    """Whether the cells have a pool of their own. In the pool of the sweep they could wait forever for the slot it holds."""
     if not is_engine() or not run.work_pool_name:
         return False
     with get_client(sync_client=True) as client:
@@ -147,7 +147,7 @@ def _workers_share_cells(run: FlowRun) -> bool:
 
 
 def _left_to_workers(sweep_id: UUID, label: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    """What a cell has kept, once some worker has run it. The same cell of the same sweep is one run, however often asked."""
+    """What a cell has kept, once a worker has run it. A cell of a sweep is one run, however often it is asked for."""
     key = f"{sweep_id}: {label}"
     run = run_deployment(
         CELL, parameters=parameters, flow_run_name=label, poll_interval=POLL_SECONDS, idempotency_key=key
@@ -158,18 +158,18 @@ def _left_to_workers(sweep_id: UUID, label: str, parameters: dict[str, Any]) -> 
     with get_client(sync_client=True) as client:
         wanted = filters.ArtifactFilter(
             flow_run_id=filters.ArtifactFilterFlowRunId(any_=[run.id]),
-            key=filters.ArtifactFilterKey(any_=[FIGURES]),
+            key=filters.ArtifactFilterKey(any_=[METRICS]),
         )
         found = client.read_artifacts(artifact_filter=wanted)
     if not found:
         raise RuntimeError(
-            f"cell {label} is done and kept, but Prefect has no figures of it: compare it by dvc exp show"
+            f"cell {label} is done and kept, but Prefect has no metrics of it: compare it by dvc exp show"
         )
     return json.loads(found[0].data)
 
 
 def _cancel_cells(sweep_id: UUID) -> None:
-    """Cells that wait are taken back, those that run are cancelled by their workers."""
+    """Withdraw the cells that wait; those that run are cancelled by their workers."""
     parent = filters.FlowRunFilterParentFlowRunId(any_=[sweep_id])
     with get_client(sync_client=True) as client:
         for cell in client.read_flow_runs(flow_run_filter=filters.FlowRunFilter(parent_flow_run_id=parent)):
@@ -183,19 +183,19 @@ def compare(kept: dict[str, dict[str, Any]]) -> str:
 
     texts: dict[str, dict[str, str]] = {}  # by system and cell
     for label, cell in kept.items():
-        for name, text in cell["figures"].items():
+        for name, text in cell["metrics"].items():
             texts.setdefault(name, {})[label] = text
     systems: comparison.Systems = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, by_cell in sorted(texts.items(), key=lambda item: (item[0] != comparison.REAL, item[0])):
-            is_common = len(set(by_cell.values())) == 1 and len(kept) > 1  # these cells say nothing about it
+            is_common = len(set(by_cell.values())) == 1 and len(kept) > 1  # the cells do not differ in it
             for label, text in list(by_cell.items())[: 1 if is_common else None]:
-                path = Path(folder) / "figures.json"
+                path = Path(folder) / "metrics.json"
                 path.write_text(text, encoding="utf-8")
                 systems[name if is_common else f"{name} ({label})"] = [figures.read(path)]
     listed = "\n".join(f"- {label}: experiment `{cell['experiment']}`" for label, cell in kept.items())
     if not systems:
-        return f"No cell has figures of systems to compare.\n\n{listed}"
+        return f"No cell has metrics of systems to compare.\n\n{listed}"
     try:
         comparison.require_one_protocol(systems)
     except comparison.MixedProtocols as error:

@@ -44,11 +44,11 @@ def main() -> int:
     live.add_argument("--root", type=Path, required=True)
     live.add_argument("--idle-seconds", type=float, default=20.0, help="exit this long after the last stage ended")
     best = commands.add_parser("champion", help="give the alias champion to the best version of a registered model")
-    best.add_argument("--metric", required=True, help="a figure of systems, such as generation/fd_classifier")
+    best.add_argument("--metric", required=True, help="a metric of systems, such as generation/fd_classifier")
     better = best.add_mutually_exclusive_group(required=True)
     better.add_argument("--lower", action="store_true", help="lower is better")
     better.add_argument("--higher", action="store_true", help="higher is better")
-    best.add_argument("--threshold", type=float, required=True, help="what a champion has to beat in any case")
+    best.add_argument("--threshold", type=float, required=True, help="a value that every champion has to beat")
     best.add_argument("--dataset", help="the model is called tessera-DATASET; default: that of params.yaml")
     best.add_argument("--dismiss", action="store_true", help="take the alias from a champion of another protocol")
     best.add_argument("--root", type=Path, default=Path())
@@ -58,7 +58,7 @@ def main() -> int:
     if arguments.command == "replay":
         code = replay(arguments.root, arguments.timeout, arguments.all)
         if folder_of(arguments.root).is_dir() and any(mirror.alive() for mirror in all_mirrors(arguments.root, {})):
-            start_uploader(arguments.root)  # a stage that began meanwhile found the lock taken
+            start_uploader(arguments.root)  # for a stage that began meanwhile and found the lock taken
         return code
     os.nice(10)
     try:

@@ -1,7 +1,7 @@
 """The journal of a stage: what it tracks, appended to a file in microseconds, whatever becomes of MLflow.
 
-MLflow takes seconds to import and a dead server blocks its client for minutes, so no stage ever waits for either. The
-journal is the truth; another process (mirror.py), one per checkout, sends it on, live or later.
+MLflow takes seconds to import and a dead server blocks its client for minutes, so no stage waits for either. The journal is
+authoritative; another process (uploader.py), one per checkout, sends it on, live or later.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ def open_run(
     settings: dict[str, Any] | None = None,
     kind: str = "stage",
 ) -> "Run":
-    """Open the journal of one execution of a stage, or go on with the one that `state` (its resume folder) names.
+    """Open the journal of one execution of a stage, or resume the one that `state` (its resume folder) names.
 
-    It goes on only with the same settings (all that params were chosen from; default: the params), and only if that
-    execution did not finish.
-    kind "system" is for the one row per system that people compare. Never fails for want of disk or server.
+    It is resumed only with the same settings (all that params were chosen from; default: the params), and only if that
+    execution did not finish. Kind "system" is for the one row per system that people compare. Never fails for lack of disk
+    space or of a server. Raises ValueError if TESSERA_TRACKING is neither on nor off.
     """
     run = Run(stage)
     if not enabled():
@@ -102,11 +102,11 @@ class Run:
         self._append("param", values=_flat(values))
 
     def dataset(self, name: str, digest: str, path: str, context: str) -> None:
-        """Name the images that go in: by their artifact's fingerprint, and where it lies in the checkout."""
+        """Name the images that the run reads: the fingerprint of their artifact, and its path in the checkout."""
         self._append("dataset", name=name, digest=digest, path=path, context=context)
 
     def made_by(self, fingerprints: dict[str, str]) -> None:
-        """Name the artifacts, by role, whose making led to this run: the runs that made them are its own."""
+        """Name this run's inputs, by role: the fingerprints of artifacts, by which the runs that made them are found."""
         self._append("made_by", fingerprints=fingerprints)
 
     def offer_model(
@@ -187,14 +187,14 @@ class Run:
         self._torn = False
 
     def _guard(self, act: Any) -> bool:
-        """Run one act of input or output; if it fails, say so the first time, and let the training go on."""
+        """Try one act of input or output; if it fails, say so the first time, and let the stage continue."""
         try:
             act()
         except OSError as error:
             if not self._warned:
                 print(
-                    f"a part of what {self.stage} tracks is lost, because {error.filename or self.folder}: "
-                    f"{error.strerror or error}; the stage goes on and its results are not affected, free some space.",
+                    f"{self.stage} lost a part of its tracking ({error.filename or self.folder}: "
+                    f"{error.strerror or error}); the stage continues and its results are not affected: free some disk space",
                     file=sys.stderr,
                 )
             self._warned = True
@@ -238,7 +238,7 @@ def events_of(journal: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, A
 
 
 def append_load(journal: Path, seconds: int, values: dict[str, float]) -> None:
-    """Add what somebody else measured of the stage; one whole line by one system call, as the stage itself writes."""
+    """Add what another process measured of the stage: one line by one system call, as the stage itself writes."""
     event = {"event": "log", "time": time.time_ns() // 1_000_000, "step": seconds, "values": values}
     with contextlib.suppress(OSError):
         descriptor = os.open(journal, os.O_WRONLY | os.O_APPEND)

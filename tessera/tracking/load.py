@@ -1,4 +1,4 @@
-"""How much of the machine a process takes, read from the kernel and the GPU's driver by another process.
+"""CPU, memory and GPU use of a process, read from the kernel and the GPU driver by another process.
 
 The names begin with "system/", below which MLflow shows them on a page of their own.
 """
@@ -15,14 +15,14 @@ EVERY_SECONDS = 10.0
 
 
 class Watch:
-    """Samples of one process and those that it started."""
+    """The load of one process and of those that it started."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._before = time.monotonic(), _spent(_family(pid))  # when, and the CPU seconds until then
 
     def due(self) -> dict[str, float]:
-        """The values since the last ones, every EVERY_SECONDS; else, and of a process that is gone, none."""
+        """The load since the last call, once in EVERY_SECONDS; {} in between, and after the process has ended."""
         began, spent_then = self._before
         now = time.monotonic()
         if now < began + EVERY_SECONDS:

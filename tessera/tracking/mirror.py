@@ -1,5 +1,4 @@
-"""One journal and its run in MLflow, kept equal. What a server has is remembered beside each journal, so that sending
-again makes no duplicate.
+"""Sends a journal to its run in MLflow. What a server has is recorded beside the journal, so sending again makes no duplicate.
 
 MLflow is imported in this folder and nowhere else.
 """
@@ -22,16 +21,16 @@ DOUBT_SECONDS = 3.0
 CHUNK_BYTES = 256_000
 LOG_BYTES = 1_000_000
 VERSION_TAGS = ("tessera.system", "mlflow.source.git.commit", "git.uncommitted", "dvc.experiment", "protocol")
-VERSION_FIGURES = re.compile(r"generation/(fid|fd_[a-z0-9]+|label_agreement|precision|recall|copy_rate)")
+VERSION_METRICS = re.compile(r"generation/(fid|fd_[a-z0-9]+|label_agreement|precision|recall|copy_rate)")
 
 
 class Refused(RuntimeError):
-    """MLflow answered, and will not take this journal until somebody acts; one sentence says how."""
+    """MLflow answered, but does not accept this journal until somebody acts; the message says how."""
 
 
 @dataclass
 class _Sent:
-    """How much of a journal a server has, kept beside the journal."""
+    """How much of a journal a server has; stored beside the journal."""
 
     offset: int = 0
     run_id: str = ""
@@ -54,7 +53,7 @@ class _Sent:
 
 @dataclass
 class _Chunk:
-    """Some lines of a journal, sorted by what MLflow takes together."""
+    """Some lines of a journal, grouped as MLflow takes them."""
 
     offset: int
     metrics: list[tuple[str, float, int, int]] = field(default_factory=list)
@@ -68,7 +67,7 @@ class _Chunk:
 
 
 class Mirror:
-    """One journal and its run in MLflow. Everything here may be repeated: a server that has a value keeps one of it."""
+    """One journal and its run in MLflow. Every request may be repeated: a server stores equal values once."""
 
     def __init__(self, folder: Path, server: str) -> None:
         self.journal = folder / JOURNAL
@@ -94,7 +93,7 @@ class Mirror:
         return self._ahead.runs()
 
     def watch_load(self) -> None:
-        """Note in the journal how much of the machine its process takes, now and then; it costs that process nothing."""
+        """Add the load of the run's process to its journal, now and then, at no cost to that process."""
         if not self.alive():
             self._load = None
             return
@@ -115,7 +114,7 @@ class Mirror:
         return sum(len(event["values"]) for _, event in events if event["event"] == "log")
 
     def push(self, client: Any, root: Path) -> None:
-        """Send everything that is new. Raises whatever MLflow raises; what was sent until then stays sent."""
+        """Send everything that is new. Raises whatever MLflow raises; what was sent before that counts as sent."""
         if not self._known and not self._meet(client, root):
             return
         while chunk := self._read():
@@ -199,7 +198,7 @@ class Mirror:
                 self._drop_twins(client, twins)
 
     def _adopt(self, client: Any, fingerprints: dict[str, str]) -> None:
-        """Name the runs that made a system's artifacts in its description; what made its prior, it alone has below it."""
+        """List the runs that made a system's artifacts in its description; the training of its prior becomes its child."""
         experiment = client.get_run(self.sent.run_id).info.experiment_id
         lines = []
         for role, fingerprint in fingerprints.items():
@@ -216,9 +215,9 @@ class Mirror:
 
         run = client.get_run(self.sent.run_id)
         tags = {key: run.data.tags[key] for key in VERSION_TAGS if key in run.data.tags}
-        figures = {key: f"{value:.4g}" for key, value in run.data.metrics.items() if VERSION_FIGURES.fullmatch(key)}
+        metrics = {key: f"{value:.4g}" for key, value in run.data.metrics.items() if VERSION_METRICS.fullmatch(key)}
         try:
-            done = registry.register(client, self.sent.run_id, self.journal.parent, root, offer, tags | figures)
+            done = registry.register(client, self.sent.run_id, self.journal.parent, root, offer, tags | metrics)
         except ArtifactError as error:  # sending it again would not help
             done = f"the model of run {self.sent.run_id} is not registered: {error}"
         note(self.journal.parents[1], done)
@@ -254,7 +253,7 @@ class Mirror:
         self._save()
 
     def _find(self, client: Any, root: Path, opening: dict[str, Any]) -> Any:
-        """The run with the journal's uid, created if need be, never twice."""
+        """The run with the journal's uid, created if there is none, never twice."""
         experiment = _experiment(client, root, opening["experiment"])
         found = self._search(client, experiment)
         if not found and self._doubt:
@@ -278,14 +277,14 @@ class Mirror:
         return client.create_run(experiment, opening["time"], tags, run_name=_run_name(opening))
 
     def _search(self, client: Any, experiment: str) -> list[Any]:
-        """Runs with this uid, those that the user deleted last."""
+        """Runs with this uid; those that the user deleted come last."""
         from mlflow.entities import ViewType
 
         found = client.search_runs([experiment], f"tags.`tessera.run_uid` = '{self.uid}'", ViewType.ALL)
         return sorted(found, key=lambda run: (run.info.lifecycle_stage == "deleted", run.info.run_id))
 
     def _drop_twins(self, client: Any, found: list[Any]) -> Any:
-        """MLflow creates a run again when a frozen server answers a repeated request; keep the one that was written to."""
+        """A frozen server that wakes up may carry out a repeated request twice; keep the run that was written to."""
         kept = next((run for run in found if run.info.run_id == self.sent.run_id), found[0])
         for run in found:
             if run is not kept and run.info.lifecycle_stage != "deleted":
@@ -300,7 +299,7 @@ def _name(key: str) -> str:
 
 
 def _run_name(opening: dict[str, Any]) -> str:
-    """The stage or system; of a DVC experiment with its name, or a sweep would be rows that nobody can tell apart."""
+    """The stage or system; with the name of its DVC experiment, without which the rows of a sweep would look alike."""
     experiment = opening["tags"].get("dvc.experiment")
     return f"{opening['stage']} ({experiment})" if experiment else opening["stage"]
 
@@ -314,7 +313,7 @@ def _run_id(client: Any, experiment: str, parent: str) -> str:
 
 
 def _group(client: Any, experiment: str) -> str | None:
-    """The run `stages`, below which the stages' runs are folded away; None if somebody deleted it."""
+    """The run `stages`, the parent below which MLflow folds the stages' runs; None if somebody deleted it."""
     from mlflow.entities import ViewType
 
     found = client.search_runs([experiment], "tags.`tessera.kind` = 'group'", ViewType.ALL)
@@ -327,7 +326,7 @@ def _group(client: Any, experiment: str) -> str | None:
 
 
 def _dataset_input(event: dict[str, Any]) -> Any:
-    """An images artifact as MLflow's own data set entity, which needs no import of what made it."""
+    """An images artifact as MLflow's data set entity."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     source = json.dumps({"uri": event["path"]})
@@ -339,7 +338,7 @@ def _dataset_input(event: dict[str, Any]) -> Any:
 def _experiment(client: Any, root: Path, name: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        # Without a server there is no one else to choose an absolute place for files
+        # Without a server, nothing else chooses an absolute place for files
         place = None if _is_server(tracking_uri(root)) else (root.resolve() / "mlruns" / name).as_uri()
         return client.create_experiment(name, artifact_location=place)
     if experiment.lifecycle_stage == "deleted":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 
 def enabled(switch: str = "TESSERA_TRACKING") -> bool:
+    """Whether tracking, or what `switch` names, is on. Raises ValueError if the environment says neither on nor off."""
     value = os.environ.get(switch, "on")
     if value not in ("on", "off"):
         raise ValueError(f"{switch} is {value!r}: expected on or off; correct it in the environment or in .env")
@@ -17,11 +18,12 @@ def enabled(switch: str = "TESSERA_TRACKING") -> bool:
 
 
 def folder_of(root: Path) -> Path:
+    """Where the journals of a checkout are."""
     return root / ".state" / "tracking"
 
 
 def process_start(pid: int) -> int:
-    """When a process began, in the kernel's ticks, to tell it from a later one with its number; 0 if nobody knows."""
+    """When a process began, in clock ticks since boot, to tell it from a later one with its number; 0 if unknown."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -31,6 +33,7 @@ def process_start(pid: int) -> int:
 
 
 def is_alive(pid: int, started: int) -> bool:
+    """Whether the process that began at `started` (see `process_start`) still runs."""
     if started:
         return process_start(pid) == started
     try:
@@ -44,7 +47,7 @@ def is_alive(pid: int, started: int) -> bool:
 
 @contextlib.contextmanager
 def uploader_lock(root: Path) -> Iterator[bool]:
-    """Yield whether the uploader's lock could be taken; the kernel gives it back when its holder dies."""
+    """Yield whether the uploader's lock could be taken; the kernel releases it when its holder dies."""
     with (folder_of(root) / "uploader.lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,8 +83,8 @@ def start_uploader(root: Path) -> None:
             )
     except OSError as error:
         print(
-            f"the uploader to MLflow could not be started ({error}); what is tracked stays in {folder_of(root)}, "
-            "send it later with: python -m tessera.tracking replay",
+            f"the uploader to MLflow could not be started ({error}); what is tracked stays in {folder_of(root)}: "
+            "send it later with python -m tessera.tracking replay",
             file=sys.stderr,
         )
 

@@ -10,7 +10,7 @@ DECIDES = ("params.yaml", "dvc.yaml", "requirements.lock", "stages", "tessera") 
 
 
 def tags(root: Path, outs: dict[str, Path]) -> dict[str, str]:
-    """Tags for a tracker; `outs`: artifacts by role, of which dvc.lock knows the hash. What cannot be told is left out."""
+    """Tags for a tracker; `outs`: artifacts by role, of which dvc.lock knows the hash. What is unknown is left out."""
     found = {}
     if commit := _git(root, "rev-parse", "HEAD"):
         found["mlflow.source.git.commit"] = commit  # the name under which MLflow shows it

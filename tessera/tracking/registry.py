@@ -39,7 +39,7 @@ def register(client: Any, run_id: str, journal: Path, root: Path, offer: dict[st
     version = _version(client, offer)
     is_new = version is None or version.tags.get(RUN) == run_id
     if is_new and (journal / offer["place"]).is_dir() and _logged_models(client, run_id, offer["digest"]):
-        # An earlier attempt broke off: a server that was frozen may be carrying it out at this moment
+        # An earlier attempt was interrupted: a server that was frozen may be carrying it out at this moment
         time.sleep(DOUBT_SECONDS)
         version = _version(client, offer)
     if version is None:
@@ -61,7 +61,7 @@ def register(client: Any, run_id: str, journal: Path, root: Path, offer: dict[st
 
 
 def _version(client: Any, offer: dict[str, Any]) -> Any | None:
-    """The version of this digest. A frozen server may have made it twice: the champion stays, or else the first one."""
+    """The version of this digest. A frozen server may have made it twice: keep the champion, or else the first one."""
     found = client.search_model_versions(f"name = '{offer['name']}' and tags.`{DIGEST}` = '{offer['digest']}'")
     if len(found) > 1:
         champion = _champion(client, offer["name"])  # a deleted version would take the alias along
@@ -72,13 +72,13 @@ def _version(client: Any, offer: dict[str, Any]) -> Any | None:
 
 
 def _logged_models(client: Any, run_id: str, digest: str) -> list[Any]:
-    """Those with these artifacts, also the remains of attempts that broke off."""
+    """Those with these artifacts, including the remains of interrupted attempts."""
     experiment = client.get_run(run_id).info.experiment_id
     return list(client.search_logged_models([experiment], f"tags.`{DIGEST}` = '{digest}'"))
 
 
 def _folder(journal: Path, root: Path, offer: dict[str, Any], role: str, path: str) -> Path:
-    """The verified artifact: as it was linked beside the journal, or where it lay, if that is still the same one."""
+    """The verified artifact: linked beside the journal, or at its own path if that still holds the same one."""
     linked = journal / offer["place"] / role
     if linked.is_dir():
         return artifact.check(linked)
@@ -166,12 +166,12 @@ def _environment(tracking_uri: str) -> Iterator[None]:
 
 
 def crown(client: Any, name: str, metric: str, lower: bool, threshold: float, dismiss: bool = False) -> int:
-    """Give the alias champion to the best version by one figure of samples, and say why. Returns the exit code.
+    """Give the alias champion to the best version by one metric of samples, and say why. Returns the exit code.
 
-    A version competes if it beats the threshold by more than noise and was measured by the protocol of the newest version;
-    it is crowned if it beats the present champion by more than noise. A champion that was measured otherwise is compared
-    with nobody: that is refused, unless `dismiss` takes the alias away first. Codes: 0 there is a champion or nobody
-    competes, 2 refused.
+    A version qualifies if it beats the threshold by more than noise and was measured by the protocol of the newest version;
+    it becomes champion if it beats the present one by more than noise. A champion measured by another protocol cannot be
+    compared: that is refused, unless `dismiss` takes the alias away first. Codes: 0 there is a champion or no version
+    qualifies, 2 refused.
     """
     from tessera.evaluation.comparison import Estimate, estimate, exceeds_noise
 
@@ -181,7 +181,7 @@ def crown(client: Any, name: str, metric: str, lower: bool, threshold: float, di
     titles = {str(version.version): f"{version.tags.get(SYSTEM)} (version {version.version})" for version in versions}
     candidates = _candidates(client, versions, titles, metric)
     if not candidates:
-        print(f"{name} has no version with the figure {metric}, so there is no champion by it.", file=sys.stderr)
+        print(f"{name} has no version with the metric {metric}, so there is no champion by it.", file=sys.stderr)
         return 2
     newest, key = next(iter(candidates)), metric.rpartition("/")[2]
     estimates = {number: estimate([measured], key) for number, measured in candidates.items()}
@@ -228,7 +228,7 @@ def crown(client: Any, name: str, metric: str, lower: bool, threshold: float, di
 
 
 def _candidates(client: Any, versions: list[Any], titles: dict[str, str], metric: str) -> dict[str, Any]:
-    """The figure of each version, newest first, that was measured by the protocol of the newest; says who is left out."""
+    """The metric of each version, newest first, that was measured by the newest one's protocol; prints which are left out."""
     from tessera.evaluation.comparison import MixedProtocols, require_one_protocol
 
     known = {}
@@ -259,7 +259,7 @@ def _first(estimates: dict[str, Any], lower: bool) -> str:
 
 
 def _measured(client: Any, version: Any, metric: str) -> Any:
-    """The figure `metric`, GROUP/NAME, with its protocol, from the run that evaluated a version; or why there is none."""
+    """The metric GROUP/NAME, with its protocol, from the run that evaluated a version; or why there is none."""
     from mlflow.exceptions import MlflowException
 
     from tessera.evaluation import figures
@@ -270,9 +270,9 @@ def _measured(client: Any, version: Any, metric: str) -> Any:
             path = client.download_artifacts(version.tags.get(RUN, version.run_id), "metrics.json", place)
             measured = figures.read(Path(path))
     except (MlflowException, OSError, ValueError) as error:
-        return f"the figures of its run cannot be read ({str(error).splitlines()[0]})"
+        return f"the metrics of its run cannot be read ({str(error).splitlines()[0]})"
     if key not in measured.groups.get(group, {}):
-        return f"it has no figure {metric}"
+        return f"it has no metric {metric}"
     return measured.model_copy(update={"groups": {group: {key: measured.groups[group][key]}}})
 
 

@@ -58,7 +58,9 @@ def _push_all(root: Path, mirrors: list[Mirror], client: Any) -> tuple[Any, str]
             trouble = (
                 f"{redact(tracking_uri(root))} did not take run {mirror.uid} ({type(error).__name__}: {shorten(error)})"
             )
-            if getattr(error, "error_code", "") != "INVALID_PARAMETER_VALUE":  # a server in trouble: spare the others
+            if (
+                getattr(error, "error_code", "") != "INVALID_PARAMETER_VALUE"
+            ):  # the server is in trouble: do not try the others
                 return client, trouble
     return client, trouble
 
@@ -97,7 +99,7 @@ def upload(root: Path, idle_seconds: float) -> None:
 
 
 def replay(root: Path, timeout: float, everything: bool = False) -> int:
-    """Send what MLflow lacks and say how much that was. Returns the exit code: 0 if nothing is left."""
+    """Send what MLflow lacks, and report how much. Returns the exit code: 0 if nothing is left."""
     if not folder_of(root).is_dir():
         print(f"{folder_of(root)} does not exist: nothing was tracked here, so there is nothing to send.")
         return 0
@@ -125,11 +127,11 @@ def replay(root: Path, timeout: float, everything: bool = False) -> int:
         elif trouble or over:
             print(
                 f"{trouble or f'the uploader of {root} was not done after {timeout:g} s'}; {left[0]} runs, {left[1]} "
-                f"metrics stay in {folder_of(root)}, nothing is lost: when MLflow answers again, run "
+                f"metrics stay in {folder_of(root)}, nothing is lost: once MLflow answers, run "
                 "python -m tessera.tracking replay",
                 file=sys.stderr,
             )
             return 1
         if not free:
             time.sleep(0.5)
-        over = time.monotonic() > deadline  # looked at once more before it is told: all may be sent by now
+        over = time.monotonic() > deadline  # look once more before reporting: all may be sent by now

@@ -385,7 +385,7 @@ def test_a_cancelled_sweep_takes_back_the_cells_that_wait_and_cancels_those_that
 
 @pytest.mark.parametrize("text", ["fd < 0.5", "generation/fd_classifier = 1", "generation/fd_classifier <"])
 def test_a_condition_of_champions_that_is_none_is_refused_before_the_work(text: str) -> None:
-    with pytest.raises(ValueError, match="expected a figure of systems, < or >, and a number"):
+    with pytest.raises(ValueError, match="expected a metric of systems, < or >, and a number"):
         champion.arguments(text)
 
 

@@ -347,7 +347,7 @@ def test_who_waits_for_a_device_hears_whom_for_and_can_be_stopped(device_locks: 
         locks.one_of([device_locks / "cpu.lock"], "another", said.append, give_up),
     ):
         raise AssertionError("two have it")
-    assert said == [f"waiting for cpu, which has process {os.getpid()}: train_prior@toy in /somewhere"]
+    assert said == [f"waiting for cpu, held by process {os.getpid()}: train_prior@toy in /somewhere"]
     assert lock is not None
     lock.release()
     with locks.one_of([device_locks / "cpu.lock"], "another", said.append):

@@ -168,8 +168,8 @@ def test_a_place_that_cannot_be_written_gives_one_sentence_and_no_error(
         run.attach(tmp_path / "absent.png")
     processes.start_uploader(tmp_path)
     tracked, uploader = capsys.readouterr().err.splitlines()
-    assert tracked.startswith("a part of what train_prior@toy tracks is lost, because ")
-    assert "the stage goes on" in tracked
+    assert tracked.startswith("train_prior@toy lost a part of its tracking (")
+    assert "the stage continues" in tracked
     assert uploader.startswith("the uploader to MLflow could not be started")
 
 
@@ -196,7 +196,7 @@ def test_a_disk_that_fills_up_stops_the_journal_only(tmp_path: Path) -> None:
     )
     assert done.returncode == 0
     assert len(done.stderr.splitlines()) == 1
-    assert "a part of what toy tracks is lost" in done.stderr
+    assert "toy lost a part of its tracking" in done.stderr
     (journal,) = tmp_path.glob(f".state/tracking/*/{journal_module.JOURNAL}")
     kept = [event for _, event in journal_module.events_of(journal)]
     steps = [event["step"] for event in kept if event["event"] == "log"]
