@@ -145,7 +145,7 @@ class Objective(nn.Module):
         sizes = network_sizes(config, model.spec)
         self.discriminator = ProjectionDiscriminator(sizes, feature_dim=sizes.levels[-1].channels)
         self.register_buffer("last_penalties", torch.zeros(2))  # of real and fake: what is plotted between penalties
-        self._judged: list[Tensor] = []  # what the generator's phase drew, one for each micro-batch
+        self._pending: list[Tensor] = []  # what the generator's phase drew, one for each micro-batch
 
     def forward(self, batch: TokenBatch, phase: str, step: int) -> dict[str, Tensor]:
         labels = condition(batch.labels, self.config)
@@ -160,7 +160,7 @@ class Objective(nn.Module):
         """The generator's phase: `generator_loss`."""
         noise = torch.randn(len(labels), self.config.noise_dim, device=labels.device)
         fake = self.model(noise, labels)
-        self._judged.append(fake.detach())
+        self._pending.append(fake.detach())
         self.discriminator.requires_grad_(False)  # its gradients belong to its own phase
         fake_logits = self.discriminator(self._augmented(fake), labels).float()
         real_logits = fake_logits.detach()
@@ -180,7 +180,7 @@ class Objective(nn.Module):
         if step % config.penalty_interval:
             weights = (0.0, 0.0)
         logits, penalties = [], []
-        for latents, weight in zip((batch.tokens, self._judged.pop(0)), weights, strict=True):
+        for latents, weight in zip((batch.tokens, self._pending.pop(0)), weights, strict=True):
             shown = self._augmented(latents).detach().requires_grad_(weight > 0)
             logits.append(self.discriminator(shown, labels).float())
             penalties.append(gradient_penalty(logits[-1], shown) if weight else logits[-1].new_zeros(()))

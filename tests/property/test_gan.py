@@ -143,7 +143,7 @@ def test_the_penalty_moves_the_discriminator_as_its_definition_says():
 
 
 def judged(parts: gan.Objective, step: int) -> dict[str, torch.Tensor]:
-    parts._judged = [torch.full_like(batch().tokens, 0.3)]
+    parts._pending = [torch.full_like(batch().tokens, 0.3)]
     return parts(batch(), "discriminator", step)
 
 
@@ -183,7 +183,7 @@ def test_each_phase_moves_its_own_weights_only(settings):
     assert all(p.grad is None for p in parts.model.parameters())
     assert all(p.requires_grad and p.grad is not None for p in parts.discriminator.parameters())
     assert parts.discriminator.to_features.weight.grad.abs().sum() > 0
-    assert not parts._judged
+    assert not parts._pending
 
 
 def test_the_discriminator_judges_what_the_generator_drew_for_the_same_labels():
@@ -191,7 +191,7 @@ def test_the_discriminator_judges_what_the_generator_drew_for_the_same_labels():
     seen = []
     parts.discriminator.register_forward_hook(lambda module, inputs, output: seen.append(inputs))
     parts(batch(), "generator", 0)
-    assert not parts._judged[0].requires_grad  # or the generator's graph would be kept until then
+    assert not parts._pending[0].requires_grad  # or the generator's graph would be kept until then
     parts(batch(), "discriminator", 0)
     (fake, _), (real, _), (real_again, _), (fake_again, labels) = seen
     assert torch.equal(fake, fake_again) and torch.equal(real, real_again) and not torch.equal(real, fake)
@@ -204,8 +204,8 @@ def test_both_networks_hear_the_label_and_an_unconditional_gan_does_not():
         parts = objective(is_conditional=is_conditional)
         drawn = [parts.model(noise, torch.full((2,), label)) for label in (0, 2)]
         assert torch.equal(*drawn) is not is_conditional
-        seen = gan.seen(torch.full((2,), 2), parts.config)
-        logits = [parts.discriminator(latents, labels) for labels in (torch.zeros(2, dtype=torch.long), seen)]
+        shown = gan.condition(torch.full((2,), 2), parts.config)
+        logits = [parts.discriminator(latents, labels) for labels in (torch.zeros(2, dtype=torch.long), shown)]
         assert torch.equal(*logits) is not is_conditional
 
 

@@ -82,7 +82,7 @@ def test_lecam_keeps_logits_near_the_average_of_the_other_side():
     parts, without = objective(lecam_weight=2.0), objective(lecam_weight=0.0)  # the same weights: one seed
     images = batch()
     parts(images, "autoencoder", 0)
-    without._judged = list(parts._judged)
+    without._pending = list(parts._pending)
     parts.average_logits.copy_(torch.tensor([0.7, -0.4]))
     with_lecam, plain = parts(images, "discriminator", 0), without(images, "discriminator", 0)
     real, fake = plain["real_logits"], plain["fake_logits"]
