@@ -77,6 +77,14 @@ def test_codes_that_serve_nobody_move_onto_latents_of_the_batch():
     assert len(quantizer(z).indices.unique()) > 8
 
 
+def test_codes_that_serve_stay_where_the_others_move():
+    quantizer = make(update="gradient", revive_below=0.03, ema_decay=0.01).train()
+    codes = quantizer.codebook.detach().clone()
+    quantizer(codes[:4].T.reshape(1, 5, 2, 2))  # a latent on each of four codes; the others serve none
+    moved = (quantizer.codebook != codes).any(dim=1)
+    assert moved.tolist() == [False] * 4 + [True] * 8
+
+
 def test_codes_start_from_latents_after_the_waiting_steps():
     quantizer = make(init="data", init_step=2).train()
     z = torch.randn(8, 5, 2, 2) + 50
