@@ -87,4 +87,4 @@ weights: setup  ## download the Inception-v3 weights of the FID into data/weight
 	python data/download.py inception
 
 clean:  ## remove what the pipeline made, keep the environment
-	rm -rf .state data/comparison data/features data/images data/curves data/pictures data/priors data/samples data/timings data/tokenizers data/tokens
+	rm -rf .state $(addprefix data/,code comparison curves edits features images pictures priors reference reports samples timings tokenizers tokens)

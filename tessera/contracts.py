@@ -225,7 +225,7 @@ class Objective(Protocol):
 class Job(Protocol):
     """What runs a stage: someone to report to, and a folder that survives a kill. Nothing of it reaches a result.
 
-    Stages and trainings know it by this protocol; `tessera/running` implements it, and hands it in.
+    Stages and trainings know it by this protocol; tessera/running/job.py implements it, and the runner hands it in.
     """
 
     name: str  # train_prior@vqgan-flow

@@ -62,7 +62,8 @@ class System:
     def draw(self, labels: np.ndarray, sampling: Any, generator: torch.Generator) -> np.ndarray:
         """(B,) labels -> (B, C, H, W) uint8; sampling: a Sampling of the prior's file; generator: a CPU one.
 
-        Equal labels in equal order, sampling and generator give equal bits, on one machine and number of threads.
+        Equal labels in equal order, sampling and generator give equal bits, on one machine and number of threads. Labels
+        go into the prior's `sample`: into its embedding (autoregressive, masked) or its denoiser's (flow_matching, diffusion).
         """
         tokens = self.prior.sample(torch.from_numpy(labels).to(self.device), sampling, generator)
         return to_uint8(self.decode(tokens)).cpu().numpy()

@@ -73,8 +73,9 @@ EVERY = [(folder, kind) for folder in FOLDERS for kind in kinds(folder)]
 
 
 def small(folder: str, kind: str) -> Params:
-    settings = SMALL.get(folder, {}).get(kind, {})
-    return parse(load(folder, kind).Config, {"kind": kind, **settings})
+    config = load(folder, kind).Config
+    trained = {"training": TRAINING} if "training" in config.model_fields else {}
+    return parse(config, {"kind": kind, **SMALL.get(folder, {}).get(kind, trained)})
 
 
 @pytest.mark.parametrize(("folder", "kind"), EVERY)
