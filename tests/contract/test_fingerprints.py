@@ -206,8 +206,8 @@ def test_the_closure_of_definitions_lies_within_that_of_imports(fingerprints):
 def test_assignments_at_the_top_of_a_module_bind_names_and_do_nothing_else():
     """They count only where their name is used, so none may configure something on the way: calls are of harmless kinds."""
     harmless = {
-        "AfterValidator", "Annotated", "Field", "NamedTuple", "Path", "Shown", "Sizes", "TypeVar", "frozenset", "int", "part", "range",
-        "re.compile", "timedelta", "tuple",
+        "AfterValidator", "Annotated", "Field", "NamedTuple", "Path", "Shown", "Sizes", "TypeVar", "frozenset", "int", "part",
+        "range", "re.compile", "timedelta", "tuple",
     }  # fmt: skip
     for package in entries.PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
