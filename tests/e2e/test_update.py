@@ -14,7 +14,7 @@ import pytest
 import yaml
 from clones import ROOT, Clone
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.e2e(seconds=120)
 ANY_FILE = ("running", "tracking", "training", "nn", "priors", "tokenizers", "artifacts", "evaluation")
 
 
