@@ -30,6 +30,7 @@ def run(
     metrics: Path,
     job: Job,
 ) -> dict[str, float] | None:
+    # nine parameters: one for each option of the command in dvc.yaml
     config = params.systems[name].prior
     module = load("priors", config.kind)
     spec, splits = token_artifact.read(tokens, module.LEARNS, config.num_views)
