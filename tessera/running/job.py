@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 
 from tessera.code import entries
 from tessera.components import PACKAGE, Params
-from tessera.evaluation.figures import Measured
-from tessera.params import Pipeline
 from tessera.running import leftover, progress
 from tessera.running.publish import publish
 from tessera.tracking import journal
@@ -53,17 +51,7 @@ class Job:
         if self.run:
             self.run.attach(path, name)
 
-    def publish(
-        self,
-        params: Pipeline,
-        name: str,
-        measured: Measured,
-        files: dict[str, Path | None],
-        images: Path,
-        parts: dict[str, Path],
-    ) -> None:
-        """Give the tracker the one run per system that people compare."""
-        publish(params, name, measured, files, images, parts)
+    publish = staticmethod(publish)  # gives the tracker the one run per system that people compare
 
     def resumable(self, inputs: dict[str, Any] | None = None, parts: tuple[Params, ...] = ()) -> Path:
         """The state folder for exactly these inputs (params, JSON values, fingerprints of artifacts, by what they are) and
