@@ -1,9 +1,9 @@
 """Images between stages: uint8 shards and labels per split, index.parquet with a row per source file, meta.json."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -12,6 +12,9 @@ from tessera.artifacts.folder import ArtifactError
 from tessera.artifacts.shards import Shards, ShardWriter
 from tessera.components import parse
 from tessera.contracts import ImageBatch, ImageSpec
+
+if TYPE_CHECKING:
+    import pandas as pd  # half a second of every stage, and one of them writes the index
 
 SPLITS = ("train", "test")
 
@@ -52,7 +55,7 @@ class ImageWriter:
         self.labels.__exit__(*error)
 
 
-def write_meta(folder: Path, spec: ImageSpec, source_sha256: str, index: pd.DataFrame) -> None:
+def write_meta(folder: Path, spec: ImageSpec, source_sha256: str, index: "pd.DataFrame") -> None:
     """index: one row per source image with id, split, shard row, label, source, sha256, kept, reason."""
     index.to_parquet(folder / "index.parquet", index=False)
     counts = {split: int(((index.split == split) & index.kept).sum()) for split in SPLITS}

@@ -21,7 +21,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy.linalg import blas, lapack
 from torch import Tensor
 
 from tessera.components import Params
@@ -157,6 +156,8 @@ class MomentsAccumulator:
             self._scatter.addmm_(rows.T, rows)
             return
         column_major = self._scatter.numpy().T  # BLAS's order, in which the upper triangle is the lower one
+        from scipy.linalg import blas  # here: most stages read params and compare nothing
+
         found = blas.dsyrk(1.0, rows.numpy().T, beta=1.0, c=column_major, overwrite_c=1, lower=1)
         assert np.shares_memory(found, column_major)
 
@@ -288,6 +289,8 @@ def _factor(covariance: Tensor) -> Tensor:
 
     Higham, "Analysis of the Cholesky Decomposition of a Semi-definite Matrix", 1990; LAPACK's dpstrf.
     """
+    from scipy.linalg import lapack
+
     packed, pivots, rank, _ = lapack.dpstrf(covariance.cpu().numpy(), lower=1)
     factor = np.empty((len(covariance), rank))
     factor[pivots - 1] = np.tril(packed)[:, :rank]

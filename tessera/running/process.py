@@ -7,6 +7,7 @@ same command continues).
 
 import argparse
 import fcntl
+import gc
 import importlib
 import inspect
 import os
@@ -65,6 +66,7 @@ def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool)
         job = Job(name, state, tracked)
         for number in STOP_SIGNALS:
             signal.signal(number, _end)
+        gc.enable()  # everything is imported
         figures = run(params=params, job=job, **arguments) or {}
         if not is_main:
             return
