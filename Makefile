@@ -87,4 +87,4 @@ weights: setup  ## download the Inception-v3 weights of the FID into data/weight
 	python data/download.py inception
 
 clean:  ## remove what the pipeline made, keep the environment
-	rm -rf .state $(addprefix data/,code comparison curves edits features images pictures priors reference reports samples timings tokenizers tokens)
+	rm -rf .state $(addprefix data/,code comparison curves edits features images pictures priors reference previews reports samples timings tokenizers tokens)

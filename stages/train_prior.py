@@ -15,7 +15,7 @@ from tessera.contracts import Job, KnowsLikelihood
 from tessera.evaluation.figures import Protocol, Recorder, without_network
 from tessera.evaluation.likelihood import bits_of_each, mean_loss, proportional_rows
 from tessera.params import Pipeline
-from tessera.training import loop
+from tessera.training import loop, previews
 from tessera.training.validation import PriorValidation
 
 
@@ -47,7 +47,10 @@ def run(
     inputs = {"prior": config, "tokens": artifact.fingerprint(tokens), "seed": params.seed}
     job.resumable(inputs | (validation.inputs() if validation else {}), parts=(config, params.follow_training.features))
     objective = module.Objective(model, config)
-    model = loop.fit(objective, splits["train"], config.training, seed=params.seed, job=job, validation=validation)
+    preview = previews.Previews(previews.of_prior(params, name, spec, tokenizer), job)
+    model = loop.fit(
+        objective, splits["train"], config.training, seed=params.seed, job=job, validation=validation, preview=preview
+    )
     if model is None:  # only the first process writes
         return None
     if validation:

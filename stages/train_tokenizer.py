@@ -10,7 +10,7 @@ from tessera.artifacts import images as image_artifact
 from tessera.components import load
 from tessera.contracts import Job
 from tessera.params import Pipeline
-from tessera.training import loop
+from tessera.training import loop, previews
 
 
 def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job: Job) -> None:
@@ -25,7 +25,8 @@ def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job
     job.resumable(inputs, parts=(config,))
     if hasattr(module, "Objective"):
         objective = module.Objective(model, config)
-        model = loop.fit(objective, splits["train"], config.training, seed=params.seed, job=job)
+        preview = previews.Previews(previews.of_tokenizer(splits["test"]), job)
+        model = loop.fit(objective, splits["train"], config.training, seed=params.seed, job=job, preview=preview)
         if model is None:  # only the first process writes
             return
     with artifact.create(out) as place:

@@ -11,6 +11,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+import numpy as np
+
+from tessera.artifacts import pictures
 from tessera.code import entries
 from tessera.components import PACKAGE, Params
 from tessera.running import leftover, progress
@@ -18,6 +21,7 @@ from tessera.running.publish import publish
 from tessera.tracking import journal
 
 Item = TypeVar("Item")
+PREVIEWS = Path("data/previews")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -35,6 +39,7 @@ class Job:
         self.checkpoint_seconds = float(os.environ.get("TESSERA_CHECKPOINT_SECONDS", "60"))
         self._signal: int | None = None
         self._state_root = state
+        self._has_preview = False
 
     def say(self, line: str) -> None:
         progress.say(f"{self.name}  {line}")
@@ -50,6 +55,16 @@ class Job:
     def attach(self, path: Path, name: str | None = None) -> None:
         if self.run:
             self.run.attach(path, name)
+
+    def preview(self, images: np.ndarray, columns: int) -> None:
+        """Put (N, C, H, W) uint8 images where whoever waits finds the newest of this job; the first time, say where."""
+        path = PREVIEWS / f"{self.name}.png"
+        if not self._has_preview:
+            self.say(f"what it makes so far: {path}")
+            self._has_preview = True
+        partial = path.with_suffix(".partial.png")  # nobody is to open half a picture
+        pictures.save_grid(partial, images, columns)
+        partial.replace(path)
 
     publish = staticmethod(publish)  # gives the tracker the one run per system that people compare
 

@@ -51,6 +51,12 @@ class Validation(Protocol):
     def measure(self, step: int, model: nn.Module) -> dict[str, float]: ...  # columns of history.csv
 
 
+class Preview(Protocol):
+    """Shows the averaged model to whoever waits, when it thinks fit, and changes nothing; asked in the main process only."""
+
+    def show_if_due(self, model: nn.Module) -> None: ...
+
+
 def rows_of_step(step: int, batch_size: int, num_rows: int, seed: int) -> Tensor:
     """(batch_size,) the rows of a step: consecutive pieces of one seeded permutation per epoch. A function of its
     arguments alone, so there is no sampler state to save."""
@@ -65,7 +71,14 @@ def rows_of_step(step: int, batch_size: int, num_rows: int, seed: int) -> Tensor
 
 
 def fit(
-    objective: Objective, data: Data, settings: Training, *, seed: int, job: Job, validation: Validation | None = None
+    objective: Objective,
+    data: Data,
+    settings: Training,
+    *,
+    seed: int,
+    job: Job,
+    validation: Validation | None = None,
+    preview: Preview | None = None,
 ) -> nn.Module | None:
     """Train `objective` for settings.num_steps steps and return its averaged model on the CPU.
 
@@ -114,6 +127,8 @@ def fit(
                     terms |= metrics
                     began += seconds  # no part of the training's speed
                 history.add(done, terms, settings.batch_size)
+            if preview and is_main:
+                preview.show_if_due(average)
             stopping = _any(accelerator, job.stop_requested)
             if is_main and (stopping or time.monotonic() - saved >= job.checkpoint_seconds):
                 state.save(done)
