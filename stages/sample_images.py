@@ -46,5 +46,6 @@ def run(
         )
     pictures.save_grid(picture, pictures.by_class(shown, labels[: len(shown)]), 10)
     job.attach(picture, "samples.png")
-    job.say(f"{len(labels):,} images, {sampling}; picture: {picture}")
+    job.say(f"{len(labels):,} images, {sampling}")
+    job.show(picture)
     return {"num_images": len(labels)}

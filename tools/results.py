@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from tessera.artifacts import folder as artifact
+from tessera.running import progress
 
 OUT = Path("docs/results")
 READMES = (Path("README.md"), Path("README.zh.md"))
@@ -35,6 +36,7 @@ def main() -> None:
     shutil.copy("dvc.lock", OUT / "dvc.lock")
     artifact.write_json(OUT / "sha256.json", hashes(Path("data")))
     artifact.write_json(OUT / "machine.json", machine())
+    artifact.write_json(OUT / progress.EXPECTED.name, seconds(progress.TIMINGS))
     shutil.copy("data/pictures/samples/vqgan-autoregressive.png", "docs/digits.png")
     table = first_table((OUT / "comparison.md").read_text(encoding="utf-8"))
     for readme in READMES:
@@ -52,6 +54,11 @@ def hashes(data: Path) -> dict[str, str]:
     """The sha256 of all weights, samples and tokens, by path."""
     files = sorted(path for pattern in HASHED for path in data.rglob(pattern))
     return {path.as_posix(): artifact.sha256(path) for path in files}
+
+
+def seconds(timings: Path) -> dict[str, float]:
+    """What each stage took, for the time left that a first run tells."""
+    return {path.stem: json.loads(path.read_text())["seconds"] for path in sorted(timings.glob("*.json"))}
 
 
 def machine() -> dict[str, str | int]:

@@ -56,6 +56,10 @@ class Job:
         if self.run:
             self.run.attach(path, name)
 
+    def show(self, picture: Path) -> None:
+        """Say where a finished picture lies, and in the first run what the rest will take."""
+        self.say("  ".join(filter(None, [f"look at {picture}", progress.time_left(self.name)])))
+
     def preview(self, images: np.ndarray, columns: int) -> None:
         """Put (N, C, H, W) uint8 images where whoever waits finds the newest of this job; the first time, say where."""
         path = PREVIEWS / f"{self.name}.png"

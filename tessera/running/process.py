@@ -31,7 +31,6 @@ from tessera.tracking import journal, processes
 
 STAGES = PACKAGE.parent / "stages"
 STATE = Path(".state")
-TIMINGS = Path("data/timings")
 
 
 def main(command: list[str]) -> None:
@@ -74,9 +73,11 @@ def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool)
         tracked.figures(figures)
         if "out" in arguments and (arguments["out"] / artifact.MANIFEST).is_file():
             tracked.tag({"tessera.artifact": artifact.fingerprint(arguments["out"])})  # who asks for it finds this run
-    if os.environ.get("DVC_STAGE"):
-        TIMINGS.mkdir(parents=True, exist_ok=True)
-        artifact.write_json(TIMINGS / f"{name}.json", {key: round(value, 3) for key, value in figures.items()})
+    if stage := os.environ.get("DVC_STAGE"):
+        progress.TIMINGS.mkdir(parents=True, exist_ok=True)
+        artifact.write_json(
+            progress.TIMINGS / f"{stage}.json", {key: round(value, 3) for key, value in figures.items()}
+        )
     _remove_state(state)
     speed = figures.get("images_per_second")
     progress.say(f"{name}  done in {figures['seconds']:.1f}s" + (f", {speed:,.0f} images/s" if speed else ""))

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import TypeVar
 
 Item = TypeVar("Item")
+TIMINGS, CODE = Path("data/timings"), Path("data/code")
+EXPECTED = Path("docs/results/timings.json")
+LAST = "write_report"  # nothing follows it
+OVERHEAD_SECONDS = 4.0  # of a stage: its process, and what DVC does around it
 CONSOLE_SECONDS = 5.0
 CONSOLE_TERMS = 3  # the others are in history.csv
 
@@ -88,6 +92,26 @@ class History:
             shown = [key for key in values if key != "learning_rate"][:CONSOLE_TERMS]
             terms = "  ".join(f"{key} {values[key]:.4g}" for key in shown)
             say(f"{self.name}  step {step:>{width}}/{self.num_steps}  {terms}{speed}")
+
+
+def time_left(of: str, root: Path = Path()) -> str:
+    """What is to be done after the stage `of` in a first run: "about 4 min for the 30 stages to come"; "" in later ones.
+
+    A stage without a timing has not run. How long it takes is known from the project's own run, for stages of the same
+    name, and is scaled by how this machine compared so far.
+    """
+    known = root / EXPECTED
+    expected: dict[str, float] = json.loads(known.read_text()) if known.exists() else {}
+    taken = {path.stem: json.loads(path.read_text())["seconds"] for path in (root / TIMINGS).glob("*.json")}
+    to_come = {path.name for path in (root / CODE).glob("*")} - set(taken) - {of}
+    if not to_come or LAST in taken:
+        return ""
+    both = [name for name in taken if name in expected]
+    if not both or not to_come <= set(expected):
+        return f"{len(to_come)} stages to come"
+    scale = sum(taken[name] for name in both) / sum(expected[name] for name in both)
+    seconds = sum(scale * expected[name] + OVERHEAD_SECONDS for name in to_come)
+    return f"about {seconds / 60:.0f} min for the {len(to_come)} stages to come"
 
 
 def print_timings(folder: Path) -> None:

@@ -1,0 +1,50 @@
+"""What a person who waits is told."""
+
+from pathlib import Path
+
+import pytest
+
+from tessera.artifacts.folder import write_json
+from tessera.running.progress import OVERHEAD_SECONDS, time_left
+
+STAGES = ("prepare_images", "train_prior@a", "sample_images@a", "train_prior@b", "write_report")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Two of five stages have run, in half the seconds that were expected; the third is running."""
+    for name in STAGES:
+        (tmp_path / "data/code").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data/code" / name).touch()
+    expect(
+        tmp_path,
+        {"prepare_images": 4, "train_prior@a": 100, "sample_images@a": 1, "train_prior@b": 220, "write_report": 20},
+    )
+    took(tmp_path, "prepare_images", 2)
+    took(tmp_path, "train_prior@a", 50)
+    return tmp_path
+
+
+def expect(root: Path, seconds: dict[str, float]) -> None:
+    (root / "docs/results").mkdir(parents=True, exist_ok=True)
+    write_json(root / "docs/results/timings.json", seconds)
+
+
+def took(root: Path, stage: str, seconds: float) -> None:
+    (root / "data/timings").mkdir(parents=True, exist_ok=True)
+    write_json(root / "data/timings" / f"{stage}.json", {"seconds": seconds})
+
+
+def test_what_is_left_of_a_first_run_is_scaled_by_how_fast_this_machine_was(checkout):
+    assert 110 + 10 + 2 * OVERHEAD_SECONDS < 2.5 * 60
+    assert time_left("sample_images@a", checkout) == "about 2 min for the 2 stages to come"
+    took(checkout, "train_prior@a", 206)  # twice as long as expected, with the other one
+    assert time_left("sample_images@a", checkout) == "about 8 min for the 2 stages to come"
+
+
+def test_stages_that_nobody_timed_are_counted_and_nothing_is_said_once_all_have_run(checkout):
+    (checkout / "data/code/train_prior@mine").touch()
+    assert time_left("sample_images@a", checkout) == "3 stages to come"
+    for name in STAGES:
+        took(checkout, name, 1)
+    assert time_left("sample_images@a", checkout) == ""
