@@ -7,7 +7,7 @@ from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import Images
 from tessera.artifacts.samples import Samples
 from tessera.contracts import Job
-from tessera.evaluation import figures
+from tessera.evaluation import comparison, figures
 from tessera.evaluation import neighbors as neighbor_pictures
 from tessera.evaluation.figures import Figure, Recorder
 from tessera.evaluation.panel import Drawn, Floor, Panel, SampleSet, training_images
@@ -22,6 +22,7 @@ def run(  # its paths are the options of its command
     reference: Path,
     metrics: Path,
     job: Job,
+    summary: Path | None = None,
     samples: Path | None = None,
     tokenizer: Path | None = None,
     prior: Path | None = None,
@@ -35,7 +36,8 @@ def run(  # its paths are the options of its command
     group = found.group("generation")
     if samples is None:
         _real(panel, params, splits, found)
-        found.measured().write(metrics)
+        measured = found.measured()
+        measured.write(metrics)
     else:
         drawn = Samples(samples, params.sample_images.num_images)
         parts = {"tokenizer": tokenizer, "prior": prior}
@@ -53,6 +55,9 @@ def run(  # its paths are the options of its command
         job.publish(
             params, name, measured, files, images, {role: path for role, path in parts.items() if path is not None}
         )
+    if summary:
+        kinds = [config.kind for config in params.evaluate.metrics.values()]
+        artifact.write_json(summary, comparison.summary(measured, kinds))
     job.say("  ".join(f"{key} {_shown(one)}" for key, one in found.groups["generation"].items()))
 
 

@@ -19,14 +19,15 @@ def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, met
     spec, splits = image_artifact.read(images)
     config = params.features[name]
     module = load("features", config.kind)
-    torch.manual_seed(params.seed)
+    is_trained = hasattr(module, "Objective")
+    if is_trained:
+        torch.manual_seed(config.seed)  # its own: runs of several seeds are measured by one judge
     model = module.Model(config, spec)
     job.say(f"{config.kind} features of {len(splits['train']):,} images on {loop.threads()}")
-    inputs = {"features": config, "images": artifact.fingerprint(images), "seed": params.seed}
-    job.resumable(inputs, parts=(config,))
-    if hasattr(module, "Objective"):
+    job.resumable({"features": config, "images": artifact.fingerprint(images)}, parts=(config,))
+    if is_trained:
         objective = module.Objective(model, config)
-        model = loop.fit(objective, splits["train"], config.training, seed=params.seed, job=job)
+        model = loop.fit(objective, splits["train"], config.training, seed=config.seed, job=job)
         if model is None:
             return
     elif hasattr(module, "prepare"):

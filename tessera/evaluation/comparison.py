@@ -1,6 +1,7 @@
 """Systems side by side: one protocol per column or none at all, which differences exceed the noise, and whose fault they are.
 
-    python -m tessera.evaluation.comparison data/metrics ../other-run/data/metrics
+    python -m tessera.evaluation.comparison                                       # this checkout
+    python -m tessera.evaluation.comparison data/metrics ../other-run/data/metrics  # mean and error over both
 
 compares runs (folders of metrics): each system's figures over the runs, which may differ in seed. Figures of unequal
 protocols are refused, naming what differs.
@@ -27,6 +28,7 @@ from tessera.evaluation.figures import Measured, Protocol
 
 DEVIATIONS = 2.0  # standard errors of a difference that noise is not believed to reach
 REAL = "real"
+MOST_OF_A_SUMMARY = 12
 OF_ITS_OWN_TOKENS = (
     "prior"  # losses and bits of one prior's tokens stand in no column with those of another tokenizer's
 )
@@ -48,12 +50,12 @@ Systems = dict[str, list[Measured]]  # by name, one for each run
 
 
 def require_one_protocol(systems: Systems) -> None:
-    """Raises MixedProtocols, one sentence per figure, unless each figure has the same protocol in all systems and runs.
+    """Raises MixedProtocols, one sentence per cause, unless each figure has the same protocol in all systems and runs.
 
     Figures of priors on their own tokens are left out.
     """
     first: dict[str, tuple[str, Protocol]] = {}
-    sentences = []
+    causes: dict[str, tuple[str, list[str]]] = {}  # by the values that differ: where they do, and the figures
     for name, runs in systems.items():
         for number, measured in enumerate(runs):
             where = name if len(runs) == 1 else f"{name} (run {number + 1})"
@@ -67,10 +69,10 @@ def require_one_protocol(systems: Systems) -> None:
                             f"{field} is {_short(theirs)} in {other}, {_short(mine)} in {where}"
                             for field, (mine, theirs) in differences.items()
                         )
-                        sentences.append(f"{key} cannot stand in one column: {listed}")
-    if sentences:
+                        causes.setdefault(repr(differences), (listed, []))[1].append(key)
+    if causes:
         raise MixedProtocols(
-            ". ".join(dict.fromkeys(sentences))
+            ". ".join(f"{_listed(keys)} cannot stand in one column: {listed}" for listed, keys in causes.values())
             + ". Measure all of them alike: the same data set, features and evaluate params, then dvc repro"
         )
 
@@ -166,6 +168,20 @@ def columns(systems: Systems, metrics: Iterable[str], groups: Iterable[str]) -> 
     return found
 
 
+def summary(measured: Measured, metrics: Iterable[str]) -> dict[str, float]:
+    """The first MOST_OF_A_SUMMARY figures of a system that the tables show, those of its samples before those of its parts.
+
+    For tables that others make of plain numbers, as DVC does: without errors and protocols, to four digits.
+    """
+    shown = (
+        columns({"": [measured]}, list(metrics), [group]) for group in ("generation", "reconstruction", "codebook")
+    )
+    names = [name for some in shown for name in some]
+    if measured.figure("bits_per_image"):
+        names.insert(0, "bits_per_image")
+    return {name: float(f"{measured.figure(name).value:.4g}") for name in names[:MOST_OF_A_SUMMARY]}
+
+
 def table(systems: Systems, formats: dict[str, str], with_errors: Iterable[str] = ()) -> pd.DataFrame:
     """One row per system, one column per known figure, as text."""
     with_errors = set(with_errors)
@@ -202,6 +218,12 @@ def read_runs(folders: list[Path]) -> Systems:
     return systems
 
 
+def _listed(keys: list[str]) -> str:
+    """fd_classifier, rfd_classifier and 7 more"""
+    names = list(dict.fromkeys(keys))
+    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
+
+
 def _short(value: object) -> str:
     text = str(value)
     return text[:12] if len(text) == 64 and set(text) <= set("0123456789abcdef") else repr(value)
@@ -209,8 +231,8 @@ def _short(value: object) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of metrics, such as data/metrics")
-    folders = parser.parse_args().runs
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of metrics (default: data/metrics)")
+    folders = parser.parse_args().runs or [Path("data/metrics")]
     try:
         systems = read_runs(folders)
         require_one_protocol(systems)

@@ -35,6 +35,7 @@ class Config(Params):
         1.0  # times 0.1 rad rotation, 8 % scale, 5 % shift; 0: images as they are
     )
     training: Training = Training(num_steps=600)
+    seed: Annotated[int, Field(ge=0)] = 0  # not the run's: two runs compare only under one and the same judge
 
 
 class Model(nn.Module):

@@ -116,8 +116,12 @@ def test_a_change_reruns_what_depends_on_it(clone, change):
 
 
 def test_plots_and_metrics_are_there_for_dvc(clone):
-    shown = clone.run("dvc", "metrics", "show", "--json")
-    assert "label_agreement" in shown.stdout and "data/metrics/priors/vqgan-autoregressive.json" in shown.stdout
+    shown = json.loads(clone.run("dvc", "metrics", "show", "--json").stdout)[""]["data"]
+    assert set(shown) == {f"data/metrics/summary/{name}.json" for name in ("real", *SYSTEMS)}
+    for name, content in shown.items():
+        figures = content["data"]
+        assert "fd_classifier" in figures and len(figures) <= 12, name
+        assert all(isinstance(value, float) for value in figures.values())  # no protocols, no errors
     plots = clone.run("dvc", "plots", "show", "--out", "plots")
     assert plots.returncode == 0, plots.stderr
     page = (clone.folder / "plots/index.html").read_text()

@@ -151,6 +151,34 @@ def test_figures_of_unequal_protocols_are_refused_naming_the_field(field, value,
     assert "fd_classifier cannot stand in one column" in str(refused.value)
 
 
+def test_one_cause_is_one_sentence_however_many_figures_and_systems_it_spoils():
+    names = [f"fd_{letter}" for letter in "abcde"]
+
+    def run(network: str) -> figures.Measured:
+        each = [measured(0.1, network_sha256=network * 64).groups["generation"]["fd_classifier"] for _ in names]
+        whole = measured(0.1, network_sha256=network * 64)
+        return whole.model_copy(update={"groups": {"generation": dict(zip(names, each, strict=True))}})
+
+    systems = {name: [run("a"), run("b")] for name in ("one", "two", "three")}
+    with pytest.raises(comparison.MixedProtocols) as refused:
+        comparison.require_one_protocol(systems)
+    assert str(refused.value).count("cannot stand in one column") == 1
+    assert str(refused.value).startswith(
+        "fd_a, fd_b and 3 more cannot stand in one column: network_sha256 is aaaaaaaaaaaa in"
+    )
+
+
+def test_a_summary_has_a_dozen_plain_figures_at_most_those_of_samples_first():
+    found = Recorder()
+    for number in range(20):
+        found.add("reconstruction", f"rfd_{number:02}", number + 0.123456, protocol(), 0.1)
+    for name in ("recall", "gap_fd_classifier", "fd_classifier"):  # the second is in no table
+        found.add("generation", name, 0.98765432, protocol(), 0.1)
+    summary = comparison.summary(found.measured(), ["frechet", "precision_recall"])
+    assert list(summary)[:3] == ["fd_classifier", "recall", "rfd_00"] and len(summary) == 12
+    assert summary["recall"] == 0.9877 and summary["rfd_08"] == 8.123
+
+
 def test_the_same_name_in_another_group_is_another_column():
     comparison.require_one_protocol({"a": [measured(0.1)], "b": [measured(0.3, group="floor", num_images=7)]})
 
