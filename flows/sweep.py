@@ -9,6 +9,7 @@ worker runs leaves them to the workers of the pool where `reproduce` is deployed
 import argparse
 import itertools
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -69,6 +70,11 @@ def label_of(cell: dict[str, Any] | list[str]) -> str:
         setting.partition("=")[0].rpartition(".")[2] + "=" + setting.partition("=")[2]
         for setting in experiments.as_list(cell)
     )
+
+
+def without_seed(label: str) -> str:
+    """What a cell is besides its seed: "" for seed=1."""
+    return re.sub(r"(^|, )seed=\d+", "", label).removeprefix(", ")
 
 
 @flow(name="sweep", task_runner=ThreadPoolTaskRunner(max_workers=1000))
@@ -178,7 +184,10 @@ def _cancel_cells(sweep_id: UUID) -> None:
 
 
 def compare(kept: dict[str, dict[str, Any]]) -> str:
-    """Markdown: the systems of all cells in one table, and their order by each distance."""
+    """Markdown: the systems of all cells in one table, and their order by each distance.
+
+    Cells that differ in the seed alone are one row: the mean of its runs and the error of that.
+    """
     from tessera.evaluation import comparison, figures
 
     texts: dict[str, dict[str, str]] = {}  # by system and cell
@@ -192,7 +201,8 @@ def compare(kept: dict[str, dict[str, Any]]) -> str:
             for label, text in list(by_cell.items())[: 1 if is_common else None]:
                 path = Path(folder) / "metrics.json"
                 path.write_text(text, encoding="utf-8")
-                systems[name if is_common else f"{name} ({label})"] = [figures.read(path)]
+                rest = "" if is_common else without_seed(label)
+                systems.setdefault(f"{name} ({rest})" if rest else name, []).append(figures.read(path))
     listed = "\n".join(f"- {label}: experiment `{cell['experiment']}`" for label, cell in kept.items())
     if not systems:
         return f"No cell has metrics of systems to compare.\n\n{listed}"
@@ -203,6 +213,9 @@ def compare(kept: dict[str, dict[str, Any]]) -> str:
     distances = comparison.distance_names(systems)
     columns = dict.fromkeys([*COLUMNS[:1], *distances, *COLUMNS[1:]], "{:.3f}")
     table = comparison.markdown(comparison.table(systems, columns, with_errors=distances))
+    seeds = max(len(runs) for runs in systems.values())
+    if seeds > 1:
+        table += f"\n\nMeans of {seeds} seeds ± their standard errors."
     rankings = "\n".join(f"- {key}, from the best: {comparison.ranking(systems, key)}" for key in distances)
     return f"{table}\n\n{rankings}\n\n{listed}"
 

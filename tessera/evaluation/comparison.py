@@ -78,13 +78,16 @@ def require_one_protocol(systems: Systems) -> None:
 
 
 def estimate(runs: list[Measured], key: str) -> Estimate | None:
-    """The mean of a figure over the runs of a system; its error is that of one run's draws, or the runs' spread."""
+    """The mean of a figure over the runs of a system, and its error: that of one run's draws, or for several runs what
+    their spread says, but no less than their draws alone give: the spread of two or three may be small by chance."""
     found = [figure for figure in (run.figure(key) for run in runs) if figure is not None]
     if not found:
         return None
     values = np.array([figure.value for figure in found])
     if len(found) > 1:
-        return Estimate(float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5), len(values))
+        of_draws = np.array([figure.standard_error or 0.0 for figure in found])  # 0: not known, and no bound
+        error = max(values.std(ddof=1), np.sqrt((of_draws**2).mean())) / len(values) ** 0.5
+        return Estimate(float(values.mean()), float(error), len(values))
     error = found[0].standard_error
     return Estimate(float(values[0]), math.nan if error is None else error, 1)
 

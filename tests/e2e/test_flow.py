@@ -22,6 +22,7 @@ from flows import board, experiments, locks, processes, reproduce, sweep
 from flows import plan as plans
 from flows.places import Places
 from flows.plan import Plan, opened, read_plan
+from tessera.evaluation import figures
 from tessera.tracking import journal, mirror
 
 pytestmark = pytest.mark.e2e(seconds=100)
@@ -569,6 +570,19 @@ def test_a_grid_has_every_combination_and_a_wrong_one_is_refused() -> None:
     for cells in ({}, {"seed": []}, {"seed": 3}, [{}]):
         with pytest.raises(ValueError, match="expected"):
             sweep.combinations(cells)
+
+
+def test_cells_that_differ_in_the_seed_alone_are_one_row(tmp_path: Path) -> None:
+    def cell(fd: float) -> dict[str, Any]:
+        found = figures.Recorder()
+        found.add("generation", "fd_x", fd, figures.without_network("digits", "samples", 100), 0.01)
+        found.measured().write(tmp_path / "metrics.json")
+        return {"experiment": "e", "metrics": {"flow": (tmp_path / "metrics.json").read_text()}}
+
+    cells = {"depth=2, seed=0": cell(0.2), "depth=2, seed=1": cell(0.3), "depth=4, seed=0": cell(0.5)}
+    text = sweep.compare(cells)
+    assert "| flow (depth=2) | 0.250 ± 0.050 |" in text and "| flow (depth=4) | 0.500 ± 0.010 |" in text
+    assert "2 seeds" in text
 
 
 def test_a_group_that_ignores_sigterm_is_killed_after_the_grace_period(

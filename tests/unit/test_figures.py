@@ -215,11 +215,14 @@ def test_only_differences_beyond_two_standard_errors_exceed_the_noise():
     }
 
 
-def test_over_several_runs_it_is_their_spread_that_counts():
+def test_over_several_runs_their_spread_counts_and_no_less_than_their_draws():
     near = {"a": [measured(0.20), measured(0.30)], "b": [measured(0.26), measured(0.36)]}
     assert comparison.ranking(near, "fd_classifier") == "a 0.25 ~ b 0.31"
-    apart = {"a": [measured(0.20, 9.0), measured(0.21, 9.0)], "b": [measured(0.30), measured(0.31)]}
+    apart = {"a": [measured(0.20), measured(0.21)], "b": [measured(0.30), measured(0.31)]}
     assert comparison.ranking(apart, "fd_classifier") == "a 0.205 < b 0.305"
+    close_by_chance = {"a": [measured(0.20, 0.1), measured(0.21, 0.1)], "b": [measured(0.30), measured(0.31)]}
+    assert comparison.ranking(close_by_chance, "fd_classifier") == "a 0.205 ~ b 0.305"
+    assert comparison.estimate(close_by_chance["a"], "fd_classifier").standard_error == pytest.approx(0.1 / 2**0.5)
 
 
 # Bottlenecks
