@@ -4,6 +4,8 @@ STUDIO_PORT ?= 7860
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
+# Nothing here uses jobs, and their executors would be several more processes that start with the server
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_HOME := $(CURDIR)/.prefect
 # Every stage is a process: where this is set, each would compile all that it imports anew, for seconds
@@ -44,7 +46,7 @@ check: setup  ## style, import rules and contracts, in seconds
 
 ui: setup  ## MLflow on http://127.0.0.1:5000 with every run; another port: make ui UI_PORT=5010
 	$(call require_free,UI_PORT,if make stack runs, its MLflow is there: open that)
-	mlflow server --host 127.0.0.1 --port $(UI_PORT) --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+	mlflow server --workers 1 --host 127.0.0.1 --port $(UI_PORT) --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
 serve: setup  ## images over HTTP on 127.0.0.1:5001 by the champion; MODEL=models:/NAME/VERSION, SERVE_PORT=5011
 	$(call require_free,SERVE_PORT,a model may be served there by now)

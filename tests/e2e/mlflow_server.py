@@ -14,6 +14,8 @@ from pathlib import Path
 from tessera.tracking.processes import uploader_lock
 
 REPOSITORY = Path(__file__).parents[2]
+# Without jobs, as `make stack` starts it: their executors are eleven more processes, which nothing here asks for
+QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
 def environment(uri: str | None) -> dict[str, str]:
@@ -69,7 +71,7 @@ class Server:
         self.process = subprocess.Popen(
             [*command, "--artifacts-destination", str(self.folder)],
             cwd=self.folder,
-            env={**environment(None), "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"},
+            env={**environment(None), **QUIET},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
