@@ -1,6 +1,7 @@
 """One page of a run that needs nothing beside it: tables, curves, pictures and protocols, to open in a browser or to send."""
 
 import base64
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def run(
     tokenizers = {name: figures.read(metrics / f"tokenizers/{name}.json") for name in params.tokenizers}
     as_runs = {name: [measured] for name, measured in systems.items()}
     distances = comparison.distance_names(as_runs)
+    kinds = [config.kind for config in params.evaluate.metrics.values()]
+    as_tokenizers = {name: [measured] for name, measured in tokenizers.items()}
     histories = training_curves.read(curves)
     reference = training_curves.reference_of(params, reference_curves)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -50,6 +53,11 @@ def run(
         dataset=params.dataset.name,
         num_images=params.sample_images.num_images,
         seed=params.seed,
+        origin=job.origin(),
+        main=_rows(systems, of=comparison.columns(as_runs, kinds, ["generation"])),
+        main_of_tokenizers=_rows(
+            tokenizers, of=comparison.columns(as_tokenizers, kinds, ["reconstruction", "codebook"])
+        ),
         rankings={key: comparison.ranking(as_runs, key) for key in distances},
         systems=_rows(systems, ("generation",)),
         tokenizers=_rows(tokenizers, ("reconstruction", "codebook")),
@@ -73,6 +81,7 @@ def run(
             }
             for name in params.systems
         },
+        edits={name: _edits(metrics / f"edits/{name}.json", pictures / f"edits/{name}.png") for name in params.systems},
         priors={name: systems[name].groups.get("prior", {}) for name in params.systems},
         drawn={name: systems[name].drawn for name in params.systems},
         system_tokenizers={name: system.tokenizer for name, system in params.systems.items()},
@@ -95,16 +104,31 @@ def _protocols(measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:
     return {name: {key: one.model_dump() for key, one in each.protocols.items()} for name, each in measured.items()}
 
 
-def _rows(measured: dict[str, Measured], groups: tuple[str, ...]) -> dict[str, Any]:
-    """A table of all figures of these groups: columns, and by name the figure in each (None where there is none)."""
-    columns: list[str] = []
+def _rows(measured: dict[str, Measured], groups: tuple[str, ...] = (), of: Iterable[str] = ()) -> dict[str, Any]:
+    """A table of all figures of these groups, or of those named: columns, and by name the figure in each (None where there
+    is none)."""
+    columns = list(of)
     for one in measured.values():
         columns += [key for group in groups for key in one.groups.get(group, {}) if key not in columns]
-    columns.sort(
-        key=lambda column: next((at for at, start in enumerate(FIRST) if column.startswith(start)), len(FIRST))
-    )
+    if groups:
+        columns.sort(
+            key=lambda column: next((at for at, start in enumerate(FIRST) if column.startswith(start)), len(FIRST))
+        )
     rows = {name: [one.figure(column) for column in columns] for name, one in measured.items()}
     return {"columns": columns, "rows": rows}
+
+
+def _edits(metrics: Path, picture: Path) -> dict[str, Any]:
+    """What a system makes of test images: the picture, the figures of each edit above those of its baselines, refusals."""
+    measured = figures.read(metrics) if metrics.is_file() else Measured(groups={}, protocols={})
+    columns = list(dict.fromkeys(key for some in measured.groups.values() for key in some))
+    rows = {name: [some.get(column) for column in columns] for name, some in measured.groups.items()}
+    return {
+        "picture": _png(picture),
+        "names": [name for name in measured.groups if "/" not in name],
+        "figures": {"columns": columns, "rows": rows},
+        "refused": measured.drawn.get("refused", {}),
+    }
 
 
 def _png(path: Path) -> str | None:

@@ -237,6 +237,7 @@ class Job(Protocol):
     def track(self, items: Iterable[Any], total: int, what: str = "") -> Iterator[Any]: ...  # the items, counted aloud
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def attach(self, path: Path, name: str | None = None) -> None: ...
+    def origin(self) -> dict[str, str]: ...  # commit, date, machine, command: for a page's reader
     def show(self, picture: Path) -> None: ...  # says that there is something to look at
     def preview(self, images: np.ndarray, columns: int) -> None: ...  # (N, C, H, W) uint8, for whoever waits
     def resumable(self, inputs: dict[str, Any], parts: tuple[Params, ...]) -> Path: ...  # moves `state` to their folder

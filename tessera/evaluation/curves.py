@@ -97,7 +97,8 @@ def svg(history: pd.DataFrame, reference: Reference | None) -> str:
                 axes.plot(there["step"], there[column], style, color="0.72", linewidth=3)
             here = history[["step", column]].dropna()
             axes.plot(here["step"], here[column], color="tab:blue", linewidth=1)
-            axes.set_title(column)
+            axes.set_ylabel(column)
+            axes.set_xlabel("step")
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)
         return as_uri(figure)

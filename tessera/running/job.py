@@ -16,7 +16,7 @@ import numpy as np
 from tessera.artifacts import pictures
 from tessera.code import entries
 from tessera.components import PACKAGE, Params
-from tessera.running import leftover, progress
+from tessera.running import leftover, origin, progress
 from tessera.running.publish import publish
 from tessera.tracking import journal
 
@@ -55,6 +55,10 @@ class Job:
     def attach(self, path: Path, name: str | None = None) -> None:
         if self.run:
             self.run.attach(path, name)
+
+    def origin(self) -> dict[str, str]:
+        """When, where and by what a page was made, for who reads it elsewhere."""
+        return origin.described()
 
     def show(self, picture: Path) -> None:
         """Say where a finished picture lies, and in the first run what the rest will take."""

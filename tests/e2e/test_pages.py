@@ -243,7 +243,7 @@ def test_mlflows_page_compares_the_systems_and_shows_the_curves_of_a_training(pa
     page.get_by_text("flow_matching", exact=True).wait_for()
     pages.shoot("mlflow-compare", 2600)
     text = page.locator("body").inner_text()
-    assert re.search(r"prior\.kind\s+(flow_matching\s+masked|masked\s+flow_matching)", text), text
+    assert re.search(r"prior\.kind\s+(flow_matching\s+autoregressive|autoregressive\s+flow_matching)", text), text
     assert all(name in text for name in (*SYSTEMS, "generation/fd_classifier", "sampling.guidance_scale"))
     assert "encode_tokens" not in text  # what is the same for the whole run is no param
     shown = [float(number) for number in re.findall(r"\d+\.\d+", text)]

@@ -24,7 +24,7 @@ from stages import (
     train_tokenizer,
     write_report,
 )
-from tessera.artifacts import checkpoints
+from tessera.artifacts import checkpoints, pictures
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.folder import ArtifactError
@@ -314,6 +314,8 @@ def test_the_report_shows_every_figure_and_picture_in_a_browser(two_systems, bro
     reference = training_curves.thinned(training_curves.read(place.folder / "curves"), place.params)
     reference.to_csv(tmp_path / "digits.csv", index=False)
     out = place.folder / "reports" / "report.html"
+    for name in ("one", "two"):
+        pictures.save_grid(place.folder / f"pictures/samples/{name}.png", np.zeros((100, 1, 8, 8), np.uint8), 10)
     write_report.run(
         place.params,
         metrics=place.folder / "metrics",
@@ -339,7 +341,7 @@ def test_the_report_shows_every_figure_and_picture_in_a_browser(two_systems, bro
     assert all(url.startswith(("file:", "data:")) for url in asked)
     cells = page.eval_on_selector_all(
         "#table-systems tr[data-name] td[data-figure], #table-floors tr[data-name] td[data-figure]",
-        "all => all.map(one => [one.parentElement.dataset.name, one.dataset.figure, one.dataset.value, one.innerText])",
+        "all => all.map(one => [one.parentElement.dataset.name, one.dataset.figure, one.dataset.value, one.textContent])",
     )
     shown = {(name, figure): (float(exact), text) for name, figure, exact, text in cells}
     for name in ("real", "one", "two"):
@@ -350,6 +352,11 @@ def test_the_report_shows_every_figure_and_picture_in_a_browser(two_systems, bro
                 assert exact == figure.value
                 assert float(text.split("±")[0]) == pytest.approx(figure.value, rel=1e-3, abs=1e-12)
     assert not shown  # nothing that is not in the files
+    page.set_viewport_size({"width": 1280, "height": 800})
+    for seen in ("#table-main", "img[alt='Samples of two, small']"):  # on the first screen, whole
+        box = page.locator(seen).bounding_box()
+        assert box["y"] + box["height"] < 800 and box["x"] + box["width"] < 1280, seen
+    assert page.get_by_text("UTC").is_visible()
     page.close()
 
 
