@@ -16,7 +16,11 @@ from tessera.code import changes, entries
 ACCEPTED = Path("data/accepted.csv")
 COLUMNS = ("date", "by", "stage", "code_before", "code_now", "changed", "why")
 BEFORE = Path(__file__).with_name("before.json")  # md5 of each source file of the last version without fingerprints
-MEASURES_ANEW = ("evaluate", "evaluate_real", "evaluate_tokenizer")  # their figures have changed since; see CHANGELOG.md
+MEASURES_ANEW = (
+    "evaluate",
+    "evaluate_real",
+    "evaluate_tokenizer",
+)  # their figures have changed since; see CHANGELOG.md
 OF_BEFORE = "exec python -m stages."  # how that version's commands begin
 
 

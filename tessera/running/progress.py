@@ -114,6 +114,12 @@ def time_left(of: str, root: Path = Path()) -> str:
     return f"about {seconds / 60:.0f} min for the {len(to_come)} stages to come"
 
 
+def seconds_of(stages: Iterable[str], root: Path = Path()) -> float:
+    """What these stages took when they last ran; one that was never timed adds nothing."""
+    paths = [root / TIMINGS / f"{stage}.json" for stage in stages]
+    return sum(json.loads(path.read_text())["seconds"] for path in paths if path.exists())
+
+
 def print_timings(folder: Path) -> None:
     """One line per stage of a folder of timings, as the stages left them, and their sum."""
     rows = [(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]

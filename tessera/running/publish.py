@@ -8,7 +8,9 @@ from pathlib import Path
 from tessera.artifacts import folder as artifact
 from tessera.evaluation.figures import Measured
 from tessera.params import Pipeline
+from tessera.running import progress
 from tessera.tracking import journal, provenance
+from tessera.tracking.mirror import SECONDS
 
 ROOT = Path(os.environ.get("DVC_ROOT", "."))  # stages run there; DVC sets it
 
@@ -28,6 +30,14 @@ def publish(
     experiment = f"tessera-{params.dataset.name}"
     described = params.describe(f"system@{name}")
     tags = {"tessera.system": name, **_protocol_tags(measured), **provenance.tags(ROOT, parts)}
+    tokenizer = params.systems[name].tokenizer
+    made_by = (
+        f"train_tokenizer@{tokenizer}",
+        f"encode_tokens@{tokenizer}",
+        f"train_prior@{name}",
+        f"sample_images@{name}",
+    )
+    tags[SECONDS] = f"{progress.seconds_of(made_by):.1f}"  # else the tracker would show how long this function takes
     with journal.open_run(
         name,
         experiment=experiment,

@@ -18,6 +18,7 @@ from tessera.tracking.journal import JOURNAL, append_load, events_of, redact, re
 from tessera.tracking.processes import is_alive
 
 DOUBT_SECONDS = 3.0
+SECONDS = "tessera.seconds"  # the tag of a run about work that took so long before its journal was opened
 CHUNK_BYTES = 256_000
 LOG_BYTES = 1_000_000
 VERSION_TAGS = ("tessera.system", "mlflow.source.git.commit", "git.uncommitted", "dvc.experiment", "protocol")
@@ -274,7 +275,8 @@ class Mirror:
         elif opening["kind"] == "stage" and (group := _group(client, experiment)):
             tags |= {"mlflow.parentRunId": group, "tessera.in_group": "true"}
         self._doubt = True
-        return client.create_run(experiment, opening["time"], tags, run_name=_run_name(opening))
+        began = opening["time"] - int(1000 * float(opening["tags"].get(SECONDS, 0)))
+        return client.create_run(experiment, began, tags, run_name=_run_name(opening))
 
     def _search(self, client: Any, experiment: str) -> list[Any]:
         """Runs with this uid; those that the user deleted come last."""

@@ -136,7 +136,7 @@ def offer(root: Path, parts: dict[str, Path], name: str) -> str:
     """As stages.evaluate does; the digest of what is offered."""
     digest = hashlib.sha256(name.encode()).hexdigest()
     prints = {role: artifact.fingerprint(path) for role, path in parts.items()}
-    tags = {"tessera.system": name}
+    tags = {"tessera.system": name, "tessera.seconds": "60.0"}
     with journal_module.open_run(
         name, experiment=NAME, root=root, state=None, params={}, tags=tags, kind="system"
     ) as run:
@@ -158,6 +158,7 @@ def check_whole(server: Server, parts: dict[str, Path], digest: str, place: Path
         [model.model_id],
         "FINISHED",
     )
+    assert run.info.end_time - run.info.start_time > 60_000  # how long its stages took, before it was opened
     assert [
         one.info.run_id for one in client.search_runs(experiments, f"tags.`tessera.system` = '{run.info.run_name}'")
     ] == [version.run_id]
