@@ -9,7 +9,7 @@ from tessera.artifacts.samples import Samples
 from tessera.contracts import Job
 from tessera.evaluation import figures
 from tessera.evaluation import neighbors as neighbor_pictures
-from tessera.evaluation.figures import Figure, Recorder
+from tessera.evaluation.figures import Figure, Group, Recorder
 from tessera.evaluation.panel import Drawn, Floor, Panel, SampleSet, training_images
 from tessera.params import Pipeline
 
@@ -31,10 +31,10 @@ def run(  # its paths are the options of its command
     neighbors: Path | None = None,
 ) -> None:
     _, splits = image_artifact.read(images)
-    panel, found = Panel(params, features, reference), Recorder()
+    panel, found = Panel(params, features, reference, splits), Recorder()
     group = found.group("generation")
     if samples is None:
-        _real(panel, params, splits, found)
+        _real(panel, params, splits, found, group)
         found.measured().write(metrics)
     else:
         drawn = Samples(samples, params.sample_images.num_images)
@@ -53,14 +53,16 @@ def run(  # its paths are the options of its command
         job.publish(
             params, name, measured, files, images, {role: path for role, path in parts.items() if path is not None}
         )
+    for sentence in group.notes:
+        job.say(f"note: {sentence}")
     job.say("  ".join(f"{key} {_shown(one)}" for key, one in found.groups["generation"].items()))
 
 
-def _real(panel: Panel, params: Pipeline, splits: dict[str, Images], found: Recorder) -> None:
+def _real(panel: Panel, params: Pipeline, splits: dict[str, Images], found: Recorder, group: Group) -> None:
     """Training images in the place of samples, and one half of the training images against the other."""
     number = params.sample_images.num_images
     seen = SampleSet(panel, training_images(splits["train"], number, params.seed), splits)
-    panel.measure("of_samples", seen, found.group("generation"))
+    panel.measure("of_samples", seen, group)
     panel.measure("of_real_images", Floor(panel, splits, number), found.group("floor"))
 
 

@@ -43,7 +43,7 @@ def run(  # its paths are the options of its command
 ) -> None:
     spec, splits = image_artifact.read(images)
     test, train = splits["test"], splits["train"]
-    panel = Panel(params, features, reference)
+    panel = Panel(params, features, reference, splits)
     device = next(iter(panel.judges.values())).device
     model, _, _ = checkpoints.load_model(tokenizer, "tokenizers")
     model.to(device)

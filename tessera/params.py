@@ -111,11 +111,6 @@ class Evaluate(Params):
             return value
         if "metrics" in value:
             raise ValueError(f"{', '.join(old)} belong to entries of metrics now: {WRITTEN_NOW}")
-        missing = [key for key in ("kernel_subset", "num_kernel_subsets") if key not in value]
-        if missing:
-            raise ValueError(
-                f"{', '.join(missing)} is missing beside {', '.join(old)}, or write metrics: {WRITTEN_NOW}"
-            )
         return {key: inner for key, inner in value.items() if key not in old} | {"metrics": _old_metrics(value)}
 
     @model_validator(mode="after")
@@ -137,15 +132,15 @@ class Evaluate(Params):
 
 OLD_METRIC_KEYS = ("kernel_subset", "num_kernel_subsets", "lpips_weights", "lpips_sha256")
 WRITTEN_NOW = (
-    "kernel: {kind: kernel, subset: (kernel_subset), num_subsets: (num_kernel_subsets)} and "
-    "lpips: {kind: lpips, weights: (lpips_weights), sha256: (lpips_sha256)}, as in params.yaml"
+    "kernel: {kind: kernel}, without subsets, and lpips: {kind: lpips, weights: (lpips_weights), sha256: (lpips_sha256)}, "
+    "as in params.yaml"
 )
 
 
 def _old_metrics(old: dict[str, Any]) -> dict[str, Any]:
     """The entries that mean what these keys did, when every metric but LPIPS was always measured."""
     lpips = {"kind": "lpips", "weights": old.get("lpips_weights"), "sha256": old.get("lpips_sha256", "")}
-    kernel = {"kind": "kernel", "subset": old["kernel_subset"], "num_subsets": old["num_kernel_subsets"]}
+    kernel = {"kind": "kernel", "subset": old.get("kernel_subset"), "num_subsets": old.get("num_kernel_subsets")}
     others = ("inception_score", "precision_recall", "copy_rate", "brightness")
     return {
         "label-agreement": {"kind": "label_agreement"},

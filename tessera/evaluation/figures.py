@@ -150,6 +150,7 @@ class Group:
     def __init__(self, found: Recorder, name: str):
         self.found, self.name = found, name
         self.alarms: list[str] = []
+        self.notes: list[str] = []
 
     def add(self, name: str, value: float, protocol: Protocol, standard_error: float | None = None) -> None:
         self.found.add(self.name, self._new(name), value, protocol, standard_error)
@@ -162,6 +163,9 @@ class Group:
 
     def alarm(self, sentence: str) -> None:
         self.alarms.append(sentence)
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
 
     def _new(self, name: str) -> str:
         if name in self.found.groups.get(self.name, {}):

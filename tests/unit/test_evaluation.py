@@ -248,10 +248,21 @@ def test_fewer_samples_than_asked_for_are_an_error(place):
         place.judge("few", pixels, labels)
 
 
-def test_a_kernel_subset_larger_than_a_set_is_an_error_and_not_a_smaller_subset(place, monkeypatch):
+def test_settings_of_the_kernel_metric_that_mean_nothing_any_more_are_told_and_decide_nothing(
+    place, monkeypatch, capsys
+):
+    images = place.train(place.rows())
+    found = place.judge("now", *images)
+    assert "note:" not in capsys.readouterr().out
     monkeypatch.setattr(place, "params", pipeline(kernel={"kind": "kernel", "subset": 400, "num_subsets": 20}))
-    with pytest.raises(ValueError, match="subset 400 is larger than the 359 images"):
-        place.judge("subsets", *place.train(place.rows()))
+    assert place.judge("before", *images) == found
+    assert "note: subset and num_subsets of the kernel metric no longer mean anything" in capsys.readouterr().out
+
+
+def test_the_kernel_distance_of_real_images_is_0_within_its_error(place):
+    """600 training images and 359 test images of digits, whose classes have fixed shares in both."""
+    found = figures.read(place.metrics("real")).figure("kd_classifier")
+    assert abs(found.value) < 2 * found.standard_error < 0.02
 
 
 def test_lpips_of_images_that_its_network_cannot_halve_is_refused_in_a_sentence(place, monkeypatch):
