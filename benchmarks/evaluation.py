@@ -5,7 +5,8 @@ python -m benchmarks.evaluation [--counts 2000 8000] [--width 2048] [--rounds 3]
 Both sets have `count` images, and all libraries get the same float32 features, as networks give them. For the moments
 they arrive in batches that are made on the fly, which is part of the time; a library that needs them all at once keeps
 them. The kernel distance is ours of all images, with its error, and theirs of 100 subsets of 1,000, KID's default, and of 5.
-For precision and recall ours are those that an evaluation makes, with density and coverage of k = 5 beside them, which the other libraries do not give.
+For precision and recall ours are those that an evaluation makes, with density and coverage of k = 5 beside them, which the
+other libraries do not give.
 The libraries take turns in every round, so that a busy machine slows all alike; only ratios within a run mean
 anything. Memory is the peak of the process during one call, less what it held before: the features or moments given.
 """

@@ -272,6 +272,18 @@ def test_lpips_of_images_that_its_network_cannot_halve_is_refused_in_a_sentence(
         place.make_tokenizer("poor")
 
 
+def test_a_perfect_prior_has_no_gap_whatever_its_tokenizer(place):
+    """Other training images than those of the floor, in the same class shares, through the tokenizer."""
+    for name in ("good", "poor"):
+        rows = place.rows()
+        found = place.judge(f"perfect-{name}", place.decoded(name, rows), place.train(rows)[1], tokenizer=name)
+        gap = found.figure("gap_fd_classifier")
+        assert abs(gap.value) < 2 * gap.standard_error
+        parts = comparison.bottleneck([found], [figures.read(place.metrics("real"))], "fd_classifier")
+        assert gap.value == pytest.approx(parts.prior)
+        assert found.protocol("gap_fd_classifier").settings == {"floor": NUM_IMAGES}
+
+
 def test_a_poor_tokenizer_with_a_perfect_prior_is_named_the_bottleneck(place):
     rows = place.rows()
     found = place.judge("poor", place.decoded("poor", rows), place.train(rows)[1], tokenizer="poor")

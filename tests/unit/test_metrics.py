@@ -2,12 +2,14 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tessera.evaluation.figures import Figure, Protocol, Recorder
 from tessera.metrics import brightness, codebook, copy_rate, frechet, kernel, precision_recall, reconstruction
 
 
@@ -266,6 +268,44 @@ def test_both_sides_of_a_pair_cancel_where_reconstructions_are_exact():
     both = frechet.influence(features, own, own) + frechet.influence(features, own, own)
     assert frechet.standard_error(both, np.zeros(200), 200) < 1e-6
     assert math.isnan(frechet.standard_error(both[:2], np.arange(2), 2))  # no class has two
+
+
+class Halves:
+    """Two draws of one mixture of two classes, as contracts.RealImages, or the second before the first."""
+
+    def __init__(self, seed: int, is_swapped: bool = False):
+        labels = np.repeat([0, 1], 100)
+        of_class = 2 * torch.from_numpy(labels)[:, None]
+        features = [normal(200, 6, seed=2 * seed + number) * torch.linspace(0.2, 1, 6) + of_class for number in (0, 1)]
+        self.both = [
+            SimpleNamespace(
+                network="x",
+                kind="random",
+                num_images=200,
+                features=some,
+                labels=labels,
+                moments=frechet.moments(some),
+                protocol=lambda *_, **__: Protocol.model_construct(num_images=200),
+            )
+            for some in (reversed(features) if is_swapped else features)
+        ]
+
+    def halves(self):
+        yield tuple(self.both)
+
+
+def halves_figure(halves: Halves) -> Figure:
+    found = Recorder().group("floor")
+    frechet.of_real_images(frechet.Config(kind="frechet"), halves, found)
+    return found.found.groups["floor"]["halves_fd_x"]
+
+
+def test_the_error_of_the_distance_of_two_halves_is_of_both_and_is_the_spread_of_draws():
+    found = [halves_figure(Halves(seed)) for seed in range(150)]
+    errors, spread = [one.standard_error for one in found], np.std([one.value for one in found], ddof=1)
+    assert np.mean(errors) == pytest.approx(spread, rel=0.15)
+    swapped = [halves_figure(Halves(seed, is_swapped=True)).standard_error for seed in range(3)]
+    assert swapped == pytest.approx(errors[:3], rel=1e-9)
 
 
 # Brightness
