@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from tessera.components import (
     DatasetConfig,
@@ -63,7 +63,16 @@ class FollowTraining(Params):
     every: Annotated[int, Field(ge=0)] = 0  # steps between looks, the last step being one too; 0: none
     num_images: Annotated[int, Field(ge=2)] = 2000  # drawn at each look, and at most this many real ones of each split
     features: FeaturesConfig = Field({"kind": "random"}, validate_default=True)  # of the distance
-    criterion: Literal["last", "test_loss", "frechet"] = "last"  # the weights that are kept: of which look
+    criterion: Literal["last", "validation_loss", "frechet"] = "last"  # the weights that are kept: of which look
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = (
+        0.1  # of the training images of each class: a criterion other
+    )
+    # than last is of these, and they are not trained on. The test images decide nothing
+
+    @field_validator("criterion", mode="before")
+    @classmethod
+    def _reads_the_name_of_before_it_was_of_validation_images(cls, value: Any) -> Any:
+        return "validation_loss" if value == "test_loss" else value
 
     @model_validator(mode="after")
     def _is_decided_by_params_alone(self) -> "FollowTraining":
@@ -218,10 +227,10 @@ class Pipeline(Params):
                 found.append(
                     f"system {name}: prior {system.prior.kind} models latents; set encode_tokens.store_latents: true"
                 )
-            if self.follow_training.criterion == "test_loss" and "prior" not in prior.Objective.phases:
+            if self.follow_training.criterion == "validation_loss" and "prior" not in prior.Objective.phases:
                 found.append(
-                    f"system {name}: prior {system.prior.kind} has no loss of test images, by which "
-                    f"follow_training.criterion test_loss would choose its weights: use criterion frechet or last"
+                    f"system {name}: prior {system.prior.kind} has no loss of validation images, by which "
+                    f"follow_training.criterion validation_loss would choose its weights: use criterion frechet or last"
                 )
             try:
                 parse(prior.Sampling, system.sampling, f"systems.{name}.sampling")
