@@ -9,7 +9,7 @@ from tessera.artifacts.samples import Samples
 from tessera.contracts import Job
 from tessera.evaluation import figures
 from tessera.evaluation import neighbors as neighbor_pictures
-from tessera.evaluation.figures import Figure, Group, Recorder
+from tessera.evaluation.figures import Group, Recorder
 from tessera.evaluation.panel import Drawn, Floor, Panel, SampleSet, training_images
 from tessera.params import Pipeline
 
@@ -55,7 +55,12 @@ def run(  # its paths are the options of its command
         )
     for sentence in group.notes:
         job.say(f"note: {sentence}")
-    job.say("  ".join(f"{key} {_shown(one)}" for key, one in found.groups["generation"].items()))
+    job.say(
+        "  ".join(
+            f"{key} {figures.text_with_error(one.value, one.standard_error)}"
+            for key, one in found.groups["generation"].items()
+        )
+    )
 
 
 def _real(panel: Panel, params: Pipeline, splits: dict[str, Images], found: Recorder, group: Group) -> None:
@@ -74,8 +79,3 @@ def _require_made_by(drawn: Samples, samples: Path, parts: dict[str, Path | None
                 f"{samples} was drawn from another {role} ({drawn.meta[f'{role}_fingerprint'][:12]}) than {path} "
                 f"({artifact.fingerprint(path)[:12]}). Draw the samples again: dvc repro sample_images@{samples.name}"
             )
-
-
-def _shown(figure: Figure) -> str:
-    error = "" if figure.standard_error is None else f" +- {figure.standard_error:.2g}"
-    return f"{figure.value:.4g}{error}"

@@ -47,6 +47,8 @@ def run(
     reference = training_curves.reference_of(params, reference_curves)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        text=figures.text,
+        text_with_error=figures.text_with_error,
         dataset=params.dataset.name,
         num_images=params.sample_images.num_images,
         seed=params.seed,

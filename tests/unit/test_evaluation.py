@@ -371,7 +371,7 @@ def test_the_report_shows_every_figure_and_picture_in_a_browser(two_systems, bro
             for key, figure in measured.groups.get(group, {}).items():
                 exact, text = shown.pop((name, key))
                 assert exact == figure.value
-                assert float(text.split("±")[0]) == pytest.approx(figure.value, rel=1e-3, abs=1e-12)
+                assert float(text.split("±")[0]) == pytest.approx(figure.value, rel=1e-3, abs=figures.ROUNDING)
     assert not shown  # nothing that is not in the files
     page.close()
 

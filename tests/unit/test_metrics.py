@@ -11,6 +11,7 @@ from PIL import Image
 
 from tessera.evaluation.figures import Figure, Protocol, Recorder
 from tessera.metrics import brightness, codebook, copy_rate, frechet, kernel, precision_recall, reconstruction
+from tessera.nn.neighbors import nearest
 
 
 def normal(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -438,10 +439,12 @@ def brute_force(reference: np.ndarray, samples: np.ndarray, k: int) -> tuple[flo
     fake_radii = [radius(samples, j) for j in range(len(samples))]
     gap = [[math.dist(r, s) for s in samples] for r in reference]
     n, m = range(len(reference)), range(len(samples))
-    precision = np.mean([any(gap[i][j] <= real_radii[i] for i in n) for j in m])
-    recall = np.mean([any(gap[i][j] <= fake_radii[j] for j in m) for i in n])
-    density = sum(gap[i][j] <= real_radii[i] for i in n for j in m) / (k * len(samples))
-    coverage = np.mean([any(gap[i][j] <= real_radii[i] for j in m) for i in n])
+    in_real = [[0 < real_radii[i] >= gap[i][j] for j in m] for i in n]  # a ball of radius 0 holds nothing
+    in_fake = [[0 < fake_radii[j] >= gap[i][j] for j in m] for i in n]
+    precision = np.mean([any(in_real[i][j] for i in n) for j in m])
+    recall = np.mean([any(in_fake[i]) for i in n])
+    density = sum(map(sum, in_real)) / (k * len(samples))
+    coverage = np.mean([any(in_real[i]) for i in n])
     return precision, recall, density, coverage
 
 
@@ -518,13 +521,48 @@ def test_neighborhoods_of_many_features_equal_subtraction_in_float64():
     hits = inside.double().sum(dim=1) / 5
     assert found.density_standard_error == pytest.approx(hits.std().item() / math.sqrt(300))
     assert precision_recall.precision_recall(reference, samples) == found[:2]
-    assert precision_recall.density_coverage(reference, samples) == found[2:]
+    assert precision_recall.density_coverage(reference, samples) == found[2:5]
 
 
 def test_equal_sets_are_wholly_precise_recalled_and_covered():
     features = normal(60, 5, seed=2) + 100
     assert precision_recall.precision_recall(features, features) == (1, 1)
     assert precision_recall.density_coverage(features, features).coverage == 1
+
+
+def test_images_that_occur_more_than_k_times_are_no_neighbourhood_of_themselves():
+    """A ball of radius 0 says nothing of what is near. Other balls may hold such images."""
+    constant, few = torch.ones(20, 3), normal(5, 3, seed=7).repeat(8, 1)
+    for images in (constant, few):
+        found = precision_recall.neighborhoods(images, images)
+        assert found[:4] == (0, 0, 0, 0) and found.recall_standard_error > 0
+    assert precision_recall.precision_recall(normal(200, 3, seed=3), 0 * constant).precision == 1
+
+
+@pytest.mark.parametrize(("num_real", "num_samples", "width", "shift"), [(300, 300, 24, 0.0), (300, 600, 6, 0.4)])
+def test_the_errors_of_recall_and_coverage_are_their_spread_over_draws_of_the_samples(
+    num_real, num_samples, width, shift
+):
+    """The reference stays. Neighbouring balls are hit by the same samples, which a binomial error knows nothing of."""
+    reference = normal(num_real, width, seed=1)
+    found = [
+        precision_recall.neighborhoods(reference, normal(num_samples, width, seed=100 + seed) + shift)
+        for seed in range(80)
+    ]
+    for name in ("recall", "coverage"):
+        spread = np.std([getattr(one, name) for one in found], ddof=1)
+        error = np.mean([getattr(one, f"{name}_standard_error") for one in found])
+        assert 0.85 * spread < error < 1.4 * spread, (name, error, spread)
+
+
+def test_the_error_of_a_share_of_disjoint_targets_is_that_of_occupied_cells():
+    """In closed form: N cells of which M balls fall into each alike; Feller, volume 1, section IX.5."""
+    cells, balls = 500, 700
+    misses = (1 - 1 / cells) ** balls
+    expected = (misses + (cells - 1) * (1 - 2 / cells) ** balls - cells * misses**2) / cells
+    fallen = torch.randint(cells, (balls,), generator=torch.Generator().manual_seed(0))
+    found = precision_recall._error_of_share(torch.nn.functional.one_hot(fallen, cells).T.bool())
+    assert found == pytest.approx(math.sqrt(expected), rel=0.1)
 
 
 def test_a_collapsed_generator_is_precise_without_recall_and_a_distant_one_has_neither():
@@ -705,6 +743,40 @@ def test_copies_are_counted_and_new_samples_are_not():
     assert copy_rate.copy_rate(new + 50, train, held_out) == 0
     half = np.concatenate([copies[:500], new[:500] + 50])
     assert copy_rate.copy_rate(half, train, held_out) == pytest.approx(0.5, abs=0.03)
+
+
+def test_the_error_of_the_copy_rate_is_its_spread_over_draws_of_samples_and_held_out_images():
+    train, found = normal(800, 6, seed=60), []
+    for seed in range(100):
+        samples, held_out = 0.9 * normal(500, 6, seed=500 + seed), normal(200, 6, seed=900 + seed)
+        found.append(copy_rate.share_of_copies(nearest(samples, train).distances, nearest(held_out, train).distances))
+    spread = np.std([one.rate for one in found], ddof=1)
+    assert np.mean([one.standard_error for one in found]) == pytest.approx(spread, rel=0.2)
+    assert (0.07 * 0.93 / 500) ** 0.5 < 0.7 * spread  # that of the samples alone
+
+
+@pytest.mark.parametrize(
+    ("part", "scale", "is_memory"), [(0.2, 1.0, True), (1.0, 1.0, True), (0.0, 0.5, False), (0.0, 0.7, False)]
+)
+def test_copies_are_learned_by_heart_and_samples_of_a_truncated_sampler_are_not(part, scale, is_memory):
+    """Both have a high rate: near training images, and where images are dense."""
+    real, samples = normal(1200, 8, seed=70).numpy(), scale * normal(1000, 8, seed=71).numpy()
+    train, held_out, number = real[:900], real[900:], int(part * 1000)
+    samples[:number] = train[np.arange(number) % 900] + 0.02 * samples[:number]
+    found = copy_rate.share_of_copies(nearest(samples, train).distances, nearest(held_out, train).distances)
+    assert found.rate > copy_rate.SUSPICIOUS_SHARE
+    assert copy_rate.are_learned_by_heart(samples, train, held_out, found.threshold) == is_memory
+    told, number = Recorder().group("generation"), Protocol.model_construct(num_images=len(samples))
+    seen = SimpleNamespace(
+        features=samples,
+        real_features=lambda split, is_limited=False: train if split == "train" else held_out,
+        protocol=lambda *_, **__: number,
+    )
+    drawn = SimpleNamespace(are_real=False, first=seen, nearest_training=nearest(samples, train))
+    copy_rate.of_samples(copy_rate.Config(kind="copy_rate"), drawn, told)
+    assert told.found.groups["generation"]["copy_rate"].standard_error == found.standard_error
+    assert [("learned images by heart" in one) for one in told.alarms] == [True] * is_memory
+    assert [("they are no copies" in one) for one in told.notes] == [True] * (not is_memory)
 
 
 def test_the_copy_rate_is_that_of_brute_force():
