@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from tessera.contracts import Job
 from tessera.evaluation import comparison, figures
@@ -45,10 +45,7 @@ def run(
     distances = comparison.distance_names(as_runs)
     histories = training_curves.read(curves)
     reference = training_curves.reference_of(params, reference_curves)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        text=figures.text,
-        text_with_error=figures.text_with_error,
+    page = _template().render(
         dataset=params.dataset.name,
         num_images=params.sample_images.num_images,
         seed=params.seed,
@@ -91,6 +88,12 @@ def run(
     partial.replace(out)
     job.attach(out, "report.html")
     job.say(f"{len(page) / 2**20:.1f} MiB, open it in a browser: {out}")
+
+
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {"text": figures.text, "text_with_error": figures.text_with_error}
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _protocols(measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:
