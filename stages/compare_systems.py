@@ -58,8 +58,8 @@ def _generation(systems: Systems, shown: dict[str, Shown], distances: list[str])
         for name in frame["system"]
     ]
     at = frame.columns.get_loc(distances[-1]) + 1
-    frame.insert(at, "tokenizer_part", [f"{part.tokenizer:+.3f}" if part else "" for part in parts])
-    frame.insert(at + 1, "prior_part", [f"{part.prior:+.3f}" if part else "" for part in parts])
+    frame.insert(at, "tokenizer_part", [figures.text(part.tokenizer, "{:+.3f}") if part else "" for part in parts])
+    frame.insert(at + 1, "prior_part", [figures.text(part.prior, "{:+.3f}") if part else "" for part in parts])
     frame.insert(at + 2, "bottleneck", [part.stage if part else "" for part in parts])
     return frame
 

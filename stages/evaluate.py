@@ -9,7 +9,7 @@ from tessera.artifacts.samples import Samples
 from tessera.contracts import Job
 from tessera.evaluation import comparison, figures
 from tessera.evaluation import neighbors as neighbor_pictures
-from tessera.evaluation.figures import Figure, Recorder
+from tessera.evaluation.figures import Group, Recorder
 from tessera.evaluation.panel import Drawn, Floor, Panel, SampleSet, training_images
 from tessera.params import Pipeline
 
@@ -32,10 +32,10 @@ def run(  # its paths are the options of its command
     neighbors: Path | None = None,
 ) -> None:
     _, splits = image_artifact.read(images)
-    panel, found = Panel(params, features, reference), Recorder()
+    panel, found = Panel(params, features, reference, splits), Recorder()
     group = found.group("generation")
     if samples is None:
-        _real(panel, params, splits, found)
+        _real(panel, params, splits, found, group)
         measured = found.measured()
         measured.write(metrics)
     else:
@@ -58,14 +58,21 @@ def run(  # its paths are the options of its command
     if summary:
         kinds = [config.kind for config in params.evaluate.metrics.values()]
         artifact.write_json(summary, comparison.summary(measured, kinds))
-    job.say("  ".join(f"{key} {_shown(one)}" for key, one in found.groups["generation"].items()))
+    for sentence in group.notes:
+        job.say(f"note: {sentence}")
+    job.say(
+        "  ".join(
+            f"{key} {figures.text_with_error(one.value, one.standard_error)}"
+            for key, one in found.groups["generation"].items()
+        )
+    )
 
 
-def _real(panel: Panel, params: Pipeline, splits: dict[str, Images], found: Recorder) -> None:
+def _real(panel: Panel, params: Pipeline, splits: dict[str, Images], found: Recorder, group: Group) -> None:
     """Training images in the place of samples, and one half of the training images against the other."""
     number = params.sample_images.num_images
     seen = SampleSet(panel, training_images(splits["train"], number, params.seed), splits)
-    panel.measure("of_samples", seen, found.group("generation"))
+    panel.measure("of_samples", seen, group)
     panel.measure("of_real_images", Floor(panel, splits, number), found.group("floor"))
 
 
@@ -77,8 +84,3 @@ def _require_made_by(drawn: Samples, samples: Path, parts: dict[str, Path | None
                 f"{samples} was drawn from another {role} ({drawn.meta[f'{role}_fingerprint'][:12]}) than {path} "
                 f"({artifact.fingerprint(path)[:12]}). Draw the samples again: dvc repro sample_images@{samples.name}"
             )
-
-
-def _shown(figure: Figure) -> str:
-    error = "" if figure.standard_error is None else f" +- {figure.standard_error:.2g}"
-    return f"{figure.value:.4g}{error}"

@@ -19,7 +19,7 @@ from tessera.artifacts.samples import floor_rows
 from tessera.artifacts.shards import spread
 from tessera.contracts import Job
 from tessera.evaluation import reconstructions
-from tessera.evaluation.figures import Recorder
+from tessera.evaluation.figures import Recorder, text
 from tessera.evaluation.panel import Panel
 from tessera.evaluation.reconstructions import OF_TEST, AllPairs, Codes, Decoded
 from tessera.params import Pipeline
@@ -43,7 +43,7 @@ def run(  # its paths are the options of its command
 ) -> None:
     spec, splits = image_artifact.read(images)
     test, train = splits["test"], splits["train"]
-    panel = Panel(params, features, reference)
+    panel = Panel(params, features, reference, splits)
     device = next(iter(panel.judges.values())).device
     model, _, _ = checkpoints.load_model(tokenizer, "tokenizers")
     model.to(device)
@@ -86,7 +86,7 @@ def run(  # its paths are the options of its command
     job.attach(picture, "reconstructions.png")
     measured = found.measured()
     measured.write(metrics)
-    job.say("  ".join(f"{key} {one.value:.4g}" for group in measured.groups.values() for key, one in group.items()))
+    job.say("  ".join(f"{key} {text(one.value)}" for group in measured.groups.values() for key, one in group.items()))
 
 
 def _batches(

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from tessera import seeding
+from tessera.artifacts import checkpoints, pictures
 from tessera.artifacts import folder as artifact
-from tessera.artifacts import pictures
 from tessera.artifacts.samples import quotas
 from tessera.artifacts.shards import ShardWriter
 from tessera.contracts import Job
@@ -42,6 +42,7 @@ def run(
                 "weights": "ema",
                 "prior_fingerprint": artifact.fingerprint(prior),
                 "tokenizer_fingerprint": system.spec.tokenizer_fingerprint,
+                **checkpoints.choice(prior),
             },
         )
     pictures.save_grid(picture, pictures.by_class(shown, labels[: len(shown)]), 10)

@@ -16,7 +16,7 @@ from tessera.evaluation.figures import Protocol, Recorder, without_network
 from tessera.evaluation.likelihood import bits_of_each, mean_loss, proportional_rows
 from tessera.params import Pipeline
 from tessera.training import loop, previews
-from tessera.training.validation import PriorValidation
+from tessera.training.validation import PriorValidation, hold_out
 
 
 def run(
@@ -34,6 +34,8 @@ def run(
     config = params.systems[name].prior
     module = load("priors", config.kind)
     spec, splits = token_artifact.read(tokens, module.LEARNS, config.num_views)
+    if params.follow_training.criterion != "last":
+        splits |= hold_out(splits["train"], params.follow_training, params.seed, job)
     torch.manual_seed(params.seed)
     model = module.Model(config, spec)
     millions = sum(p.numel() for p in model.parameters()) / 1e6

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from tessera.contracts import Job
 from tessera.evaluation import comparison, figures
@@ -40,57 +40,14 @@ def run(
     out: Path,
     job: Job,
 ) -> None:
-    systems = {name: figures.read(metrics / f"systems/{name}.json") for name in (REAL, *params.systems)}
-    tokenizers = {name: figures.read(metrics / f"tokenizers/{name}.json") for name in params.tokenizers}
-    as_runs = {name: [measured] for name, measured in systems.items()}
-    distances = comparison.distance_names(as_runs)
-    kinds = [config.kind for config in params.evaluate.metrics.values()]
-    as_tokenizers = {name: [measured] for name, measured in tokenizers.items()}
-    histories = training_curves.read(curves)
-    reference = training_curves.reference_of(params, reference_curves)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = _template().render(
         dataset=params.dataset.name,
         num_images=params.sample_images.num_images,
         seed=params.seed,
         origin=job.origin(),
-        main=_rows(systems, of=comparison.columns(as_runs, kinds, ["generation"])),
-        main_of_tokenizers=_rows(
-            tokenizers, of=comparison.columns(as_tokenizers, kinds, ["reconstruction", "codebook"])
-        ),
-        rankings={key: comparison.ranking(as_runs, key) for key in distances},
-        systems=_rows(systems, ("generation",)),
-        tokenizers=_rows(tokenizers, ("reconstruction", "codebook")),
-        floors=_rows({REAL: systems[REAL]}, ("floor",)),
-        bottlenecks={
-            name: comparison.bottleneck(as_runs[name], as_runs[REAL], distances[0]) for name in params.systems
-        },
-        main_distance=distances[0],
-        tokenizer_pictures={
-            name: {
-                "reconstructions": _png(pictures / f"reconstructions/{name}.png"),
-                "codebook": _codebook(curves / f"codebooks/{name}.csv"),
-            }
-            for name in params.tokenizers
-        },
-        system_pictures={
-            name: {
-                "samples": _png(pictures / f"samples/{name}.png"),
-                "neighbors": _png(pictures / f"neighbors/{name}.png"),
-                "training": _png(priors / name / "looks" / "training.png"),
-            }
-            for name in params.systems
-        },
-        edits={name: _edits(metrics / f"edits/{name}.json", pictures / f"edits/{name}.png") for name in params.systems},
-        priors={name: systems[name].groups.get("prior", {}) for name in params.systems},
-        drawn={name: systems[name].drawn for name in params.systems},
-        system_tokenizers={name: system.tokenizer for name, system in params.systems.items()},
-        curves={stage: training_curves.svg(history, reference.get(stage)) for stage, history in histories.items()},
-        reference={
-            stage: None if stage not in reference else "these" if reference[stage].has_these_settings else "other"
-            for stage in histories
-        },
-        protocols=_protocols(systems | {f"tokenizer {name}": one for name, one in tokenizers.items()}),
+        **_measured(params, metrics),
+        **_pictured(params, metrics, pictures, curves, priors),
+        **_curves(params, curves, reference_curves),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
@@ -98,6 +55,73 @@ def run(
     partial.replace(out)
     job.attach(out, "report.html")
     job.say(f"{len(page) / 2**20:.1f} MiB, open it in a browser: {out}")
+
+
+def _measured(params: Pipeline, metrics: Path) -> dict[str, Any]:
+    """The tables: of systems and of tokenizers, the main columns and all of them, rankings, bottlenecks, protocols."""
+    systems = {name: figures.read(metrics / f"systems/{name}.json") for name in (REAL, *params.systems)}
+    tokenizers = {name: figures.read(metrics / f"tokenizers/{name}.json") for name in params.tokenizers}
+    runs, of_tokenizers = ({name: [one] for name, one in some.items()} for some in (systems, tokenizers))
+    distances = comparison.distance_names(runs)
+    kinds = [config.kind for config in params.evaluate.metrics.values()]
+    of_parts = ("reconstruction", "codebook")
+    return {
+        "main": _rows(systems, of=comparison.columns(runs, kinds, ["generation"])),
+        "main_of_tokenizers": _rows(tokenizers, of=comparison.columns(of_tokenizers, kinds, of_parts)),
+        "rankings": {key: comparison.ranking(runs, key) for key in distances},
+        "systems": _rows(systems, ("generation",)),
+        "tokenizers": _rows(tokenizers, of_parts),
+        "floors": _rows({REAL: systems[REAL]}, ("floor",)),
+        "bottlenecks": {name: comparison.bottleneck(runs[name], runs[REAL], distances[0]) for name in params.systems},
+        "main_distance": distances[0],
+        "priors": {name: systems[name].groups.get("prior", {}) for name in params.systems},
+        "drawn": {name: systems[name].drawn for name in params.systems},
+        "system_tokenizers": {name: system.tokenizer for name, system in params.systems.items()},
+        "protocols": _protocols(systems | {f"tokenizer {name}": one for name, one in tokenizers.items()}),
+    }
+
+
+def _pictured(params: Pipeline, metrics: Path, pictures: Path, curves: Path, priors: Path) -> dict[str, Any]:
+    """The pictures of each tokenizer and of each system, and what its edits are worth."""
+    return {
+        "tokenizer_pictures": {
+            name: {
+                "reconstructions": _png(pictures / f"reconstructions/{name}.png"),
+                "codebook": _codebook(curves / f"codebooks/{name}.csv"),
+            }
+            for name in params.tokenizers
+        },
+        "system_pictures": {
+            name: {
+                "samples": _png(pictures / f"samples/{name}.png"),
+                "neighbors": _png(pictures / f"neighbors/{name}.png"),
+                "training": _png(priors / name / "looks" / "training.png"),
+            }
+            for name in params.systems
+        },
+        "edits": {
+            name: _edits(metrics / f"edits/{name}.json", pictures / f"edits/{name}.png") for name in params.systems
+        },
+    }
+
+
+def _curves(params: Pipeline, curves: Path, reference_curves: Path) -> dict[str, Any]:
+    """The curve of each training, and whether the one below it had the same settings."""
+    histories = training_curves.read(curves)
+    known = training_curves.reference_of(params, reference_curves)
+    return {
+        "curves": {stage: training_curves.svg(history, known.get(stage)) for stage, history in histories.items()},
+        "reference": {
+            stage: None if stage not in known else "these" if known[stage].has_these_settings else "other"
+            for stage in histories
+        },
+    }
+
+
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {"text": figures.text, "text_with_error": figures.text_with_error}
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _protocols(measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:

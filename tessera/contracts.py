@@ -292,7 +292,8 @@ class Record(Protocol):
     def add(self, name: str, value: float, protocol: Any, standard_error: float | None = None) -> None: ...
     def add_mean(self, name: str, values: Any, protocol: Any) -> None: ...  # of one value per image, with its error
     def add_share(self, name: str, share: float, protocol: Any, of: int | None = None) -> None: ...  # of so many images
-    def alarm(self, sentence: str) -> None: ...  # told to the person who waits
+    def alarm(self, sentence: str) -> None: ...  # of what is wrong with the images, told to the person who waits
+    def note(self, sentence: str) -> None: ...  # of anything else that this person should know
 
 
 class Seen(Protocol):
@@ -309,6 +310,8 @@ class Seen(Protocol):
     def real_features(self, split: str = "test", is_limited: bool = False) -> np.ndarray: ...
 
     # (M, D) float64 of a split; is_limited: at most evaluate.max_neighbor_images of them, evenly spread
+
+    def real_labels(self, split: str = "test") -> np.ndarray: ...  # (M,) of all real_features
 
     def protocol(
         self, split: str = "test", num_images: int | None = None, num_real: int | None = None, **settings: Any

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from tessera.components import (
     DatasetConfig,
@@ -63,7 +63,16 @@ class FollowTraining(Params):
     every: Annotated[int, Field(ge=0)] = 0  # steps between looks, the last step being one too; 0: none
     num_images: Annotated[int, Field(ge=2)] = 2000  # drawn at each look, and at most this many real ones of each split
     features: FeaturesConfig = Field({"kind": "random"}, validate_default=True)  # of the distance
-    criterion: Literal["last", "test_loss", "frechet"] = "last"  # the weights that are kept: of which look
+    criterion: Literal["last", "validation_loss", "frechet"] = "last"  # the weights that are kept: of which look
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = (
+        0.1  # of the training images of each class: a criterion other
+    )
+    # than last is of these, and they are not trained on. The test images decide nothing
+
+    @field_validator("criterion", mode="before")
+    @classmethod
+    def _reads_the_name_of_before_it_was_of_validation_images(cls, value: Any) -> Any:
+        return "validation_loss" if value == "test_loss" else value
 
     @model_validator(mode="after")
     def _is_decided_by_params_alone(self) -> "FollowTraining":
@@ -111,11 +120,6 @@ class Evaluate(Params):
             return value
         if "metrics" in value:
             raise ValueError(f"{', '.join(old)} belong to entries of metrics now: {WRITTEN_NOW}")
-        missing = [key for key in ("kernel_subset", "num_kernel_subsets") if key not in value]
-        if missing:
-            raise ValueError(
-                f"{', '.join(missing)} is missing beside {', '.join(old)}, or write metrics: {WRITTEN_NOW}"
-            )
         return {key: inner for key, inner in value.items() if key not in old} | {"metrics": _old_metrics(value)}
 
     @model_validator(mode="after")
@@ -137,15 +141,15 @@ class Evaluate(Params):
 
 OLD_METRIC_KEYS = ("kernel_subset", "num_kernel_subsets", "lpips_weights", "lpips_sha256")
 WRITTEN_NOW = (
-    "kernel: {kind: kernel, subset: (kernel_subset), num_subsets: (num_kernel_subsets)} and "
-    "lpips: {kind: lpips, weights: (lpips_weights), sha256: (lpips_sha256)}, as in params.yaml"
+    "kernel: {kind: kernel}, without subsets, and lpips: {kind: lpips, weights: (lpips_weights), sha256: (lpips_sha256)}, "
+    "as in params.yaml"
 )
 
 
 def _old_metrics(old: dict[str, Any]) -> dict[str, Any]:
     """The entries that mean what these keys did, when every metric but LPIPS was always measured."""
     lpips = {"kind": "lpips", "weights": old.get("lpips_weights"), "sha256": old.get("lpips_sha256", "")}
-    kernel = {"kind": "kernel", "subset": old["kernel_subset"], "num_subsets": old["num_kernel_subsets"]}
+    kernel = {"kind": "kernel", "subset": old.get("kernel_subset"), "num_subsets": old.get("num_kernel_subsets")}
     others = ("inception_score", "precision_recall", "copy_rate", "brightness")
     return {
         "label-agreement": {"kind": "label_agreement"},
@@ -223,10 +227,10 @@ class Pipeline(Params):
                 found.append(
                     f"system {name}: prior {system.prior.kind} models latents; set encode_tokens.store_latents: true"
                 )
-            if self.follow_training.criterion == "test_loss" and "prior" not in prior.Objective.phases:
+            if self.follow_training.criterion == "validation_loss" and "prior" not in prior.Objective.phases:
                 found.append(
-                    f"system {name}: prior {system.prior.kind} has no loss of test images, by which "
-                    f"follow_training.criterion test_loss would choose its weights: use criterion frechet or last"
+                    f"system {name}: prior {system.prior.kind} has no loss of validation images, by which "
+                    f"follow_training.criterion validation_loss would choose its weights: use criterion frechet or last"
                 )
             try:
                 parse(prior.Sampling, system.sampling, f"systems.{name}.sampling")

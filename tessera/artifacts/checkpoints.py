@@ -17,6 +17,7 @@ from tessera.artifacts.folder import ArtifactError
 from tessera.components import Params, load, parse
 from tessera.contracts import ImageSpec, TokenSpec
 
+CHOICE = "choice.json"  # in a prior's folder, where a criterion chose the weights
 SPECS: dict[str, type[Params]] = {"tokenizers": ImageSpec, "features": ImageSpec, "priors": TokenSpec}
 
 
@@ -63,6 +64,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise ArtifactError(
             f"{path} is {what}: {error}. Expected safetensors; convert it where you trust it, with safetensors.torch.save_file"
         ) from None
+
+
+def choice(folder: Path) -> dict[str, Any]:
+    """How a prior's weights were chosen among those of its training, for its samples to tell; {} for the last ones."""
+    path = Path(folder) / CHOICE
+    return {"choice": artifact.read_json(path)} if path.is_file() else {}
 
 
 def load_model(folder: Path, part: str) -> tuple[nn.Module, Any, Any]:

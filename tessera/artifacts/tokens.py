@@ -3,6 +3,7 @@
 Latents lie as the encoder gave them; their mean and deviation per channel, in the spec, standardize them on reading.
 """
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ class Tokens:
             raise ArtifactError(
                 f"{folder} holds no indices: its tokenizer has no codebook. Use a prior that learns latents"
             )
-        self.spec, self.learns = spec, learns
+        self.spec, self.learns, self.split = spec, learns, split
         self.values = Shards(folder / split, learns)  # rows (V, *index_grid) or (V, D, h, w)
         self.labels = Shards(folder / split, "labels").all()  # (N,) int64
         grid = spec.index_grid if learns == "indices" else spec.latent_shape
@@ -41,9 +42,16 @@ class Tokens:
                 f"the prior wants num_views {num_views}, but {folder}/{split} holds {self.values.row_shape[0]} to an image: "
                 f"lower it, or raise encode_tokens.warps"
             )
+        self.rows = np.arange(len(self.values))  # of the split's images: which these are
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.rows)
+
+    def subset(self, rows: np.ndarray) -> "Tokens":
+        """Those of (n,) rows of these, numbered from 0."""
+        found = copy.copy(self)
+        found.rows, found.labels = self.rows[rows], self.labels[rows]
+        return found
 
     def on(self, device: torch.device) -> "TokensOnDevice":
         """The same tokens, all of them in that device's memory."""
@@ -59,7 +67,7 @@ class Tokens:
         """The tokens at these rows, each in a view drawn from the generator, or in the first view without one."""
         rows_ = rows.numpy()
         views = self._views(len(rows_), generator).numpy()
-        values = self.values.gather(rows_)[np.arange(len(rows_)), views]
+        values = self.values.gather(self.rows[rows_])[np.arange(len(rows_)), views]
         labels = torch.from_numpy(self.labels[rows_])
         if self.learns == "latents":
             return TokenBatch(standardize(torch.from_numpy(values), self.spec), labels)
@@ -72,7 +80,7 @@ class TokensOnDevice:
     """A split of tokens, all views of it, on one device: no copy from the host per step."""
 
     def __init__(self, tokens: Tokens, device: torch.device):
-        values = tokens.values.all()
+        values = tokens.values.gather(tokens.rows)
         self.tokens = tokens
         if tokens.learns == "indices":
             if values.max(initial=0) >= tokens.spec.codebook_size:

@@ -119,7 +119,7 @@ def ranking(systems: Systems, key: str, better: str = "lower") -> str:
     for number, name in enumerate(names):
         if number:
             text += step if exceeds_noise(known[names[number - 1]], known[name]) else " ~ "
-        text += f"{name} {known[name].value:.3g}"
+        text += f"{name} {figures.text(known[name].value, '{:.3g}')}"
     return text
 
 
@@ -194,8 +194,8 @@ def table(systems: Systems, formats: dict[str, str], with_errors: Iterable[str] 
         for key, form in formats.items():
             found = estimate(runs, key)
             if found is not None:
-                error = f" ± {form.format(found.standard_error)}" if not math.isnan(found.standard_error) else ""
-                row[key] = form.format(found.value) + (error if key in with_errors or found.num_runs > 1 else "")
+                error = "" if math.isnan(found.standard_error) else f" ± {figures.text(found.standard_error, form)}"
+                row[key] = figures.text(found.value, form) + (error if key in with_errors or found.num_runs > 1 else "")
         rows.append(row)
     found = pd.DataFrame(rows)
     return found[["system", *(key for key in formats if key in found)]].fillna("")

@@ -15,6 +15,7 @@ from tessera.artifacts import folder as artifact
 from tessera.components import Params, parse
 
 PROTOCOLS, DRAWN = "protocols", "drawn"  # the keys of a metrics file that are no groups of figures
+ROUNDING = 1e-9  # figures are of order 1: what is smaller is what the rounding of sums has left of 0
 Setting = str | int | float | bool
 
 
@@ -150,6 +151,7 @@ class Group:
     def __init__(self, found: Recorder, name: str):
         self.found, self.name = found, name
         self.alarms: list[str] = []
+        self.notes: list[str] = []
 
     def add(self, name: str, value: float, protocol: Protocol, standard_error: float | None = None) -> None:
         self.found.add(self.name, self._new(name), value, protocol, standard_error)
@@ -163,6 +165,9 @@ class Group:
     def alarm(self, sentence: str) -> None:
         self.alarms.append(sentence)
 
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+
     def _new(self, name: str) -> str:
         if name in self.found.groups.get(self.name, {}):
             raise ValueError(
@@ -170,6 +175,19 @@ class Group:
                 f"expected one; take an entry out"
             )
         return name
+
+
+def text(value: float, form: str = "{:.4g}") -> str:
+    """A number as people are shown it. Where rounding is all there is, it is 0."""
+    return form.format(0.0 if abs(value) < ROUNDING else value)
+
+
+def text_with_error(value: float, standard_error: float | None) -> str:
+    """A figure as people are shown it, with its error if that is known (not None or NaN) and there is anything to be off."""
+    is_known = standard_error is not None and not math.isnan(standard_error)
+    if not is_known or max(abs(value), standard_error) < ROUNDING:
+        return text(value)
+    return f"{text(value)} ± {text(standard_error, '{:.2g}')}"
 
 
 def share_error(share: float, number: int) -> float:

@@ -12,9 +12,11 @@ from tessera.contracts import Objective, TokenBatch
 BATCH = 500  # images at a time; fixed, because it decides the noise
 
 
-def proportional_rows(labels: np.ndarray, number: int, seed: int) -> np.ndarray:
-    """(number,) rows of a split, a stratified sample without replacement of its (N,) labels; in ascending order."""
-    generator = seeding.numpy_generator(seed, "follow_rows")
+def proportional_rows(labels: np.ndarray, number: int, seed: int, purpose: str = "follow_rows") -> np.ndarray:
+    """(number,) rows of a split, a stratified sample without replacement of its (N,) labels; in ascending order.
+
+    purpose: the random stream that they are drawn from."""
+    generator = seeding.numpy_generator(seed, purpose)
     wanted = quotas(number, tuple(np.bincount(labels)))
     rows = [generator.permutation(np.flatnonzero(labels == label))[:count] for label, count in enumerate(wanted)]
     return np.sort(np.concatenate(rows))

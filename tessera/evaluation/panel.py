@@ -39,11 +39,12 @@ class Drawn(NamedTuple):
 class Panel:
     """The metrics and the judges of a run, and what these saw in the data."""
 
-    def __init__(self, params: Pipeline, features: Path, reference: Path):
+    def __init__(self, params: Pipeline, features: Path, reference: Path, splits: dict[str, Images]):
         self.metrics: Mapping[str, Params] = params.evaluate.metrics
         self.max_images, self.seed = params.evaluate.max_neighbor_images, params.seed
         self.judges = {name: Judge.read(features / name, name) for name in params.features}
         self.references = {name: Reference(reference / name) for name in params.features}
+        self.labels = {split: images.labels for split, images in splits.items()}
 
     def measure(self, ability: str, subject: Any, found: Record) -> None:
         """Ask every metric that has a function of this name (`of_samples`, ...) for its figures of the subject."""
@@ -56,10 +57,7 @@ class Panel:
         self, images: str, labels: np.ndarray, summaries: Mapping[str, Summary], **settings: Setting
     ) -> "dict[str, SeenBy]":
         """What each network has seen of images, which protocols call `images`; settings: those of how they were made."""
-        return {
-            name: SeenBy(judge, self.references[name], self.max_images, images, labels, summaries[name], settings)
-            for name, judge in self.judges.items()
-        }
+        return {name: SeenBy(self, name, images, labels, summaries[name], settings) for name in self.judges}
 
     def look(self, pixels: Shards, rows: np.ndarray | None) -> dict[str, Summary]:
         """What each network sees in these rows."""
@@ -79,16 +77,16 @@ class SeenBy:
 
     def __init__(
         self,
-        judge: Judge,
-        reference: Reference,
-        max_images: int,
+        panel: Panel,
+        network: str,
         images: str,
         labels: np.ndarray,
         summary: Summary,
         settings: dict[str, Setting],
     ):
-        self.network, self.kind, self.judge = judge.name, judge.config.kind, judge
-        self.reference, self._max_images, self._images, self._settings = reference, max_images, images, settings
+        self.network, self.judge, self.reference = network, panel.judges[network], panel.references[network]
+        self.kind, self._images, self._settings = self.judge.config.kind, images, settings
+        self._max_images, self._labels_of = panel.max_images, panel.labels
         self.num_images, self.moments = len(labels), summary.moments
         self.features, self.kept, self.labels = summary.features, summary.kept, labels[summary.kept]
 
@@ -98,6 +96,9 @@ class SeenBy:
     def real_features(self, split: str = "test", is_limited: bool = False) -> np.ndarray:
         found = self.reference.features(split)
         return found[spread(len(found), self._max_images)] if is_limited else found
+
+    def real_labels(self, split: str = "test") -> np.ndarray:
+        return self._labels_of[split][self.reference.feature_rows(split)]
 
     def protocol(
         self, split: str = "test", num_images: int | None = None, num_real: int | None = None, **settings: Setting

@@ -44,18 +44,17 @@ def figure_name(kind: str, network: str) -> str:
 
 
 def of_samples(config: Config, samples: SeenSamples, found: Record) -> None:
-    """The distance from the test images by each network (`fd_classifier`), and how much larger it is than that of
-    reconstructions (`gap_fd_classifier`), where there is a tokenizer."""
+    """The distance from the test images by each network (`fd_classifier`), and how much larger it is than that of as many
+    training images through the tokenizer (`gap_fd_classifier`), where there is one: 0 on average for a perfect prior."""
     for seen in samples.networks.values():
         name, other = figure_name(seen.kind, seen.network), seen.real_moments()
         own, error = distance(seen.moments, other), _error_of(seen, other)
         found.add(name, own, seen.protocol(), error)
-        reconstructed = samples.beside(f"r{name}")
-        if reconstructed is None:
+        floor = samples.beside(f"floor_{name}")
+        if floor is None:
             continue
-        errors = (error, math.nan if reconstructed.standard_error is None else reconstructed.standard_error)
-        protocol = seen.protocol(reconstructions=reconstructed.num_images)
-        found.add(f"gap_{name}", own - reconstructed.value, protocol, float(np.hypot(*errors)))
+        of_floor = math.nan if floor.standard_error is None else floor.standard_error
+        found.add(f"gap_{name}", own - floor.value, seen.protocol(floor=floor.num_images), math.hypot(error, of_floor))
 
 
 def of_real_images(config: Config, real: RealImages, found: Record) -> None:
@@ -63,7 +62,11 @@ def of_real_images(config: Config, real: RealImages, found: Record) -> None:
     for one, other in real.halves():
         protocol = one.protocol("train", num_real=other.num_images)
         name = f"halves_{figure_name(one.kind, one.network)}"
-        found.add(name, distance(one.moments, other.moments), protocol, _error_of(one, other.moments))
+        errors = (_error_of(one, other.moments), _error_of(other, one.moments))
+        # Halves differ by noise e alone, and their distance is a square of it. Its variance, 2 tr(C^2) with C the covariance of
+        # e, is half of the 4 <e, C e> that the influences of both halves give.
+        error = math.hypot(*errors) / math.sqrt(2)
+        found.add(name, distance(one.moments, other.moments), protocol, error)
 
 
 def of_reconstructions(config: Config, decoded: SeenReconstructions, found: Record) -> None:

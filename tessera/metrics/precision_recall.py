@@ -3,11 +3,15 @@
 Each set is thought of as balls around its images, as wide as the distance to their k-th nearest neighbour in that set.
 Precision: the fraction of samples inside a ball of the reference. Recall: the fraction of the reference inside a ball
 of the samples. Density counts how many balls hold a sample, which one outlier of the reference cannot inflate; coverage
-is the fraction of reference balls that hold a sample.
+is the fraction of reference balls that hold a sample. A ball of radius 0, around an image that occurs more than k times, holds
+nothing: else any set of constant images would be wholly precise.
+
+Standard errors are over draws of the samples, the reference being what it is; of recall and coverage see _error_of_share.
 
 Source: Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", 2019,
 arXiv:1904.06991, section 2 (k = 3); Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative
-Models", 2020, arXiv:2002.09797, section 3 (k = 5). Bounds of rounding: Higham, "Accuracy and Stability of Numerical
+Models", 2020, arXiv:2002.09797, section 3 (k = 5). Errors of shares of what overlaps: Kish, "Survey
+Sampling", 1965, section 8.2 (the design effect). Bounds of rounding: Higham, "Accuracy and Stability of Numerical
 Algorithms", 2002, section 3.1.
 Differs from common implementations: products of float32 only bound the distances. Pairs whose bounds leave open on which side
 of a rim they lie are subtracted in float64, so that images on a rim, as copies are, are inside. Distances within a set
@@ -15,6 +19,7 @@ are taken once for both images and every k.
 All four depend on the number of images: compare only figures of equal set sizes.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Literal, NamedTuple
 
@@ -36,6 +41,7 @@ CHUNK_ROWS = 512  # of a distance matrix that are in memory at a time
 SPARE_NEIGHBORS = 3  # kept beyond the k-th, as the nearest by lower bounds need not be the nearest
 MAX_OPEN_SHARE = 0.01  # of a chunk's pairs: more are bounded in float64 before they are subtracted
 PAIR_NUMBERS = 2**20  # that are subtracted at a time
+OVERLAP_BALLS = 512  # whose overlaps with all balls widen a standard error
 
 
 class Config(Params):
@@ -54,9 +60,9 @@ def of_samples(config: Config, samples: SeenSamples, found: Record) -> None:
     )
     near = neighborhoods(others, features, config.neighbors, config.density_neighbors)
     found.add_share("precision", near.precision, of_precision)
-    found.add_share("recall", near.recall, of_precision, of=len(others))
+    found.add("recall", near.recall, of_precision, near.recall_standard_error)
     found.add("density", near.density, of_density, near.density_standard_error)
-    found.add_share("coverage", near.coverage, of_density, of=len(others))
+    found.add("coverage", near.coverage, of_density, near.coverage_standard_error)
 
 
 class Neighborhoods(NamedTuple):
@@ -65,6 +71,8 @@ class Neighborhoods(NamedTuple):
     density: float  # at least 0, may exceed 1
     coverage: float  # in [0, 1]
     density_standard_error: float  # over draws of the samples, the reference being what it is
+    recall_standard_error: float
+    coverage_standard_error: float
 
 
 class PrecisionRecall(NamedTuple):
@@ -90,24 +98,29 @@ def neighborhoods(
     if precision_k is not None:
         _require_neighbor(precision_k, min(len(real), len(drawn)))
     wanted = [density_k] if precision_k is None else [density_k, precision_k]
-    real_radii, drawn_radii = _radii(real, wanted), _radii(drawn, wanted[1:])
+    real_radii, drawn_radii = (
+        radii.masked_fill_(radii == 0, -1) for radii in (_radii(real, wanted), _radii(drawn, wanted[1:]))
+    )
     device = real.given.device
     is_realistic = torch.zeros(len(drawn), dtype=torch.bool, device=device)
-    hits = torch.zeros(len(drawn), dtype=torch.float64, device=device)  # the reference balls around each sample
-    is_recalled, is_covered = (torch.zeros(len(real), dtype=torch.bool, device=device) for _ in range(2))
+    # Which samples' balls each reference image lies in, and which samples lie in its ball.
+    recalling, covering = (torch.zeros(len(real), len(drawn), dtype=torch.bool, device=device) for _ in range(2))
     for i, j, distances in _contacts(drawn, real, drawn_radii, real_radii):
         inside = distances <= real_radii[j, 0]
-        hits += i[inside].bincount(minlength=len(drawn))
-        is_covered[j[inside]] = True
+        covering[j[inside], i[inside]] = True
         if precision_k is not None:
             is_realistic[i[distances <= real_radii[j, 1]]] = True
-            is_recalled[j[distances <= drawn_radii[i, 0]]] = True
+            is_recalling = distances <= drawn_radii[i, 0]
+            recalling[j[is_recalling], i[is_recalling]] = True
     precision, recall = (
-        float("nan") if precision_k is None else some.double().mean().item() for some in (is_realistic, is_recalled)
+        float("nan") if precision_k is None else some.double().mean().item()
+        for some in (is_realistic, recalling.any(dim=1))
     )
-    each = hits / density_k
+    each = covering.sum(dim=0).double() / density_k  # the reference balls around each sample
     error = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else float("nan")
-    return Neighborhoods(precision, recall, each.mean().item(), is_covered.double().mean().item(), error)
+    coverage = covering.any(dim=1).double().mean().item()
+    of_shares = (float("nan") if precision_k is None else _error_of_share(recalling), _error_of_share(covering))
+    return Neighborhoods(precision, recall, each.mean().item(), coverage, error, *of_shares)
 
 
 def precision_recall(reference: Tensor | np.ndarray, samples: Tensor | np.ndarray, k: int = 3) -> PrecisionRecall:
@@ -117,7 +130,34 @@ def precision_recall(reference: Tensor | np.ndarray, samples: Tensor | np.ndarra
 
 def density_coverage(reference: Tensor | np.ndarray, samples: Tensor | np.ndarray, k: int = 5) -> DensityCoverage:
     """These two alone. Raises ValueError unless k < N."""
-    return DensityCoverage(*neighborhoods(reference, samples, None, k)[2:])
+    return DensityCoverage(*neighborhoods(reference, samples, None, k)[2:5])
+
+
+def _error_of_share(hits: Tensor) -> float:
+    """hits: (N, M) bool, which of M samples hit each of N targets -> the standard error, over draws of as many samples, of the
+    share of targets that are hit.
+
+    Neighbouring targets are hit by the same samples. Let hits be Poisson variables of one mean, which is a = -log(1 -
+    share), and o the part of them that two targets have in common. Both are missed with probability exp(-2 a + a o), and so
+    the variance of one target, share (1 - share), is multiplied by the mean over targets of the sum of (exp(a o) - 1) /
+    (exp(a) - 1) over all targets, the design effect. o is measured as the samples that hit both among those that hit
+    either. The last term is there because the number of samples is fixed.
+    """
+    number, num_samples = hits.shape
+    counts = hits.sum(dim=1)
+    is_hit = counts > 0
+    share = (float(is_hit.sum()) + 1) / (number + 2)  # not 0 or 1 (Laplace's rule of succession)
+    rate = -math.log1p(-share)
+    rows = is_hit.nonzero()[:, 0]
+    rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), OVERLAP_BALLS), device=hits.device).long()]
+    effect, some = 0.0, hits[rows].float()
+    for start in range(0, number, CHUNK_ROWS):
+        both = some @ hits[start : start + CHUNK_ROWS].float().T
+        either = counts[rows, None] + counts[start : start + CHUNK_ROWS] - both
+        effect += float(torch.expm1(rate * both.double() / either).sum())
+    effect = effect / math.expm1(rate) / len(rows) if len(rows) else 1.0
+    variance = share * (1 - share) / number * effect - (rate * (1 - share)) ** 2 / num_samples
+    return max(0.0, variance) ** 0.5
 
 
 class _View(NamedTuple):

@@ -22,3 +22,11 @@ def nearest(x: Tensor, others: Tensor, k: int = 1) -> Nearest:
         )
     found = [torch.cdist(piece, others).topk(k, dim=1, largest=False) for piece in points.split(CHUNK_ROWS)]
     return Nearest(torch.cat([one.values for one in found]), torch.cat([one.indices for one in found]))
+
+
+def number_within(x: Tensor, others: Tensor, distance: float) -> Tensor:
+    """(N,) float64, how many rows of x (M, D) lie nearer than the distance to each row of others (N, D); both may be arrays."""
+    points, others = torch.as_tensor(x).double(), torch.as_tensor(others).double()
+    return torch.cat(
+        [(torch.cdist(piece, points) < distance).sum(dim=1) for piece in others.split(CHUNK_ROWS)]
+    ).double()

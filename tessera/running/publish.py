@@ -30,13 +30,7 @@ def publish(
     experiment = f"tessera-{params.dataset.name}"
     described = params.describe(f"system@{name}")
     tags = {"tessera.system": name, **_protocol_tags(measured), **provenance.tags(ROOT, parts)}
-    tokenizer = params.systems[name].tokenizer
-    made_by = (
-        f"train_tokenizer@{tokenizer}",
-        f"encode_tokens@{tokenizer}",
-        f"train_prior@{name}",
-        f"sample_images@{name}",
-    )
+    made_by = [f"train_{role}@{path.name}" for role, path in parts.items()] + [f"sample_images@{name}"]
     tags[SECONDS] = f"{progress.seconds_of(made_by):.1f}"  # else the tracker would show how long this function takes
     with journal.open_run(
         name,

@@ -5,7 +5,6 @@ package tessera, so that it can be served where this project is not installed. N
 """
 
 import importlib.metadata
-import math
 import os
 import shutil
 import sys
@@ -277,4 +276,6 @@ def _measured(client: Any, version: Any, metric: str) -> Any:
 
 
 def _shown(one: Any) -> str:
-    return f"{one.value:.4g}" + ("" if math.isnan(one.standard_error) else f" ± {one.standard_error:.2g}")
+    from tessera.evaluation.figures import text_with_error
+
+    return text_with_error(one.value, one.standard_error)

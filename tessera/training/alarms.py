@@ -48,7 +48,7 @@ def loss_alarm(metrics: Mapping[int, dict[str, float]]) -> str | None:
     return (
         f"overfitting: since step {step} the loss rose from {best['test_loss']:.4g} to {now['test_loss']:.4g} on test images "
         f"and fell from {best['train_loss']:.4g} to {now['train_loss']:.4g} on training images. "
-        f"Train fewer steps, raise dropout or the number of views, or set follow_training.criterion: test_loss"
+        f"Train fewer steps, raise dropout or the number of views, or set follow_training.criterion: validation_loss"
     )
 
 

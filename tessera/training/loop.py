@@ -82,14 +82,12 @@ def fit(
 ) -> nn.Module | None:
     """Train `objective` for settings.num_steps steps and return its averaged model on the CPU.
 
-    Writes history.csv into job.state and resumes from the newest whole checkpoint there. Returns None in all but the
-    main process. Raises Diverged at the first loss or gradient that is not finite, before it is applied, and
-    TrainingFailed at a failure that the objective calls fatal.
+    Writes history.csv into job.state, resumes from the newest whole checkpoint there. None in all but the main process.
+    Raises Diverged at the first loss or gradient that is not finite, before it is applied, and TrainingFailed at a failure
+    that the objective calls fatal.
     """
-    accelerator = _accelerator(settings, is_validated=validation is not None)
+    accelerator = _accelerator(settings, job, is_validated=validation is not None)
     is_main = accelerator.is_main_process
-    if settings.precision == "bf16" and accelerator.device.type == "cpu" and not computes_in_bf16():
-        job.say("this processor has no bf16 instructions: precision fp32 is many times faster on it")
     objective.to(accelerator.device).train()
     average = copy.deepcopy(objective.model).requires_grad_(False)
     optimizers = objective.optimizers()
@@ -98,27 +96,22 @@ def fit(
     history = job.history(settings.num_steps, quiet=not is_main)
     start = state.load(job.say)
     history.resume(start)  # also from 0: a training that was killed before its first checkpoint left rows
-    if start:
-        job.say(f"resumed step {start}")
     if validation and is_main:
         validation.begin(start)
-    if settings.data_on_device:
-        data = data.on(accelerator.device)
+    data = data.on(accelerator.device) if settings.data_on_device else data
     network = _prepared(objective, settings, accelerator)
-
     row_interval = max(1, math.ceil(settings.num_steps / HISTORY_ROWS))
     began = saved = time.monotonic()
     with job.stopping_between_steps():
         for step in range(start, settings.num_steps):
             rate = learning_rate_factor(step, settings)
-            for group, base_rate in zip(_groups(optimizers), base_rates, strict=True):
-                group["lr"] = base_rate * rate
+            _set_rates(optimizers, [rate * base for base in base_rates])
             terms = _step(network, objective, optimizers, data, settings, accelerator, seed, step)
             update_average(average, objective.model, settings.ema_decay, step)
             done = step + 1
             if hasattr(objective, "diagnose"):
                 terms |= _diagnosed(objective, step, job, is_main)
-            is_validated = validation is not None and validation.is_due(done)
+            is_validated = bool(validation and validation.is_due(done))
             if done % row_interval == 0 or done == settings.num_steps or is_validated:
                 terms = _mean_over_processes(terms, accelerator)
                 terms["learning_rate"] = rate * settings.learning_rate
@@ -139,7 +132,7 @@ def fit(
     return average.cpu().eval() if is_main else None
 
 
-def _accelerator(settings: Training, is_validated: bool) -> Accelerator:
+def _accelerator(settings: Training, job: Job, is_validated: bool) -> Accelerator:
     """Devices, processes and precision. Raises ValueError where a batch cannot be divided among them."""
     if settings.batch_size % settings.gradient_accumulation:
         raise ValueError(
@@ -154,6 +147,8 @@ def _accelerator(settings: Training, is_validated: bool) -> Accelerator:
             *([InitProcessGroupKwargs(timeout=LONGEST_VALIDATION)] if is_validated else []),
         ],
     )
+    if settings.precision == "bf16" and accelerator.device.type == "cpu" and not computes_in_bf16():
+        job.say("this processor has no bf16 instructions: precision fp32 is many times faster on it")
     shares = accelerator.num_processes * settings.gradient_accumulation
     if settings.batch_size % shares:
         raise ValueError(
@@ -280,6 +275,12 @@ def _diagnosed(objective: Objective, step: int, job: Job, is_main: bool) -> dict
 
 def _groups(optimizers: dict[str, list[Optimizer]]) -> list[dict[str, Any]]:
     return [group for some in optimizers.values() for optimizer in some for group in optimizer.param_groups]
+
+
+def _set_rates(optimizers: dict[str, list[Optimizer]], rates: list[float]) -> None:
+    """The learning rate of each group of parameters, in the order of `_groups`."""
+    for group, rate in zip(_groups(optimizers), rates, strict=True):
+        group["lr"] = rate
 
 
 def _to(batch: Any, device: torch.device) -> Any:

@@ -38,7 +38,7 @@ class State:
             shutil.rmtree(old)
 
     def load(self, say: Callable[[str], None]) -> int:
-        """Restore the newest checkpoint whose hashes are right and return its step (0: none); damaged ones are named."""
+        """Restore the newest checkpoint whose hashes are right and return its step (0: none). It and damaged ones are named."""
         for folder in sorted(self.folder.glob("step-*"), reverse=True):
             try:
                 artifact.check(folder)
@@ -57,6 +57,7 @@ class State:
                         restored.setdefault(int(number), {})[name] = value
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
                 _lay_out_as_weights(optimizer)
+            say(f"resumed step {meta['step']}")
             return int(meta["step"])
         return 0
 

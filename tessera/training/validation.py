@@ -1,5 +1,8 @@
 """Validation of a prior while it trains: losses of training and test images, samples, and their distance from real images.
 
+A criterion that chooses weights is never of the test images, which the chosen weights are judged by later: it is of validation
+images, a share of the training images that is then not trained on.
+
 The loss of a training says little of its samples, and nothing for a GAN. Each validation is of the averaged weights, with the
 same images, labels, noise and masks, so that two of them differ by the weights alone. It draws from generators of its own, and
 from the global one, which every training step seeds anew: the training is the same with it and without.
@@ -21,7 +24,7 @@ from tessera.artifacts import checkpoints, pictures
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts import tokens as token_artifact
-from tessera.artifacts.checkpoints import read_weights
+from tessera.artifacts.checkpoints import CHOICE, read_weights
 from tessera.artifacts.folder import ArtifactError
 from tessera.artifacts.images import to_uint8
 from tessera.artifacts.samples import quotas
@@ -31,11 +34,31 @@ from tessera.contracts import Job, TokenSpec
 from tessera.evaluation.judge import Judge
 from tessera.evaluation.likelihood import mean_loss, proportional_rows
 from tessera.metrics import frechet
-from tessera.params import Pipeline
+from tessera.params import FollowTraining, Pipeline
 from tessera.training.alarms import copying_alarm, loss_alarm, train_share
 
 BATCH = 100  # images that are drawn at a time; fixed, because it decides the noise
-COLUMN_OF = {"test_loss": "test_loss", "frechet": "follow_fd_test"}  # what a criterion minimizes
+VALIDATION = "validation"  # beside the splits train and test, where a criterion chooses
+COLUMN_OF = {"validation_loss": "validation_loss", "frechet": "follow_fd_validation"}  # what a criterion minimizes
+
+
+def hold_out(train: Tokens, settings: FollowTraining, seed: int, job: Job) -> dict[str, Tokens]:
+    """The training images without the validation images, and these: settings.validation_share, with the same class shares.
+
+    Raises ValueError if there are not two of them, or none are left to train on.
+    """
+    number = round(settings.validation_share * len(train))
+    if not 2 <= number < len(train):
+        raise ValueError(
+            f"follow_training.validation_share {settings.validation_share} of {len(train)} training images is {number}, "
+            f"expected at least 2 and fewer than all: raise or lower it, or use criterion last"
+        )
+    held_out = proportional_rows(train.labels, number, seed, "validation_rows")
+    job.say(
+        f"criterion {settings.criterion} is of {number:,} of the {len(train):,} training images, the same share of each class; "
+        f"the others are trained on"
+    )
+    return {"train": train.subset(np.setdiff1d(np.arange(len(train)), held_out)), VALIDATION: train.subset(held_out)}
 
 
 class Result(NamedTuple):
@@ -57,6 +80,7 @@ class PriorValidation:
         tokenizer: Path,
         job: Job,
     ):
+        """tokens: of the splits, with those of VALIDATION if the criterion is not last."""
         self.settings, self.seed, self.job = params.follow_training, params.seed, job
         self.config, self.spec, self.tokens = params.systems[system].prior, spec, tokens
         self.prior = load("priors", self.config.kind)
@@ -79,10 +103,11 @@ class PriorValidation:
     def begin(self, step: int) -> None:
         """Read what samples are compared with, and the results up to `step`, at which the training begins or resumes."""
         image_spec, splits = image_artifact.read(self.images)
-        for split, tokens in self.tokens.items():
-            if not np.array_equal(tokens.labels, splits[split].labels):
+        for tokens in self.tokens.values():
+            labels = splits[tokens.split].labels
+            if len(labels) != len(tokens.values) or not np.array_equal(tokens.labels, labels[tokens.rows]):
                 raise ValueError(
-                    f"{self.images}/{split} holds other images than the tokens are of: run dvc repro encode_tokens"
+                    f"{self.images}/{tokens.split} holds other images than the tokens are of: run dvc repro encode_tokens"
                 )
         self.decoder, _, _ = checkpoints.load_model(self.tokenizer, "tokenizers")
         features = load("features", self.settings.features.kind)
@@ -91,9 +116,12 @@ class PriorValidation:
             features.prepare(network, self.settings.features)
         self.judge = Judge(network, self.settings.features)
         # Equally many of both splits: the larger one would be the nearer one.
-        self.count = min(self.settings.num_images, *map(len, splits.values()))
-        self.rows = {split: proportional_rows(images.labels, self.count, self.seed) for split, images in splits.items()}
-        real = {split: self.judge.features(splits[split].pixels, rows) for split, rows in self.rows.items()}
+        self.count = min(self.settings.num_images, len(self.tokens["train"]), len(self.tokens["test"]))
+        self.rows, real = {}, {}
+        for split, tokens in self.tokens.items():
+            number = min(self.count, len(tokens))
+            self.rows[split] = proportional_rows(tokens.labels, number, self.seed)
+            real[split] = self.judge.features(splits[tokens.split].pixels, tokens.rows[self.rows[split]])
         self.moments = {split: frechet.moments(values) for split, values in real.items()}
         self.real = torch.from_numpy(np.concatenate([real["test"], real["train"]]))  # a tie goes to the test image
         number = self.settings.num_images
@@ -142,13 +170,28 @@ class PriorValidation:
         )
 
     def write(self, place: Path) -> None:
-        """Put the pictures of all validations into an artifact: a grid of each, and one with a row of samples for each."""
+        """Put into an artifact what chose its weights, and the pictures of all validations: a grid of each, and one with a row
+        of samples for each."""
+        if self.settings.criterion != "last":
+            self._write_choice(place)
         for result in self.results:
             target = place / "looks" / f"step-{result.step:07d}.png"
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(self._place("step", result.step) / "samples.png", target)
         rows = [np.load(self._place("step", result.step) / "row.npy", allow_pickle=False) for result in self.results]
         pictures.save_grid(place / "looks" / "training.png", np.concatenate(rows), len(self.row))
+
+    def _write_choice(self, place: Path) -> None:
+        rows = self.tokens[VALIDATION].rows
+        np.save(place / "validation-rows.npy", rows, allow_pickle=False)
+        described = {
+            "criterion": self.settings.criterion,
+            "kept_step": self._chosen(self.results[-1].step).step,
+            "split": "train",
+            "num_images": len(rows),
+            "rows_sha256": artifact.sha256(place / "validation-rows.npy"),
+        }
+        artifact.write_json(place / CHOICE, described)
 
     def _losses(self, model: nn.Module) -> dict[str, float]:
         if "prior" not in self.prior.Objective.phases:
@@ -157,8 +200,11 @@ class PriorValidation:
         rows = {split: torch.from_numpy(rows) for split, rows in self.rows.items()}
         return {
             f"{split}_loss": mean_loss(objective, self.tokens[split], rows[split], self.seed)
-            for split in ("test", "train")
+            for split in self._shown_splits()
         }
+
+    def _shown_splits(self) -> list[str]:
+        return [split for split in ("test", "train", VALIDATION) if split in self.tokens]
 
     @torch.no_grad()
     def _distances(self, model: nn.Module) -> tuple[dict[str, float], float]:
@@ -180,11 +226,9 @@ class PriorValidation:
         moments = drawn.moments()
         share, share_std = train_share(torch.cat(nearest), self.count)
         metrics = {
-            "follow_fd_test": frechet.distance(moments, self.moments["test"]),
-            "follow_fd_train": frechet.distance(moments, self.moments["train"]),
-            "follow_train_share": share,
+            f"follow_fd_{split}": frechet.distance(moments, self.moments[split]) for split in self._shown_splits()
         }
-        return metrics, share_std
+        return metrics | {"follow_train_share": share}, share_std
 
     def _write(self, step: int, model: nn.Module) -> None:
         """Weights first: a result that is there has its weights."""

@@ -98,6 +98,9 @@ class ToySeen:
     def real_features(self, split: str = "test", is_limited: bool = False):
         return REAL if split == "test" else normal(2 * NUM_IMAGES, WIDTH, seed=9)
 
+    def real_labels(self, split: str = "test"):
+        return LABELS if split == "test" else np.repeat(LABELS, 2)
+
     def protocol(self, split: str = "test", num_images=None, num_real=None, **settings):
         return without_network(SPEC.name, self.network, num_images or self.num_images, **settings)
 
@@ -135,7 +138,7 @@ def required(tmp_path_factory) -> dict[str, dict]:
         weights[f"lin{level}.weight"] = torch.rand(1, block[-1], 1, 1, generator=generator)
     path = tmp_path_factory.mktemp("vgg") / "vgg.safetensors"
     safetensors.torch.save_file(weights, path)
-    return {"lpips": {"weights": str(path), "sha256": artifact.sha256(path)}, "kernel": {"subset": 20}}
+    return {"lpips": {"weights": str(path), "sha256": artifact.sha256(path)}}
 
 
 @pytest.fixture

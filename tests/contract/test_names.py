@@ -47,6 +47,8 @@ FIGURES = [  # besides those of metrics, which tests/contract/test_metrics.py me
     "dead_code_age",
     "seconds",
     "test_loss",
+    "validation_loss",
+    "follow_fd_validation",
 ]
 
 

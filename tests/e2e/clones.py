@@ -131,7 +131,6 @@ def smoke_params(*systems: str) -> dict[str, Any]:
     for edit in ("denoise", "super-resolution"):
         params["edits"][edit] |= {"candidates": 1, "sweeps": 1, "correction_steps": 2}
     params["edit_images"] = {"num_images": 4, "num_seeds": 2, "batch_size": 4}
-    params["evaluate"]["metrics"]["kernel"] |= {"subset": 20, "num_subsets": 2}
     return params
 
 

@@ -59,7 +59,6 @@ def tiny_params() -> Pipeline:
         "flow": flow | {"tokenizer": "vqvae", "sampling": {"guidance_scale": GUIDANCE, "num_steps": 2}}
     }
     values["sample_images"] = {"num_images": 60, "batch_size": 60}
-    values["evaluate"]["metrics"]["kernel"] |= {"subset": 30, "num_subsets": 2}
     return parse(Pipeline, values)
 
 

@@ -248,10 +248,21 @@ def test_fewer_samples_than_asked_for_are_an_error(place):
         place.judge("few", pixels, labels)
 
 
-def test_a_kernel_subset_larger_than_a_set_is_an_error_and_not_a_smaller_subset(place, monkeypatch):
+def test_settings_of_the_kernel_metric_that_mean_nothing_any_more_are_told_and_decide_nothing(
+    place, monkeypatch, capsys
+):
+    images = place.train(place.rows())
+    found = place.judge("now", *images)
+    assert "note:" not in capsys.readouterr().out
     monkeypatch.setattr(place, "params", pipeline(kernel={"kind": "kernel", "subset": 400, "num_subsets": 20}))
-    with pytest.raises(ValueError, match="subset 400 is larger than the 359 images"):
-        place.judge("subsets", *place.train(place.rows()))
+    assert place.judge("before", *images) == found
+    assert "note: subset and num_subsets of the kernel metric no longer mean anything" in capsys.readouterr().out
+
+
+def test_the_kernel_distance_of_real_images_is_0_within_its_error(place):
+    """600 training images and 359 test images of digits, whose classes have fixed shares in both."""
+    found = figures.read(place.metrics("real")).figure("kd_classifier")
+    assert abs(found.value) < 2 * found.standard_error < 0.02
 
 
 def test_lpips_of_images_that_its_network_cannot_halve_is_refused_in_a_sentence(place, monkeypatch):
@@ -259,6 +270,18 @@ def test_lpips_of_images_that_its_network_cannot_halve_is_refused_in_a_sentence(
     monkeypatch.setattr(place, "params", pipeline(lpips=lpips))
     with pytest.raises(ValueError, match="images of 8 pixels are too small for LPIPS.*at least 16"):
         place.make_tokenizer("poor")
+
+
+def test_a_perfect_prior_has_no_gap_whatever_its_tokenizer(place):
+    """Other training images than those of the floor, in the same class shares, through the tokenizer."""
+    for name in ("good", "poor"):
+        rows = place.rows()
+        found = place.judge(f"perfect-{name}", place.decoded(name, rows), place.train(rows)[1], tokenizer=name)
+        gap = found.figure("gap_fd_classifier")
+        assert abs(gap.value) < 2 * gap.standard_error
+        parts = comparison.bottleneck([found], [figures.read(place.metrics("real"))], "fd_classifier")
+        assert gap.value == pytest.approx(parts.prior)
+        assert found.protocol("gap_fd_classifier").settings == {"floor": NUM_IMAGES}
 
 
 def test_a_poor_tokenizer_with_a_perfect_prior_is_named_the_bottleneck(place):
@@ -350,7 +373,7 @@ def test_the_report_shows_every_figure_and_picture_in_a_browser(two_systems, bro
             for key, figure in measured.groups.get(group, {}).items():
                 exact, text = shown.pop((name, key))
                 assert exact == figure.value
-                assert float(text.split("±")[0]) == pytest.approx(figure.value, rel=1e-3, abs=1e-12)
+                assert float(text.split("±")[0]) == pytest.approx(figure.value, rel=1e-3, abs=figures.ROUNDING)
     assert not shown  # nothing that is not in the files
     page.set_viewport_size({"width": 1280, "height": 800})
     for seen in ("#table-main", "img[alt='Samples of two, small']"):  # on the first screen, whole

@@ -96,6 +96,17 @@ def test_means_and_shares_carry_their_standard_errors():
     assert 0 < found.groups["g"]["all"].standard_error < 0.03  # all of 50 is not certainty
 
 
+def test_what_rounding_leaves_of_0_is_shown_as_0():
+    assert figures.text_with_error(7.1e-13, 9.5e-12) == figures.text_with_error(-7.1e-13, None) == "0"
+    assert figures.text_with_error(-7.1e-13, 0.02) == "0 ± 0.02"
+    assert figures.text_with_error(0.208, 0.0213) == "0.208 ± 0.021"
+    assert figures.text_with_error(12345.6, math.nan) == "1.235e+04"
+    exact = {"pixels": [measured(-7.1e-13, 9.5e-12)]}
+    assert comparison.ranking(exact, "fd_classifier") == "pixels 0"
+    shown = comparison.table(exact, {"fd_classifier": "{:.3f}"}, ["fd_classifier"])
+    assert shown["fd_classifier"].tolist() == ["0.000 ± 0.000"]  # and no -0.000
+
+
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_a_figure_that_is_not_finite_is_refused_by_its_name(wrong):
     with pytest.raises(ValueError, match="generation/fd_classifier is (nan|inf), expected a finite number"):

@@ -2,13 +2,16 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tessera.evaluation.figures import Figure, Protocol, Recorder
 from tessera.metrics import brightness, codebook, copy_rate, frechet, kernel, precision_recall, reconstruction
+from tessera.nn.neighbors import nearest
 
 
 def normal(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -124,7 +127,7 @@ def test_a_figure_of_features_or_levels_that_are_not_finite_is_refused():
     wrong[5, 1] = math.nan
     for a, b in ((fine, wrong), (wrong, fine)):
         with pytest.raises(ValueError, match="not finite"):
-            kernel.squared_discrepancy(a, b)
+            kernel.distance(a, b)
         with pytest.raises(ValueError, match="not finite"):
             copy_rate.copy_rate(a, b, fine)
         with pytest.raises(ValueError, match="not finite"):
@@ -268,6 +271,44 @@ def test_both_sides_of_a_pair_cancel_where_reconstructions_are_exact():
     assert math.isnan(frechet.standard_error(both[:2], np.arange(2), 2))  # no class has two
 
 
+class Halves:
+    """Two draws of one mixture of two classes, as contracts.RealImages, or the second before the first."""
+
+    def __init__(self, seed: int, is_swapped: bool = False):
+        labels = np.repeat([0, 1], 100)
+        of_class = 2 * torch.from_numpy(labels)[:, None]
+        features = [normal(200, 6, seed=2 * seed + number) * torch.linspace(0.2, 1, 6) + of_class for number in (0, 1)]
+        self.both = [
+            SimpleNamespace(
+                network="x",
+                kind="random",
+                num_images=200,
+                features=some,
+                labels=labels,
+                moments=frechet.moments(some),
+                protocol=lambda *_, **__: Protocol.model_construct(num_images=200),
+            )
+            for some in (reversed(features) if is_swapped else features)
+        ]
+
+    def halves(self):
+        yield tuple(self.both)
+
+
+def halves_figure(halves: Halves) -> Figure:
+    found = Recorder().group("floor")
+    frechet.of_real_images(frechet.Config(kind="frechet"), halves, found)
+    return found.found.groups["floor"]["halves_fd_x"]
+
+
+def test_the_error_of_the_distance_of_two_halves_is_of_both_and_is_the_spread_of_draws():
+    found = [halves_figure(Halves(seed)) for seed in range(150)]
+    errors, spread = [one.standard_error for one in found], np.std([one.value for one in found], ddof=1)
+    assert np.mean(errors) == pytest.approx(spread, rel=0.15)
+    swapped = [halves_figure(Halves(seed, is_swapped=True)).standard_error for seed in range(3)]
+    assert swapped == pytest.approx(errors[:3], rel=1e-9)
+
+
 # Brightness
 
 
@@ -288,62 +329,101 @@ def test_a_shift_of_one_gray_level_is_seen_beside_its_error():
 
 
 @pytest.mark.parametrize("pair", ["loss|jpg_same", "loss|noisy25", "jpg_same|jpg_test", "euro_tr400|euro_te334"])
-def test_kernel_distance_equals_other_implementations(reference, pair):
+def test_kernel_distance_of_one_class_equals_other_implementations(reference, pair):
+    """Theirs of one subset, the first that this generator draws."""
     features, figures = reference
-    x, y = (features[name] for name in pair.split("|"))
-    found = kernel.distance(x, y, np.random.default_rng(1), subset_size=300, num_subsets=1)
-    assert found.mean == pytest.approx(figures[pair]["kid300_rng1_torch_fidelity_mmd2"], abs=1e-12)
-    assert math.isnan(found.standard_error)
+    generator = np.random.default_rng(1)
+    x, y = (one[generator.permutation(len(one))[:300]] for one in (features[name] for name in pair.split("|")))
+    assert kernel.distance(x, y).value == pytest.approx(figures[pair]["kid300_rng1_torch_fidelity_mmd2"], abs=1e-12)
 
 
-def test_kernel_discrepancy_equals_sums_over_pairs():
-    x, y = normal(5, 3, seed=0).numpy(), normal(7, 3, seed=1).numpy() + 1
-
-    def k(a, b):
-        return (float(a @ b) / 3 + 1) ** 3
-
-    within_x = sum(k(x[i], x[j]) for i in range(5) for j in range(5) if i != j) / 20
-    within_y = sum(k(y[i], y[j]) for i in range(7) for j in range(7) if i != j) / 42
-    between = sum(k(a, b) for a in x for b in y) / 35
-    assert kernel.squared_discrepancy(x, y) == pytest.approx(within_x + within_y - 2 * between, rel=1e-12)
+def k(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-@pytest.mark.parametrize(("block", "num_subsets"), [(7, 40), (192, 40), (7, 2)])
-def test_kernel_distance_is_the_mean_over_subsets_whether_or_not_they_share_products(monkeypatch, block, num_subsets):
+def mean_of_pairs(x: np.ndarray, y: np.ndarray) -> float:
+    """Over all pairs, or over those of two different images if both are one set."""
+    return k(x, y).mean() if x is not y else k(x, x)[~np.eye(len(x), dtype=bool)].mean()
+
+
+@pytest.mark.parametrize("block", [7, 192])
+def test_kernel_distance_weighs_means_over_pairs_by_the_shares_of_the_classes(monkeypatch, block):
+    """One class of x is not in y, and the others have other shares there: weighed as in x, that of y's own class kept."""
     monkeypatch.setattr(kernel, "BLOCK_ROWS", block)
-    x, y = normal(60, 64, seed=2).float(), normal(45, 64, seed=3).float() + 0.5
-    generator = np.random.default_rng(5)
-    expected = []
-    for _ in range(num_subsets):
-        rows = generator.permutation(60)[:20], generator.permutation(45)[:20]
-        a, b = (features.double().numpy()[some] for features, some in zip((x, y), rows, strict=True))
-        within = [((z @ z.T / 64 + 1) ** 3)[~np.eye(20, dtype=bool)].mean() for z in (a, b)]
-        expected.append(sum(within) - 2 * ((a @ b.T / 64 + 1) ** 3).mean())
-    found = kernel.distance(x, y, np.random.default_rng(5), 20, num_subsets)
-    assert found.mean == pytest.approx(np.mean(expected), rel=1e-12)
-    assert found.standard_error == pytest.approx(np.std(expected, ddof=1) / math.sqrt(num_subsets), rel=1e-11)
+    x_labels, y_labels = np.random.default_rng(0).permutation([0] * 20 + [1] * 30 + [2] * 10), np.arange(45) % 3 + 1
+    x, y = normal(60, 5, seed=2).numpy() + x_labels[:, None], normal(45, 5, seed=3).numpy() + 0.5
+    x_shares, y_shares = {0: 20 / 60, 1: 30 / 60, 2: 10 / 60}, {1: 2 / 3 * 3 / 4, 2: 2 / 3 * 1 / 4, 3: 1 / 3}
+    of_x = {c: (share, x[x_labels == c]) for c, share in x_shares.items()}
+    of_y = {c: (share, y[y_labels == c]) for c, share in y_shares.items()}
+
+    def mean(one, other):
+        return sum(p * q * mean_of_pairs(a, b) for p, a in one.values() for q, b in other.values())
+
+    expected = mean(of_x, of_x) + mean(of_y, of_y) - 2 * mean(of_x, of_y)
+    found = kernel.distance(torch.from_numpy(x).float().double(), y, x_labels, y_labels)
+    assert found.value == pytest.approx(expected, rel=1e-6)
+    assert kernel.distance(x, y, x_labels, y_labels).value == pytest.approx(expected, rel=1e-11)
 
 
-def test_kernel_distance_repeats_under_a_seed_and_its_error_shrinks_with_the_number_of_subsets():
-    x, y = normal(200, 4, seed=0), normal(150, 4, seed=1)
-    few, again, other = (kernel.distance(x, y, np.random.default_rng(s), 50, 20) for s in (3, 3, 4))
-    assert few == again != other
-    many = kernel.distance(x, y, np.random.default_rng(3), 50, 500)
-    assert many.standard_error == pytest.approx(few.standard_error * math.sqrt(20 / 500), rel=0.5)
-    assert abs(many.mean - few.mean) < 4 * few.standard_error
+@pytest.mark.parametrize("shift", [0.0, 0.05], ids=["one distribution", "two"])
+def test_kernel_distance_of_draws_with_fixed_shares_is_unbiased_and_spreads_as_its_error_says(shift):
+    """Far classes in equal shares of draws of 200 and 80: without labels the figure is far below 0."""
+    centers, values, errors, without = normal(10, 32, seed=5).numpy(), [], [], []
+    labels = [np.repeat(np.arange(10), number) for number in (20, 8)]
+    for seed in range(150):
+        random = np.random.default_rng(seed)
+        x, y = (centers[some] + 0.5 * random.normal(size=(len(some), 32)) for some in labels)
+        found = kernel.distance(x + shift, y, *labels)
+        values.append(found.value)
+        errors.append(found.standard_error)
+        without.append(kernel.distance(x + shift, y).value)
+    spread = np.std(values, ddof=1)
+    expected = k_of_means(centers + shift, centers)
+    assert abs(np.mean(values) - expected) < 3 * spread / math.sqrt(150)
+    assert abs(np.mean(without) - expected) > 5 * spread
+    assert 0.9 * spread < np.mean(errors) < 1.3 * spread
 
 
-def test_kernel_distance_is_unbiased_around_0_for_sets_of_one_distribution():
-    values = [kernel.squared_discrepancy(normal(40, 3, seed=s), normal(40, 3, seed=1000 + s)) for s in range(200)]
-    assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(200)
-    assert min(values) < 0 < max(values)
+def k_of_means(centers: np.ndarray, others: np.ndarray, variance: float = 0.25) -> float:
+    """The distance of two mixtures of Gaussians around centers in equal shares: E (1 + s)^3 for s of mean m and variance v is
+    (1 + m)^3 + 3 (1 + m) v + a third moment, all in closed form for x.y / D of independent Gaussians."""
+    width = centers.shape[1]
+
+    def mean(a, b):
+        m = 1 + a @ b.T / width
+        squares = (a**2).sum(1)[:, None] + (b**2).sum(1)[None]
+        v = (variance * squares + variance**2 * width) / width**2
+        third = 6 * variance**2 * (a @ b.T) / width**3
+        return (m**3 + 3 * m * v + third).mean()
+
+    return mean(centers, centers) + mean(others, others) - 2 * mean(centers, others)
 
 
-def test_a_subset_larger_than_a_set_is_refused():
-    with pytest.raises(ValueError, match="subsets of 11 images.*2 to 10 images"):
-        kernel.distance(normal(20, 3, seed=0), normal(10, 3, seed=1), np.random.default_rng(0), 11, 2)
+def test_the_error_of_a_kernel_distance_is_taken_from_some_of_many_images(monkeypatch):
+    labels = np.arange(300) % 3
+    x, y = normal(300, 8, seed=0) + torch.from_numpy(labels)[:, None], normal(300, 8, seed=1) + 0.3
+    whole = kernel.distance(x, y, labels, labels)
+    monkeypatch.setattr(kernel, "ERROR_IMAGES", 60)
+    some = kernel.distance(x, y, labels, labels)
+    assert some.value == whole.value
+    assert some.standard_error == pytest.approx(whole.standard_error, rel=0.2)
+    assert some.standard_error != whole.standard_error
+
+
+def test_single_images_of_classes_have_the_noise_of_the_others_and_single_ones_alone_are_refused():
+    """Half of the images of x are alone in their classes; all classes are alike."""
+    labels, values = np.r_[np.repeat(np.arange(3), 5), 3:18], []
+    for seed in range(150):
+        values.append(
+            kernel.distance(normal(30, 4, seed=seed), normal(60, 4, seed=999 - seed), labels, labels[:1].repeat(60))
+        )
+    assert abs(np.mean([found.value for found in values])) < 3 * np.std([found.value for found in values]) / math.sqrt(
+        150
+    )
+    with pytest.raises(ValueError, match="no class has two of the 9 images.*Raise sample_images.num_images"):
+        kernel.distance(normal(9, 4, seed=0), normal(60, 4, seed=1), np.arange(9))
     with pytest.raises(ValueError, match="same feature network"):
-        kernel.squared_discrepancy(normal(20, 3, seed=0), normal(10, 2, seed=1))
+        kernel.distance(normal(20, 3, seed=0), normal(10, 2, seed=1))
 
 
 # Precision and recall, density and coverage
@@ -359,10 +439,12 @@ def brute_force(reference: np.ndarray, samples: np.ndarray, k: int) -> tuple[flo
     fake_radii = [radius(samples, j) for j in range(len(samples))]
     gap = [[math.dist(r, s) for s in samples] for r in reference]
     n, m = range(len(reference)), range(len(samples))
-    precision = np.mean([any(gap[i][j] <= real_radii[i] for i in n) for j in m])
-    recall = np.mean([any(gap[i][j] <= fake_radii[j] for j in m) for i in n])
-    density = sum(gap[i][j] <= real_radii[i] for i in n for j in m) / (k * len(samples))
-    coverage = np.mean([any(gap[i][j] <= real_radii[i] for j in m) for i in n])
+    in_real = [[0 < real_radii[i] >= gap[i][j] for j in m] for i in n]  # a ball of radius 0 holds nothing
+    in_fake = [[0 < fake_radii[j] >= gap[i][j] for j in m] for i in n]
+    precision = np.mean([any(in_real[i][j] for i in n) for j in m])
+    recall = np.mean([any(in_fake[i]) for i in n])
+    density = sum(map(sum, in_real)) / (k * len(samples))
+    coverage = np.mean([any(in_real[i]) for i in n])
     return precision, recall, density, coverage
 
 
@@ -439,13 +521,48 @@ def test_neighborhoods_of_many_features_equal_subtraction_in_float64():
     hits = inside.double().sum(dim=1) / 5
     assert found.density_standard_error == pytest.approx(hits.std().item() / math.sqrt(300))
     assert precision_recall.precision_recall(reference, samples) == found[:2]
-    assert precision_recall.density_coverage(reference, samples) == found[2:]
+    assert precision_recall.density_coverage(reference, samples) == found[2:5]
 
 
 def test_equal_sets_are_wholly_precise_recalled_and_covered():
     features = normal(60, 5, seed=2) + 100
     assert precision_recall.precision_recall(features, features) == (1, 1)
     assert precision_recall.density_coverage(features, features).coverage == 1
+
+
+def test_images_that_occur_more_than_k_times_are_no_neighbourhood_of_themselves():
+    """A ball of radius 0 says nothing of what is near. Other balls may hold such images."""
+    constant, few = torch.ones(20, 3), normal(5, 3, seed=7).repeat(8, 1)
+    for images in (constant, few):
+        found = precision_recall.neighborhoods(images, images)
+        assert found[:4] == (0, 0, 0, 0) and found.recall_standard_error > 0
+    assert precision_recall.precision_recall(normal(200, 3, seed=3), 0 * constant).precision == 1
+
+
+@pytest.mark.parametrize(("num_real", "num_samples", "width", "shift"), [(300, 300, 24, 0.0), (300, 600, 6, 0.4)])
+def test_the_errors_of_recall_and_coverage_are_their_spread_over_draws_of_the_samples(
+    num_real, num_samples, width, shift
+):
+    """The reference stays. Neighbouring balls are hit by the same samples, which a binomial error knows nothing of."""
+    reference = normal(num_real, width, seed=1)
+    found = [
+        precision_recall.neighborhoods(reference, normal(num_samples, width, seed=100 + seed) + shift)
+        for seed in range(80)
+    ]
+    for name in ("recall", "coverage"):
+        spread = np.std([getattr(one, name) for one in found], ddof=1)
+        error = np.mean([getattr(one, f"{name}_standard_error") for one in found])
+        assert 0.85 * spread < error < 1.4 * spread, (name, error, spread)
+
+
+def test_the_error_of_a_share_of_disjoint_targets_is_that_of_occupied_cells():
+    """In closed form: N cells of which M balls fall into each alike; Feller, volume 1, section IX.5."""
+    cells, balls = 500, 700
+    misses = (1 - 1 / cells) ** balls
+    expected = (misses + (cells - 1) * (1 - 2 / cells) ** balls - cells * misses**2) / cells
+    fallen = torch.randint(cells, (balls,), generator=torch.Generator().manual_seed(0))
+    found = precision_recall._error_of_share(torch.nn.functional.one_hot(fallen, cells).T.bool())
+    assert found == pytest.approx(math.sqrt(expected), rel=0.1)
 
 
 def test_a_collapsed_generator_is_precise_without_recall_and_a_distant_one_has_neither():
@@ -626,6 +743,40 @@ def test_copies_are_counted_and_new_samples_are_not():
     assert copy_rate.copy_rate(new + 50, train, held_out) == 0
     half = np.concatenate([copies[:500], new[:500] + 50])
     assert copy_rate.copy_rate(half, train, held_out) == pytest.approx(0.5, abs=0.03)
+
+
+def test_the_error_of_the_copy_rate_is_its_spread_over_draws_of_samples_and_held_out_images():
+    train, found = normal(800, 6, seed=60), []
+    for seed in range(100):
+        samples, held_out = 0.9 * normal(500, 6, seed=500 + seed), normal(200, 6, seed=900 + seed)
+        found.append(copy_rate.share_of_copies(nearest(samples, train).distances, nearest(held_out, train).distances))
+    spread = np.std([one.rate for one in found], ddof=1)
+    assert np.mean([one.standard_error for one in found]) == pytest.approx(spread, rel=0.2)
+    assert 0.7 * spread > (0.07 * 0.93 / 500) ** 0.5  # that of the samples alone
+
+
+@pytest.mark.parametrize(
+    ("part", "scale", "is_memory"), [(0.2, 1.0, True), (1.0, 1.0, True), (0.0, 0.5, False), (0.0, 0.7, False)]
+)
+def test_copies_are_learned_by_heart_and_samples_of_a_truncated_sampler_are_not(part, scale, is_memory):
+    """Both have a high rate: near training images, and where images are dense."""
+    real, samples = normal(1200, 8, seed=70).numpy(), scale * normal(1000, 8, seed=71).numpy()
+    train, held_out, number = real[:900], real[900:], int(part * 1000)
+    samples[:number] = train[np.arange(number) % 900] + 0.02 * samples[:number]
+    found = copy_rate.share_of_copies(nearest(samples, train).distances, nearest(held_out, train).distances)
+    assert found.rate > copy_rate.SUSPICIOUS_SHARE
+    assert copy_rate.are_learned_by_heart(samples, train, held_out, found.threshold) == is_memory
+    told, number = Recorder().group("generation"), Protocol.model_construct(num_images=len(samples))
+    seen = SimpleNamespace(
+        features=samples,
+        real_features=lambda split, is_limited=False: train if split == "train" else held_out,
+        protocol=lambda *_, **__: number,
+    )
+    drawn = SimpleNamespace(are_real=False, first=seen, nearest_training=nearest(samples, train))
+    copy_rate.of_samples(copy_rate.Config(kind="copy_rate"), drawn, told)
+    assert told.found.groups["generation"]["copy_rate"].standard_error == found.standard_error
+    assert [("learned images by heart" in one) for one in told.alarms] == [True] * is_memory
+    assert [("they are no copies" in one) for one in told.notes] == [True] * (not is_memory)
 
 
 def test_the_copy_rate_is_that_of_brute_force():

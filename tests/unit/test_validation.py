@@ -12,11 +12,12 @@ import torch
 import yaml
 from sklearn.datasets import load_digits
 
-from stages import encode_tokens, train_prior, train_tokenizer
+from stages import encode_tokens, sample_images, train_prior, train_tokenizer
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import ImageWriter, to_float, write_meta
+from tessera.artifacts.tokens import Tokens
 from tessera.contracts import ImageSpec
 from tessera.evaluation import figures
 from tessera.evaluation.judge import Judge
@@ -251,7 +252,7 @@ class Fragile(Job):
 
 DEATHS = [
     ("last", {"dies": 3, "asked": True}),
-    ("test_loss", {"dies": 3, "asked": True}),
+    ("validation_loss", {"dies": 3, "asked": True}),
     ("frechet", {"dies": 4, "asked": True}),  # at a validation
     ("test_loss", {"dies": 4, "saves": (1,)}),  # long after the last checkpoint: two validations are made again
     ("last", {"dies": 2}),  # before the first
@@ -277,9 +278,9 @@ def test_a_training_that_was_killed_and_resumed_saw_and_kept_the_same(striped, t
 
 def test_the_weights_chosen_by_an_older_checkpoint_are_kept_as_long_as_it_is(striped, tmp_path, monkeypatch):
     """Planted losses, better each time up to the fourth. The newest checkpoint is damaged; the other needs the first."""
-    losses = iter([5.0, 4.0, 3.0, 2.0, 4.0, 3.0, 2.0, 2.5])
-    monkeypatch.setattr(PriorValidation, "_losses", lambda self, model: {"test_loss": next(losses), "train_loss": 1.0})
-    following = {"every": 1, "criterion": "test_loss"}
+    losses, planted = iter([5.0, 4.0, 3.0, 2.0, 4.0, 3.0, 2.0, 2.5]), {"test_loss": 1.0, "train_loss": 1.0}
+    monkeypatch.setattr(PriorValidation, "_losses", lambda self, model: planted | {"validation_loss": next(losses)})
+    following = {"every": 1, "criterion": "validation_loss"}
     dying = Fragile("autoregressive", tmp_path / "state", dies=3, saves=(1, 3))
     with pytest.raises(Killed):
         striped.train(tmp_path, "autoregressive", dying, **following)
@@ -289,7 +290,7 @@ def test_the_weights_chosen_by_an_older_checkpoint_are_kept_as_long_as_it_is(str
     again = Job("autoregressive", tmp_path / "state")
     resumed = striped.train(tmp_path, "autoregressive", again, **following)
     assert "resumed step 1" in resumed.said and again.figures["kept_step"] == 4
-    assert resumed.validations.test_loss.tolist() == [5.0, 4.0, 3.0, 2.0, 2.5]
+    assert resumed.validations.validation_loss.tolist() == [5.0, 4.0, 3.0, 2.0, 2.5]
 
 
 def test_validations_that_were_lost_are_not_passed_over(striped, tmp_path):
@@ -303,7 +304,66 @@ def test_validations_that_were_lost_are_not_passed_over(striped, tmp_path):
         striped.train(tmp_path, "gan", Job("gan", tmp_path / "state"), every=2)
 
 
-@pytest.mark.parametrize(("criterion", "column"), [("test_loss", "test_loss"), ("frechet", "follow_fd_test")])
+def test_a_criterion_is_of_training_images_that_are_not_trained_on_and_not_of_test_images(
+    striped, tmp_path, monkeypatch
+):
+    """Planted losses: of the test images the third validation is the best, of the validation images the second."""
+    losses = iter(zip([5.0, 4.0, 1.0, 4.0, 5.0], [5.0, 1.0, 4.0, 4.0, 5.0], strict=True))
+
+    def planted(self, model):
+        of_test, of_validation = next(losses)
+        return {"test_loss": of_test, "train_loss": 1.0, "validation_loss": of_validation}
+
+    trained_on, batch = set(), Tokens.batch
+
+    def watched(self, rows, generator=None):
+        trained_on.update(self.rows[rows].tolist())
+        return batch(self, rows, generator)
+
+    monkeypatch.setattr(PriorValidation, "_losses", planted)
+    monkeypatch.setattr(Tokens, "batch", watched)
+    monkeypatch.setattr(train_prior, "held_out_figures", lambda *_: figures.Recorder())
+    trained = striped.train(tmp_path, "autoregressive", every=1, criterion="validation_loss", validation_share=0.25)
+    assert trained.job.figures["kept_step"] == 2
+    rows, labels = np.load(trained.out / "validation-rows.npy"), image_artifact.read(striped.images)[1]["train"].labels
+    assert np.bincount(labels[rows]).tolist() == [4, 4, 4] and len(set(rows)) == 12  # of 16 images of each class
+    assert trained_on == set(range(48)) - set(rows)  # 5 steps of 8: one epoch, and 4 images again
+    assert artifact.read_json(trained.out / "choice.json") == {
+        "criterion": "validation_loss",
+        "kept_step": 2,
+        "split": "train",
+        "num_images": 12,
+        "rows_sha256": artifact.sha256(trained.out / "validation-rows.npy"),
+    }
+    assert "criterion validation_loss is of 12 of the 48 training images, the same share of each class" in " ".join(
+        trained.said
+    )
+
+
+@pytest.mark.parametrize("criterion", ["last", "frechet"])
+def test_samples_tell_of_the_criterion_that_chose_their_weights_if_one_did(striped, tmp_path, criterion):
+    following = {"every": 2, "criterion": criterion}
+    trained = striped.train(tmp_path, "gan", **following)
+    params, tokenizer = striped.params({"gan": SYSTEMS["gan"]}, **following), striped.folder / "tokenizers/none"
+    out = tmp_path / "samples"
+    sample_images.run(params, "gan", tokenizer, trained.out, out, tmp_path / "samples.png", trained.job)
+    told = artifact.read_json(out / "meta.json").get("choice")
+    assert told == (None if criterion == "last" else artifact.read_json(trained.out / "choice.json"))
+    assert (
+        ("follow_fd_validation" in trained.history)
+        == (trained.out / "validation-rows.npy").exists()
+        == (told is not None)
+    )
+
+
+def test_a_share_without_two_validation_images_is_refused_before_the_training(striped, tmp_path):
+    with pytest.raises(ValueError, match="validation_share 0.03 of 48 training images is 1, expected at least 2"):
+        striped.train(tmp_path, "gan", every=2, criterion="frechet", validation_share=0.03)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "column"), [("validation_loss", "validation_loss"), ("frechet", "follow_fd_validation")]
+)
 def test_the_weights_of_the_best_validation_are_kept(striped, tmp_path, monkeypatch, criterion, column):
     """A learning rate at which the training swings, so that the last validation is not the best."""
     seen, measure = {}, PriorValidation.measure
@@ -313,7 +373,7 @@ def test_the_weights_of_the_best_validation_are_kept(striped, tmp_path, monkeypa
         return measure(self, step, model)
 
     monkeypatch.setattr(PriorValidation, "measure", remember)
-    wild = {"num_steps": 8, "batch_size": 8, "learning_rate": 0.3, "ema_decay": 0.0, "warmup_fraction": 0.0}
+    wild = {"num_steps": 8, "batch_size": 8, "learning_rate": 0.5, "ema_decay": 0.0, "warmup_fraction": 0.0}
     system = SYSTEMS["autoregressive"] | {"prior": SYSTEMS["autoregressive"]["prior"] | {"training": wild}}
     trained = striped.train(tmp_path, "autoregressive", system=system, every=1, criterion=criterion)
     best = int(trained.validations[column].idxmin())
@@ -321,8 +381,8 @@ def test_the_weights_of_the_best_validation_are_kept(striped, tmp_path, monkeypa
     assert equal(trained.weights, seen[best]) and not equal(trained.weights, seen[8])
     value = trained.validations[column][best]
     assert f"kept the averaged weights of step {best} of 8, criterion {criterion}: {column} {value:.4g}" in trained.said
-    if criterion == "test_loss":
-        assert trained.figures["test_loss"] == pytest.approx(value, rel=1e-6)
+    choice = artifact.read_json(trained.out / "choice.json")
+    assert (choice["criterion"], choice["kept_step"]) == (criterion, best)
 
 
 def test_a_tokenizer_that_the_tokens_are_not_of_is_refused_before_the_training(striped, tmp_path):
