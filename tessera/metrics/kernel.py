@@ -10,6 +10,7 @@ Differs from common implementations: subsets overlap, so each pair of images is 
 than each subset's own pairs, and sums over subsets are products with their rows of zeros and ones. All of it is float64.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from tessera import seeding
 from tessera.components import Params
-from tessera.contracts import Record, SeenSamples, Shown
+from tessera.contracts import Planned, Record, SeenSamples, Shown
 
 FIGURES = (Shown("kd_*", form=None, better="lower"), Shown("kid", form=None, better="lower"))
 BLOCK_ROWS = 192  # of a kernel matrix that are in memory at a time; more multiply more pairs twice
@@ -29,6 +30,17 @@ class Config(Params):
     kind: Literal["kernel"]
     subset: Annotated[int, Field(ge=2)] = 1000  # images per subset; more than there are is an error
     num_subsets: Annotated[int, Field(ge=2)] = 100
+
+
+def problems(config: Config, planned: Planned) -> Iterator[str]:
+    num_samples = min(planned.num_samples, planned.max_neighbor_images)
+    num_test = len(planned.labels["test"])
+    smaller = min(num_samples, num_test)
+    if config.subset > smaller >= 2:
+        yield (
+            f"subset {config.subset} is larger than the {smaller} images at hand ({num_samples} samples, {num_test} test "
+            f"images), expected at most as many: write subset: {max(2, smaller * 2 // 3)}"
+        )
 
 
 def figure_name(kind: str, network: str) -> str:
