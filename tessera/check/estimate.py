@@ -41,6 +41,16 @@ class Estimate(NamedTuple):
     def minutes(self) -> float:
         return sum(training.minutes for training in self.trainings) + self.other_minutes
 
+    def with_steps_of(self, params: Pipeline) -> "Estimate":
+        """The same speeds for params that differ in the numbers of steps alone."""
+        sections = {"train_features": params.features, "train_tokenizer": params.tokenizers}
+        now = []
+        for one in self.trainings:
+            stage, _, name = one.entry.partition("@")
+            config = params.systems[name].prior if stage == "train_prior" else sections[stage][name]
+            now.append(one._replace(num_steps=config.training.num_steps))
+        return self._replace(trainings=now)
+
     def sentence(self) -> str:
         """about 12 minutes and 0.9 GiB on cpu x2 (train_tokenizer@vqgan 5, train_prior@vqgan-flow 6, others 1)"""
         parts = [f"{one.entry} {one.minutes:.0f}" for one in self.trainings] + [f"others {self.other_minutes:.0f}"]

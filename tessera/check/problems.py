@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tessera.artifacts import folder as artifact
@@ -25,6 +24,8 @@ from tessera.components import Params, load
 from tessera.contracts import Planned, TokenSpec
 from tessera.params import Pipeline
 from tessera.training import views
+
+FILLING = ("normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_")
 
 
 def problems(params: Pipeline, planned: Planned, is_begin: bool = True) -> list[str]:
@@ -49,9 +50,10 @@ class _WithoutRandomWeights(TorchFunctionMode):
     """Inside, networks are built without being filled: of large ones the memory is then never touched."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (Tensor.normal_, Tensor.uniform_):
-            return args[0]
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in FILLING:
+            return args[0] if args else kwargs["tensor"]  # of a method of Tensor, or of nn.init
+        return function(*args, **kwargs)
 
 
 def _networks(params: Pipeline, planned: Planned) -> Iterator[str]:
