@@ -6,7 +6,6 @@ what depends on the number and the size of the images is chosen here, and the st
 
 import json
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,12 +13,12 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from tessera.check.estimate import Estimate
-from tessera.components import parse
+from tessera.components import PACKAGE, parse
 from tessera.datasets import image_folder
 from tessera.params import Pipeline
 from tessera.start.survey import Survey
 
-TEMPLATE = Path(__file__).with_name("template.yaml")
+TEMPLATE = PACKAGE / "start" / "template.yaml"
 FEWEST = 8  # images: of fewer not even a metric could be measured
 RESOLUTIONS = (32, 64, 128)
 ELONGATED = 2.0  # a side is so many times the other: the center alone would say little
