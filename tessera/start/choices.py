@@ -132,7 +132,7 @@ def _dataset(found: Survey) -> Choices:
         "num_unreadable": len(found.unreadable) + found.num_outside,
         "source_words": f"{found.num_images:,} images in {found.source.name}".replace("\n", " "),
     }
-    shown = ", ".join(f"{folder} {count}" for folder, count in list(counts.items())[:6])
+    shown = ", ".join(f"{folder} ({count})" for folder, count in list(counts.items())[:6])
     more = f" and {len(counts) - 6} more" if len(counts) > 6 else ""
     reasons = [
         f"{len(counts)} classes, one for each folder: {shown}{more}; if they are none: --labels none"
