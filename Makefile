@@ -12,6 +12,8 @@ export PREFECT_HOME := $(CURDIR)/.prefect
 unexport PYTHONDONTWRITEBYTECODE
 UI_PORT ?= 5000
 SERVE_PORT ?= 5001
+IMAGES ?=
+OPTIONS ?=
 MODEL ?=
 DATASET_NAME := "from pathlib import Path; from tessera import params; print(params.read(Path('params.yaml')).dataset.name)"
 BIND = "import socket; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind(('127.0.0.1', $(1)))"
@@ -19,7 +21,7 @@ BIND = "import socket; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, sock
 require_free = @python -c $(call BIND,$($(1))) 2>/dev/null || { echo "make $@ cannot listen on 127.0.0.1:$($(1)): expected a \
 free port ($(2)); stop what uses it, or choose another: make $@ $(1)=$$(($($(1)) + 10))" >&2; exit 2; }
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test check ui studio serve flow results map stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
+.PHONY: help setup start repro test check ui studio serve flow results map stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -31,6 +33,10 @@ setup: .venv/.ready  ## build .venv from the hash-locked requirements
 	.venv/bin/python -m pip install --quiet --require-hashes -r requirements-bootstrap.lock
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --require-hashes -r requirements.lock
 	touch $@
+
+start: setup  ## params.yaml for your own images: make start IMAGES=photographs; OPTIONS="--resolution 32 --minutes 10"
+	@[ "$(IMAGES)" ] || { echo "make start needs a folder, tar or zip of images: make start IMAGES=photographs" >&2; exit 2; }
+	@python -m tessera.start "$(IMAGES)" $(OPTIONS)
 
 repro: setup  ## run the whole pipeline, print the table of systems and where their pictures lie
 	dvc repro

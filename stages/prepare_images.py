@@ -25,7 +25,8 @@ COLUMNS = ("id", "split", "shard", "row", "label", "source", "sha256", "kept", "
 
 
 def run(params: Any, out: Path, job: Any) -> dict[str, float] | None:
-    """Write the images artifact of params.dataset. Raises ValueError, before `out` changes, if the data are no use."""
+    """Write the images artifact of params.dataset. Raises ValueError, before `out` changes, if the data are no use, or if a
+    later stage could not work on so many images with these params."""
     config = params.dataset
     dataset = load("datasets", config.kind)
     spec = dataset.spec(config)
@@ -43,6 +44,7 @@ def run(params: Any, out: Path, job: Any) -> dict[str, float] | None:
             counts = {split: writer.num_images for split, writer in writers.items()}
         index.require_readable(config.source, getattr(config, "max_unreadable_fraction", 0.0))
         _require_both_splits(config.source, counts)
+        job.require_fit(params, spec, index.labels())
         write_meta(folder, spec, index.sha256.hexdigest(), index.table())
     classes = f"{spec.num_classes} classes" if spec.num_classes > 1 else "no classes"
     job.say(
@@ -124,6 +126,11 @@ class _Index:
                 f"of {max_unreadable_fraction}: {'; '.join(f'{name!r} {reason}' for reason, name in examples)}. "
                 f"Mend or remove such files, or raise max_unreadable_fraction"
             )
+
+    def labels(self) -> dict[str, np.ndarray]:
+        """(N,) of the images of each split."""
+        kept = {split: [row[4] for row in self.rows if row[7] and row[1] == split] for split in SPLITS}
+        return {split: np.array(labels, np.int64) for split, labels in kept.items()}
 
     def table(self) -> pd.DataFrame:
         return pd.DataFrame(self.rows, columns=list(COLUMNS))

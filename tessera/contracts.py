@@ -104,6 +104,21 @@ class Prior(Protocol):
     def sample(self, labels: Tensor, sampling: Any, generator: torch.Generator) -> Tensor: ...  # as TokenBatch.tokens
 
 
+class Planned(NamedTuple):
+    """What is known of a run before it begins: what parts are asked about by `problems(config, planned)`.
+
+    A part's file may have this function beside its Config. It yields a sentence for each setting that cannot work on these
+    images, and would otherwise be refused hours later: what was found, what was expected, what to write. It is never asked
+    by a stage, so that no result depends on it (tessera/check).
+    """
+
+    spec: ImageSpec
+    labels: Mapping[str, np.ndarray]  # (N,) int64 of the images of each split, "train" and "test"
+    num_samples: int  # sample_images.num_images
+    max_neighbor_images: int  # of evaluate
+    networks: tuple[str, ...]  # the kinds of the feature networks
+
+
 # Abilities of priors. Indices are (B, *index_grid) int64, `is_known` are booleans of that shape, labels are (B,) up to and
 # including the null label; `sampling` is the Sampling of the prior's file; only the CPU generator is drawn from.
 
@@ -234,6 +249,10 @@ class Job(Protocol):
     checkpoint_seconds: float
 
     def say(self, line: str) -> None: ...
+    def require_fit(self, params: Any, spec: ImageSpec, labels: Mapping[str, np.ndarray]) -> None: ...
+
+    # raises ValueError, a sentence per problem, if a later stage could not work on images with these labels (of each split)
+
     def track(self, items: Iterable[Any], total: int, what: str = "") -> Iterator[Any]: ...  # the items, counted aloud
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def attach(self, path: Path, name: str | None = None) -> None: ...

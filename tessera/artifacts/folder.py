@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -65,6 +66,18 @@ def create(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def let_others_read(folder: Path) -> None:
+    """Give every file of an artifact the permissions that the user's umask gives to new ones, as the manifest has them.
+
+    safetensors writes through a temporary file, which none but its owner may read. Not a part of `create`, which all
+    trainings reach: they would be stale for it.
+    """
+    ordinary = stat.S_IMODE((Path(folder) / MANIFEST).stat().st_mode)
+    for path in Path(folder).rglob("*"):
+        if path.is_file() and stat.S_IMODE(path.stat().st_mode) != ordinary:
+            path.chmod(ordinary)
 
 
 def check(folder: Path) -> Path:

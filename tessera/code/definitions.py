@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 DIGITS = 16
 ON_IMPORT = "(on import)"  # the name of a module's statements that are no definitions
 SAYING = "say"  # the method whose text reaches a person alone
+CHECKING = "problems"  # the function of a part that is asked before a run, and by no stage (contracts.Planned)
 
 
 class Use(NamedTuple):
@@ -166,7 +167,8 @@ class Code:
         return self._modules[name]
 
     def reached_from(self, roots: Iterable[str]) -> dict[str, str]:
-        """The digests of all definitions that the roots reach, by dotted name. A root is a definition, or a whole module.
+        """The digests of all definitions that the roots reach, by dotted name. A root is a definition, or a whole module
+        but for what checks params before a run; where another definition uses that, it counts.
 
         A name that is imported from another project stands there too, as what it was imported as. Raises ValueError for a
         root that is not there.
@@ -191,7 +193,7 @@ class Code:
         return found
 
     def _all_of(self, name: str) -> list[str]:
-        return [f"{name}.{each}" for each in self.module(name).definitions]
+        return [f"{name}.{each}" for each in self.module(name).definitions if each != CHECKING]
 
     def _definition(self, name: str) -> tuple[Module, Definition]:
         place, _, attribute = name.rpartition(".")

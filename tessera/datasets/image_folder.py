@@ -1,7 +1,8 @@
 """Any images of yours: a folder, tar or zip of image files, with sub-folders as classes and train/ and test/ if you like.
 
     source/cat/1.jpg               classes, split by us          labels: folders
-    source/train/cat/1.jpg         classes, split by you         (test/, val/, valid/ or validation/ beside train/)
+    source/train/cat/1.jpg         classes, split by you         (test/, val/, valid/ or validation/ beside train/;
+                                                         val/ beside both: see val_images)
     source/1.jpg                   no classes                    labels: none
 
 Every file is listed with its fate; none is skipped silently. Deeper folders inside a class belong to the class.
@@ -27,6 +28,7 @@ from tessera.sources.records import Record, Unreadable
 
 LICENCE = "not stated: that of the images' authors"
 TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that exists beside train/ is the test split
+READ_AS_SPLITS = {"train", "training", "test", "testing", "eval", "dev", "val", "valid", "validation"}  # in any case
 CHUNK_FILES, CHUNK_BYTES = 256, 64 * 2**20  # decoded together
 
 
@@ -42,6 +44,7 @@ class Config(Params):
     resize: Resize = "crop"  # crop: shorter side to size, then the center; pad: longer side to size; stretch: both
     filter: Filter = "lanczos"
     background: Background = "white"  # under transparent pixels, and around padded images
+    val_images: Literal["train", "ignore"] | None = None  # of val/ beside train/ and test/; null: refused
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # where the source has no split of its own
     split_seed: int = 0
     max_unreadable_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -101,6 +104,18 @@ def records(config: Config) -> Iterator[Record]:
         )
 
 
+def census(config: Config) -> dict[str, list[int]]:
+    """The labels of the files of each split, as if each were an image: they are listed and not read. Raises as `spec` does."""
+    found: dict[str, list[int]] = {"train": [], "test": []}
+    with _open(config) as (entries, _):
+        layout = _Layout(config, entries)
+        for entry in entries:
+            place = layout.place(entry.name)
+            if not (entry.refusal or place.refusal):
+                found[place.split].append(place.label)
+    return found
+
+
 def _open(config: Config):  # a context manager of (entries, reader)
     limits = Limits(config.max_file_bytes, config.max_archive_bytes, config.max_archive_files)
     return open_source(Path(config.source), limits)
@@ -128,22 +143,40 @@ class _Layout:
         tops = {parts[0] for parts in inside if len(parts) > 1}
         found = [name for name in TEST_FOLDERS if name in tops] if "train" in tops else []
         self.test_folder = found[0] if found else None
-        self.unused_folders = found[1:]
+        self.val_folders = found[1:]
+        self._require_use_of_val([parts[0] for parts in inside])
+        of_val = self.val_folders if config.val_images == "train" else []
+        self.split_folders = ("train", self.test_folder, *of_val) if found else ()
         self.class_names = ["unlabeled"]
         if config.labels == "folders":
             depth = 1 if self.test_folder else 0
-            splits = ("train", self.test_folder)
             self.class_names = sorted(
                 {
                     parts[depth]
                     for parts in inside
-                    if len(parts) > depth + 1 and (not self.test_folder or parts[0] in splits)
+                    if len(parts) > depth + 1 and (not self.test_folder or parts[0] in self.split_folders)
                 }
             )
             self._require_classes()
         self.numbers = {name: label for label, name in enumerate(self.class_names)}
 
+    def _require_use_of_val(self, tops: list[str]) -> None:
+        """Images that are left out in silence would be missed by nobody."""
+        if self.config.val_images is not None or not self.val_folders:
+            return
+        counts = ", ".join(f"{tops.count(name):,} in {name}/" for name in self.val_folders)
+        raise ValueError(
+            f"{self.config.source} has images ({counts}) beside train/ and {self.test_folder}/, but there is no third split: "
+            f"write dataset.val_images: train to train on them too, or val_images: ignore to leave them out"
+        )
+
     def _require_classes(self) -> None:
+        readings = {name.casefold() for name in self.class_names}
+        if not self.test_folder and len(readings & READ_AS_SPLITS) >= 2 and readings <= READ_AS_SPLITS:
+            raise ValueError(
+                f"{self.config.source} has the folders {', '.join(map(repr, self.class_names))}, which read as splits and not "
+                f"as classes, expected train and one of {', '.join(TEST_FOLDERS)}: rename them so"
+            )
         if len(self.class_names) >= 2:
             return
         below = f" below {self.config.root}" if self.root else ""
@@ -164,8 +197,8 @@ class _Layout:
             return _Place("", -1, f"lies outside {self.config.root}", ignored=True)
         split, folders = self._split(parts), parts[:-1]
         if self.test_folder:
-            if not folders or folders[0] not in ("train", self.test_folder):
-                unused = bool(folders) and folders[0] in self.unused_folders
+            if not folders or folders[0] not in self.split_folders:
+                unused = bool(folders) and folders[0] in self.val_folders
                 return _Place("", -1, f"lies in neither train/ nor {self.test_folder}/", ignored=unused)
             folders = folders[1:]
         if self.config.labels == "none":

@@ -7,7 +7,7 @@ their sources, are in editing/posterior.py.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.contracts import Denoises, PredictsMasked
+from tessera.contracts import Denoises, Planned, PredictsMasked
 from tessera.editing.ancestral import denoise_along
 from tessera.editing.posterior import Measurement, expected_data, resampled
 from tessera.editing.trial import Trial
@@ -46,6 +46,15 @@ class Config(Params):
         if self.damage == "noise" and not self.noise_std:
             raise ValueError("damage noise with noise_std 0 is no damage: expected noise_std above 0, e.g. 0.2")
         return self
+
+
+def problems(config: Config, planned: Planned) -> Iterator[str]:
+    height, width = planned.spec.height, planned.spec.width
+    if config.damage == "downsample" and (height % config.factor or width % config.factor):
+        yield (
+            f"images of {height}x{width} are not divisible by factor {config.factor}: write a factor that divides both, "
+            f"such as {math.gcd(height, width, config.factor)}"
+        )
 
 
 def damaged(images: Tensor, config: Config) -> Tensor:

@@ -13,6 +13,7 @@ are kept as the share of data in the variance there (editing/ancestral.py); of s
 that shows the label best, by the prior itself.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.contracts import Completes, Denoises, KnowsLikelihood, PredictsMasked, PredictsNext
+from tessera.contracts import Completes, Denoises, KnowsLikelihood, Planned, PredictsMasked, PredictsNext
 from tessera.editing.ancestral import drawn_around, num_redrawn
 from tessera.editing.trial import Trial
 from tessera.system import System
@@ -34,6 +35,14 @@ class Config(Params):
     strength: Annotated[float, Field(ge=0, le=1)] = 0.6
     candidates: Annotated[int, Field(ge=1)] = 4  # of priors of indices: the one is kept that shows the label best
     target: Annotated[int, Field(ge=0)] | None = None  # the label to restyle towards; null: the image's own
+
+
+def problems(config: Config, planned: Planned) -> Iterator[str]:
+    if config.target is not None and config.target >= planned.spec.num_classes:
+        yield (
+            f"target is {config.target}, but there are {planned.spec.num_classes} classes: write 0 to "
+            f"{planned.spec.num_classes - 1}"
+        )
 
 
 def edit(

@@ -17,6 +17,7 @@ singular values of F^T G for any factors A = F F^T, B = G G^T, which is real, at
 """
 
 import math
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.contracts import RealImages, Record, Seen, SeenReconstructions, SeenSamples, Shown
+from tessera.contracts import Planned, RealImages, Record, Seen, SeenReconstructions, SeenSamples, Shown
 
 _NAMES = ("fd_*", "fid")  # see figure_name
 _IN_TABLES = ("", "r", "p", "floor_")  # samples; reconstructions, from perturbed indices, of training images
@@ -36,6 +37,20 @@ FIGURES = (
 
 class Config(Params):
     kind: Literal["frechet"]
+
+
+def problems(config: Config, planned: Planned) -> Iterator[str]:
+    for split, labels in planned.labels.items():
+        if len(labels) < 2:
+            yield f"{len(labels)} image in the {split} split has no covariance, expected at least 2: add images"
+    in_a_half = sum(
+        int(count) // 2 for count in np.bincount(planned.labels["train"])
+    )  # as many of each class in either
+    if in_a_half < 2:
+        yield (
+            f"the training images cannot be halved with equal classes ({in_a_half} in each half), expected at least 2 in "
+            f"each: add images to the classes"
+        )
 
 
 def figure_name(kind: str, network: str) -> str:

@@ -10,6 +10,7 @@ Differs from it: the standard error of the mean over splits is given. Papers giv
 (num_splits - 1)^(1/2) times as large.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.contracts import Record, SeenSamples, Shown
+from tessera.contracts import Planned, Record, SeenSamples, Shown
 
 FIGURES = (Shown("inception_score", "{:.2f}", better="higher"),)
 
@@ -26,6 +27,15 @@ FIGURES = (Shown("inception_score", "{:.2f}", better="higher"),)
 class Config(Params):
     kind: Literal["inception_score"]
     num_splits: Annotated[int, Field(ge=1)] = 10
+
+
+def problems(config: Config, planned: Planned) -> Iterator[str]:
+    is_measured = "inception" in planned.networks and planned.spec.channels == 3
+    if is_measured and config.num_splits > planned.num_samples:
+        yield (
+            f"num_splits {config.num_splits} is larger than the {planned.num_samples} samples: write num_splits: "
+            f"{planned.num_samples} or less, or raise sample_images.num_images"
+        )
 
 
 def of_samples(config: Config, samples: SeenSamples, found: Record) -> None:

@@ -16,6 +16,7 @@ Differs from common implementations: draws are stratified, all pairs of images c
 standard error is that of other images in the place of other subsets of the same ones. All of it is float64.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.contracts import Record, SeenSamples, Shown
+from tessera.contracts import Planned, Record, SeenSamples, Shown
 
 FIGURES = (Shown("kd_*", form=None, better="lower"), Shown("kid", form=None, better="lower"))
 BLOCK_ROWS = 192  # of a kernel matrix that are in memory at a time
@@ -36,6 +37,15 @@ class Config(Params):
     # Of files from when the distance was a mean over random subsets. They decide nothing, and whoever sets them is told.
     subset: Annotated[int, Field(ge=2)] | None = None
     num_subsets: Annotated[int, Field(ge=2)] | None = None
+
+
+def problems(config: Config, planned: Planned) -> Iterator[str]:
+    most = max(np.bincount(planned.labels["test"]), default=0)
+    if most < 2:
+        yield (
+            f"no class has two of the {len(planned.labels['test'])} test images, expected at least one that has: take more "
+            f"test images (dataset.test_fraction), or take this metric out"
+        )
 
 
 def figure_name(kind: str, network: str) -> str:

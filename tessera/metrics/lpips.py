@@ -4,6 +4,7 @@ Source: Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perc
 equation 1 (`tessera/nn/image_losses.py`).
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from tessera.artifacts import weights_file
 from tessera.artifacts.images import to_float
 from tessera.components import Params
-from tessera.contracts import ImageSpec, Record, Shown
+from tessera.contracts import ImageSpec, Planned, Record, Shown
 from tessera.nn.image_losses import Lpips
 
 FIGURES = (Shown("lpips", better="lower"),)
@@ -27,6 +28,15 @@ class Config(Params):
     kind: Literal["lpips"]
     weights: str  # path of a safetensors file
     sha256: str  # of that file
+
+
+def problems(config: Config, planned: Planned) -> Iterator[str]:
+    shortest = min(planned.spec.height, planned.spec.width)
+    if shortest < SMALLEST:
+        yield (
+            f"images of {shortest} pixels are too small for LPIPS, whose network halves them four times, expected at least "
+            f"{SMALLEST}: take the entry of kind lpips out"
+        )
 
 
 class Pairs:

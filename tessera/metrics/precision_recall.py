@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.components import Params
-from tessera.contracts import Record, SeenSamples, Shown
+from tessera.contracts import Planned, Record, SeenSamples, Shown
 
 FIGURES = (
     Shown("precision", better="higher"),
@@ -48,6 +48,17 @@ class Config(Params):
     kind: Literal["precision_recall"]
     neighbors: Annotated[int, Field(ge=1)] = 3  # k of precision and recall
     density_neighbors: Annotated[int, Field(ge=1)] = 5  # k of density and coverage
+
+
+def problems(config: Config, planned: Planned) -> Iterator[str]:
+    num_test = min(len(planned.labels["test"]), planned.max_neighbor_images)
+    fewest = min(num_test, planned.num_samples)
+    for key, k, number in (
+        ("neighbors", config.neighbors, fewest),
+        ("density_neighbors", config.density_neighbors, num_test),
+    ):
+        if k >= number >= 2:
+            yield f"{key} {k}: among {number} images there is no neighbour number {k}, expected less: write {key}: {number - 1}"
 
 
 def of_samples(config: Config, samples: SeenSamples, found: Record) -> None:

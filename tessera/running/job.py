@@ -5,7 +5,7 @@ Stages know it by its protocol alone (tessera/contracts.py), so that none of thi
 
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -14,8 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tessera.artifacts import pictures
+from tessera.check import images, problems
 from tessera.code import entries
 from tessera.components import PACKAGE, Params
+from tessera.contracts import ImageSpec
+from tessera.params import Pipeline
 from tessera.running import leftover, origin, progress
 from tessera.running.publish import publish
 from tessera.tracking import journal
@@ -43,6 +46,10 @@ class Job:
 
     def say(self, line: str) -> None:
         progress.say(f"{self.name}  {line}")
+
+    def require_fit(self, params: Pipeline, spec: ImageSpec, labels: Mapping[str, np.ndarray]) -> None:
+        """Raise ValueError, a sentence per problem, if a later stage could not work on images with these labels."""
+        problems.require(params, images.planned(params, spec, labels))
 
     def track(self, items: Iterable[Item], total: int, what: str = "") -> Iterator[Item]:
         """Pass the items through, with a line every few seconds that says how many of `total` are done."""

@@ -23,6 +23,8 @@ from typing import Any
 
 from tessera import params as all_params
 from tessera.artifacts import folder as artifact
+from tessera.check import images as known_images
+from tessera.check import problems
 from tessera.components import PACKAGE
 from tessera.running import progress
 from tessera.running.job import STOP_SIGNALS, Job, Stopped
@@ -50,6 +52,8 @@ def main(command: list[str]) -> None:
 def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool) -> None:
     began = time.monotonic()
     params = all_params.read(Path("params.yaml"))
+    if "images" in arguments and (planned := known_images.of_artifact(params, arguments["images"])) is not None:
+        problems.require(params, planned, is_begin=False)  # params may have changed since the images were prepared
     state = STATE / name.replace("@", "-")
     state.mkdir(parents=True, exist_ok=True)
     described = params.describe(name)._asdict()
@@ -72,6 +76,7 @@ def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool)
         figures = {**job.figures, **figures, "seconds": time.monotonic() - began}
         tracked.figures(figures)
         if "out" in arguments and (arguments["out"] / artifact.MANIFEST).is_file():
+            artifact.let_others_read(arguments["out"])
             tracked.tag({"tessera.artifact": artifact.fingerprint(arguments["out"])})  # who asks for it finds this run
     if stage := os.environ.get("DVC_STAGE"):
         progress.TIMINGS.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ def decode(
     except Unreadable:
         raise
     except Exception as error:  # Pillow's parsers of some 40 formats raise whatever damaged bytes lead them to
-        raise Unreadable(_reason(error)) from None
+        raise Unreadable(reason_of(error)) from None
     picture = picture.convert("L" if channels == 1 else "RGB")
     height, width = height or picture.height, width or picture.width
     picture = _fit(picture, height, width, resize, Image.Resampling[filter.upper()], background)
@@ -67,7 +67,8 @@ def decode(
     return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why a file gives no image, for people, from what Pillow raised."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "Pillow cannot identify it as an image"
     text = re.sub(r"<[^<>]* object at 0x[0-9a-f]+>", "the file", str(error))  # addresses differ from run to run

@@ -126,6 +126,19 @@ def test_a_function_that_a_module_gains_makes_no_user_of_the_others_stale(copy, 
     assert stale(copy, graph, fingerprints) == set()
 
 
+def test_what_a_part_checks_before_a_run_makes_nothing_stale_unless_something_else_calls_it(copy, graph, fingerprints):
+    path = copy / "tessera/priors/masked.py"
+    path.write_text(path.read_text() + "\n\ndef problems(config, planned):\n    yield from ()\n")
+    assert stale(copy, graph, fingerprints) == set()
+    path.write_text(path.read_text() + "\n\ndef other(config):\n    return problems(config, None)\n")
+    code = entries.code_of(graph_entry(graph, "train_prior@vqgan-masked").params, code=Code(copy, entries.PACKAGES))
+    assert "tessera.priors.masked.problems" in code
+
+
+def graph_entry(graph: list[entries.Entry], name: str) -> entries.Entry:
+    return next(entry for entry in graph if entry.name == name)
+
+
 @pytest.mark.parametrize("folder", ["quantizers", "denoisers", "metrics", "edits", "priors", "tokenizers", "features"])
 def test_a_new_part_makes_nothing_stale_until_it_is_used(copy, graph, fingerprints, folder):
     some = next(path for path in sorted((copy / "tessera" / folder).glob("*.py")) if path.stem != "__init__")

@@ -275,13 +275,40 @@ def test_train_and_test_folders_are_the_splits(tmp_path, test_name):
 def test_what_lies_beside_splits_classes_and_root_is_listed(tmp_path):
     write_files(tmp_path, ["d/train/a/1.png", "d/train/b/1.png", "d/test/a/1.png", "d/val/a/1.png", "d/extra/1.png"])
     write_files(tmp_path, ["d/2.png", "d/train/3.png", "other/4.png"])
-    found = {record.source: record for record in records(tmp_path, root="d")}
+    found = {record.source: record for record in records(tmp_path, root="d", val_images="ignore")}
     assert found.keys() >= {"d/train/a/1.png", "other/4.png"} and len(found) == 8
     assert found["d/val/a/1.png"].ignored and found["other/4.png"].ignored
     for name in ("d/extra/1.png", "d/2.png"):
         assert found[name].reason == "lies in neither train/ nor test/" and not found[name].ignored
     assert found["d/train/3.png"].reason == "lies in no class folder" and not found["d/train/3.png"].ignored
     assert sum(record.image is not None for record in found.values()) == 3
+
+
+def test_val_beside_train_and_test_is_refused_with_its_number_or_used_as_one_says(tmp_path):
+    write_files(tmp_path, ["train/a/1.png", "train/b/2.png", "test/a/3.png", "val/a/4.png", "val/c/5.png"])
+    with pytest.raises(ValueError, match=r"2 in val/.*write dataset\.val_images: train"):
+        image_folder.spec(config(tmp_path))
+    used = {record.source: (record.split, record.label) for record in records(tmp_path, val_images="train")}
+    assert used["val/a/4.png"] == ("train", 0) and used["val/c/5.png"] == ("train", 2)
+    ignored = {record.source: record for record in records(tmp_path, val_images="ignore")}
+    assert ignored["val/a/4.png"].ignored and ignored["val/a/4.png"].image is None
+    assert image_folder.spec(config(tmp_path, val_images="ignore")).class_names == ("a", "b")
+    assert len(image_folder.census(config(tmp_path, val_images="train"))["train"]) == 4
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("train", "dev")])
+def test_folders_that_read_as_splits_are_not_taken_for_classes(tmp_path, names):
+    write_files(tmp_path, [f"{name}/{label}/1.png" for name in names for label in "ab"])
+    with pytest.raises(ValueError, match="read as splits and not as classes.*rename them"):
+        image_folder.spec(config(tmp_path))
+
+
+def test_a_census_counts_what_the_records_would_hold(tmp_path):
+    write_files(tmp_path, [f"{label}/{number}.png" for label in "ab" for number in range(20)] + [".hidden.png"])
+    found = image_folder.census(config(tmp_path, test_fraction=0.3))
+    kept = records(tmp_path, test_fraction=0.3)
+    for split in ("train", "test"):
+        assert found[split] == [one.label for one in kept if one.split == split and one.image is not None]
 
 
 def test_files_become_records_in_order_of_name_with_the_hash_of_their_bytes(tmp_path):

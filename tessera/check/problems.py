@@ -1,0 +1,176 @@
+"""What in the params cannot work on the images at hand: found before anything is trained.
+
+Three askers, and no list of what they ask:
+- every network is built, so that what its constructor refuses is refused now (`_networks`);
+- every part whose file has `problems(config, planned)` is asked, wherever it stands in the params (`_parts`);
+- what no part knows alone stands here: views, batches, files of weights, images for the floors.
+
+Nothing is refused that a later stage would bear. No stage reaches this code, so that none is stale when it changes.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from tessera.artifacts import folder as artifact
+from tessera.artifacts.samples import floor_rows
+from tessera.artifacts.shards import spread
+from tessera.components import Params, load
+from tessera.contracts import Planned, TokenSpec
+from tessera.params import Pipeline
+from tessera.training import views
+
+FILLING = ("normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_")
+
+
+def problems(params: Pipeline, planned: Planned, is_begin: bool = True) -> list[str]:
+    """A sentence for each, beginning with the key that it is about.
+
+    is_begin: files of weights are asked for too. Later they may be gone, as what was made of them stands.
+    """
+    asked = [_networks(params, planned), _parts(params, planned), _settings(params), _numbers(params, planned)]
+    if is_begin:
+        asked.append(f"{where}: {sentence}" for where, config in _configs(params) for sentence in _weights(config))
+    return [sentence for some in asked for sentence in some]
+
+
+def require(params: Pipeline, planned: Planned, is_begin: bool = True) -> None:
+    """Raises ValueError with a line for each problem."""
+    found = problems(params, planned, is_begin)
+    if found:
+        raise ValueError("the params do not fit the images:\n" + "\n".join(found))
+
+
+class _WithoutRandomWeights(TorchFunctionMode):
+    """Inside, networks are built without being filled: of large ones the memory is then never touched.
+
+    Nor are they built on the meta device, as torch's skip_init does first: its kernels take seconds to import.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in FILLING:
+            return args[0] if args else kwargs["tensor"]  # of a method of Tensor, or of nn.init
+        if kwargs.get("device") == "meta":
+            kwargs = kwargs | {"device": "cpu"}
+        return function(*args, **kwargs)
+
+
+def _networks(params: Pipeline, planned: Planned) -> Iterator[str]:
+    judges = {f"features.{name}": config for name, config in params.features.items()}
+    if params.follow_training.every:
+        judges["follow_training.features"] = params.follow_training.features
+    for where, config in judges.items():
+        yield from _built(where, "features", config, planned.spec)[1]
+    for name, config in params.tokenizers.items():
+        model, refused = _built(f"tokenizers.{name}", "tokenizers", config, planned.spec)
+        yield from refused
+        if model is None:
+            continue
+        spec = tokens_of(model, planned)
+        for system, entry in params.systems.items():
+            if entry.tokenizer == name:
+                yield from _built(f"systems.{system}.prior", "priors", entry.prior, spec)[1]
+
+
+def _built(where: str, folder: str, config: Any, spec: Params) -> tuple[torch.nn.Module | None, list[str]]:
+    """The network, its weights undefined, or the sentence of the constructor that refuses."""
+    try:
+        with _WithoutRandomWeights():
+            return load(folder, config.kind).Model(config, spec), []
+    except ValueError as refusal:
+        return None, [f"{where}: {refusal}"]
+
+
+def tokens_of(tokenizer: Any, planned: Planned) -> TokenSpec:
+    """The spec of the tokens that this tokenizer would make of these images; the latents' moments are not known yet."""
+    depth = tokenizer.latent_shape[0]
+    return TokenSpec(
+        codebook_size=tokenizer.codebook_size,
+        latent_shape=tokenizer.latent_shape,
+        index_grid=tokenizer.index_grid,
+        num_classes=planned.spec.num_classes,
+        class_counts=tuple(np.bincount(planned.labels["train"], minlength=planned.spec.num_classes).tolist()),
+        latent_mean=(0.0,) * depth,
+        latent_std=(1.0,) * depth,
+        tokenizer_fingerprint="",
+    )
+
+
+def _parts(params: Pipeline, planned: Planned) -> Iterator[str]:
+    for where, config in _configs(params):
+        ask = getattr(sys.modules[type(config).__module__], "problems", None) if hasattr(config, "kind") else None
+        if ask is not None:
+            yield from (f"{where}: {sentence}" for sentence in ask(config, planned))
+
+
+def _settings(params: Pipeline) -> Iterator[str]:
+    """What params alone decide."""
+    num_views = views.count(params.encode_tokens)
+    for name, system in params.systems.items():
+        wanted = getattr(system.prior, "num_views", None) or 0
+        if wanted > num_views:
+            yield (
+                f"systems.{name}.prior: num_views {wanted} is more than the {num_views} that encode_tokens makes of an image: "
+                f"write num_views: {num_views}, or raise encode_tokens.warps"
+            )
+    for where, config in _configs(params):
+        yield from (f"{where}: {sentence}" for sentence in _batches(config))
+
+
+def _batches(config: Params) -> Iterator[str]:
+    training = getattr(config, "training", None)
+    if training is not None and training.batch_size % training.gradient_accumulation:
+        yield (
+            f"training.batch_size {training.batch_size} is not divisible by gradient_accumulation "
+            f"{training.gradient_accumulation}: choose a divisor"
+        )
+
+
+def _weights(config: Params) -> Iterator[str]:
+    """Files are named by two keys, such as `weights` and `sha256`, or `lpips_weights` and `lpips_sha256`."""
+    for key in type(config).model_fields:
+        start = key.removesuffix("sha256")
+        if start == "lpips_" and getattr(config, "perceptual", "lpips") != "lpips":
+            continue  # it stands there and is not read
+        named = getattr(config, f"{start}weights", None) if start != key else None
+        if not isinstance(named, str) or not named:
+            continue
+        if not Path(named).is_file():
+            yield f"{start}weights: {named} does not exist, expected a safetensors file: get it, or name where it lies"
+        elif artifact.sha256(Path(named)) != getattr(config, key):
+            yield (
+                f"{start}weights: {named} has sha256 {artifact.sha256(Path(named))}, expected {getattr(config, key)}: get the "
+                f"file again, or set {key} if you trust this one"
+            )
+
+
+def _numbers(params: Pipeline, planned: Planned) -> Iterator[str]:
+    train, num_test = planned.labels["train"], len(planned.labels["test"])
+    try:
+        floor_rows(train, planned.spec.num_classes, planned.num_samples, params.seed)
+    except ValueError as refusal:
+        yield f"sample_images.num_images: {planned.num_samples} is too many: {refusal}"
+    compared = spread(num_test, planned.max_neighbor_images)
+    if not np.isin(compared, spread(num_test, params.reference_stats.max_features)).all():
+        yield (
+            f"reference_stats.max_features: {params.reference_stats.max_features} keeps too few features of the {num_test} "
+            f"test images: write at least {num_test}"
+        )
+
+
+def _configs(value: Any, where: str = "") -> Iterator[tuple[str, Params]]:
+    """All Params inside params, each with its path."""
+    if isinstance(value, Params):
+        if where:
+            yield where, value
+        inner = {key: getattr(value, key) for key in type(value).model_fields}
+    else:
+        inner = value if isinstance(value, dict) else {}
+    for key, each in inner.items():
+        yield from _configs(each, f"{where}.{key}" if where else str(key))

@@ -1,0 +1,166 @@
+"""What cannot work on the images at hand is told before anything is trained, with what to write."""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from stages import prepare_images
+from tessera import params as all_params
+from tessera.check import __main__ as command
+from tessera.check import estimate, images, problems
+from tessera.contracts import ImageSpec
+
+ROOT = Path(__file__).parents[2]
+GOOD = yaml.safe_load((ROOT / "params.yaml").read_text())
+DIGITS = ImageSpec(
+    name="digits", channels=1, height=8, width=8, num_classes=10, class_names=tuple("0123456789"), licence="none"
+)
+
+
+def written(folder: Path, changes: dict) -> Path:
+    """The default params with these values at dotted keys."""
+    params = copy.deepcopy(GOOD)
+    for key, value in changes.items():
+        *above, last = key.split(".")
+        inner = params
+        for step in above:
+            inner = inner[step]
+        inner[last] = value
+    path = folder / "params.yaml"
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    return path
+
+
+def found(folder: Path, changes: dict | None = None, num_train: int = 1400, num_test: int = 359, spec=DIGITS) -> list:
+    params = all_params.read(written(folder, changes or {}))
+    labels = {"train": np.arange(num_train) % spec.num_classes, "test": np.arange(num_test) % spec.num_classes}
+    return problems.problems(params, images.planned(params, spec, labels))
+
+
+def test_the_default_params_fit_their_images(tmp_path):
+    assert found(tmp_path) == []
+
+
+TRAINING = {"num_steps": 3, "batch_size": 6, "gradient_accumulation": 4}
+LPIPS = {"kind": "lpips", "weights": "no.safetensors", "sha256": "0" * 64}
+UNET = {"kind": "unet", "channels": 64, "channel_multipliers": [1, 1, 1, 1], "num_blocks": 1}
+MISTAKES = [
+    ("evaluate.metrics.precision-recall.neighbors", 359, "no neighbour number 359.*write neighbors: 358"),
+    (
+        "evaluate.metrics.precision-recall.density_neighbors",
+        359,
+        "no neighbour number 359.*write density_neighbors: 358",
+    ),
+    ("evaluate.metrics.lpips", LPIPS, "images of 8 pixels are too small for LPIPS"),
+    ("evaluate.metrics.lpips", LPIPS, "no.safetensors does not exist"),
+    ("sample_images.num_images", 1401, "sample_images.num_images: 1401 is too many: .*at most 1400"),
+    ("reference_stats.max_features", 300, "write at least 359"),
+    ("edits.super-resolution.factor", 3, "edits.super-resolution: images of 8x8 are not divisible by factor 3"),
+    ("edits.restyle.target", 10, "target is 10, but there are 10 classes: write 0 to 9"),
+    ("systems.vqgan-flow.prior.denoiser", UNET, "systems.vqgan-flow.prior: .*not divisible by the denoiser's"),
+    ("systems.vqgan-flow.prior.num_views", 17, "num_views 17 is more than the 16 .*write num_views: 16"),
+    ("systems.vqgan-flow.prior.training", TRAINING, "batch_size 6 is not divisible by gradient_accumulation 4"),
+    ("tokenizers.vqgan.training", TRAINING, "tokenizers.vqgan: training.batch_size 6"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "sentence"), MISTAKES, ids=[f"{key}-{end}" for key, _, end in MISTAKES])
+def test_each_mistake_is_one_sentence_that_names_its_key(tmp_path, key, value, sentence):
+    told = [one for one in found(tmp_path, {key: value}) if re.search(sentence, one)]
+    assert len(told) == 1
+    assert told[0].startswith(key.rpartition(".")[0])
+
+
+def test_few_images_are_told_by_every_metric_that_they_do_not_suffice_for(tmp_path):
+    told = " ".join(found(tmp_path, num_train=10, num_test=1))
+    assert "1 image in the test split has no covariance" in told
+    assert "evaluate.metrics.kernel: no class has two of the 1 test images" in told
+    assert "cannot be halved with equal classes (0 in each half)" in told
+
+
+def test_a_classifier_without_labels_is_refused_before_it_is_trained(tmp_path):
+    unlabeled = DIGITS.model_copy(update={"num_classes": 1, "class_names": ("unlabeled",)})
+    assert any("features.classifier: " in one and "kind random" in one for one in found(tmp_path, spec=unlabeled))
+
+
+def test_inception_score_of_more_parts_than_samples_is_refused_where_it_would_be_measured(tmp_path):
+    changes = {
+        "features.inception": {"kind": "inception", "weights": "no.safetensors", "sha256": "0" * 64},
+        "evaluate.metrics.inception-score.num_splits": 2000,
+    }
+    colored = DIGITS.model_copy(update={"channels": 3})
+    assert any("write num_splits: 1000" in one for one in found(tmp_path, changes, spec=colored))
+    assert not any("num_splits" in one for one in found(tmp_path, changes))
+
+
+def photographs(folder: Path, number: int) -> dict:
+    random = np.random.default_rng(0)
+    folder.mkdir()
+    for name in range(number):
+        Image.fromarray(random.integers(0, 256, (9, 12, 3), np.uint8)).save(folder / f"{name:03d}.jpg")
+    source = {"kind": "image_folder", "source": str(folder), "name": "tiny", "height": 8, "width": 8}
+    return {"dataset": source | {"labels": "none"}, "features": {"random": {"kind": "random"}}}
+
+
+def test_prepare_images_refuses_what_a_later_stage_would_and_leaves_nothing(tmp_path, job):
+    params = all_params.read(written(tmp_path, photographs(tmp_path / "raw", 60)))
+    with pytest.raises(ValueError, match="sample_images.num_images: 1000 is too many"):
+        prepare_images.run(params, tmp_path / "images", job)
+    assert not (tmp_path / "images").exists()
+
+
+def test_the_command_says_each_problem_and_exits_with_2_or_that_all_is_well(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes = photographs(tmp_path / "raw", 60)
+    assert command.main(["--params", str(written(tmp_path, changes))]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and any(one.startswith("sample_images.num_images: ") for one in told), told
+    changes |= {"sample_images.num_images": 20, "evaluate.metrics": {"frechet": {"kind": "frechet"}}}
+    assert command.main(["--params", str(written(tmp_path, changes))]) == 0
+    assert capsys.readouterr().out.startswith("all is well: ")
+
+
+def test_every_stage_asks_again_and_what_it_writes_can_be_read_as_the_umask_says(tmp_path, images_folder):
+    """safetensors alone would keep weights from everybody but their owner."""
+
+    def ran(changes: dict) -> subprocess.CompletedProcess:
+        written(tmp_path, changes | {"features": {"random": {"kind": "random"}}})
+        command = [sys.executable, "-m", "tessera.running", "train_features", "random", "--images", images_folder]
+        options = ["--out", "out/features", "--history", "out/curve.csv", "--metrics", "out/metrics.json"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TESSERA_TRACKING": "off"}
+        return subprocess.run(
+            [*command, *options], cwd=tmp_path, env=environment, umask=0o027, capture_output=True, text=True
+        )
+
+    refused = ran({})
+    assert refused.returncode == 2 and "at most 48" in refused.stderr and not (tmp_path / "out").exists()
+    done = ran({"sample_images.num_images": 40})
+    assert done.returncode == 0, done.stderr
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out/features").iterdir()}
+    assert modes == dict.fromkeys(("weights.safetensors", "config.json", "manifest.json"), "0o640")
+
+
+def test_an_estimate_times_every_training_and_adds_up(tmp_path):
+    params = all_params.read(written(tmp_path, {}))
+    labels = {"train": np.arange(100) % 10, "test": np.arange(50) % 10}
+    told = estimate.of_run(params, images.planned(params, DIGITS, labels), seconds=0.1)
+    entries = ["train_features@classifier", "train_tokenizer@vqvae", "train_tokenizer@vqgan"]
+    assert [one.entry for one in told.trainings] == entries + [f"train_prior@{name}" for name in params.systems]
+    assert all(one.seconds_per_step > 0 for one in told.trainings)
+    assert told.minutes == pytest.approx(sum(one.minutes for one in told.trainings) + told.other_minutes)
+    assert told.memory_bytes > 2**20
+
+
+def test_counts_come_from_an_images_artifact_unless_it_is_damaged(images_folder, tmp_path):
+    params = all_params.read(written(tmp_path, {}))
+    known = images.of_artifact(params, images_folder)
+    assert (len(known.labels["train"]), len(known.labels["test"]), known.spec.height) == (48, 24, 16)
+    assert images.of_artifact(params, tmp_path / "nothing") is None
