@@ -7,7 +7,7 @@ from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import Images
 from tessera.artifacts.samples import Samples
 from tessera.contracts import Job
-from tessera.evaluation import figures
+from tessera.evaluation import figures, trial
 from tessera.evaluation import neighbors as neighbor_pictures
 from tessera.evaluation.figures import Figure, Recorder
 from tessera.evaluation.panel import Drawn, Floor, Panel, SampleSet, training_images
@@ -35,6 +35,8 @@ def run(  # its paths are the options of its command
     group = found.group("generation")
     if samples is None:
         _real(panel, params, splits, found)
+        for sentence in trial.sentences(found.measured()):
+            job.say(f"ALARM: {sentence}")
         found.measured().write(metrics)
     else:
         drawn = Samples(samples, params.sample_images.num_images)
@@ -57,11 +59,13 @@ def run(  # its paths are the options of its command
 
 
 def _real(panel: Panel, params: Pipeline, splits: dict[str, Images], found: Recorder) -> None:
-    """Training images in the place of samples, and one half of the training images against the other."""
+    """Training images in the place of samples, one half of them against the other, and the trial of each judge."""
     number = params.sample_images.num_images
     seen = SampleSet(panel, training_images(splits["train"], number, params.seed), splits)
     panel.measure("of_samples", seen, found.group("generation"))
     panel.measure("of_real_images", Floor(panel, splits, number), found.group("floor"))
+    for name, judge in panel.judges.items():
+        trial.measure(judge, panel.references[name], splits["train"], params.seed, found.group("trial"))
 
 
 def _require_made_by(drawn: Samples, samples: Path, parts: dict[str, Path | None]) -> None:

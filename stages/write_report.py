@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from tessera.contracts import Job
-from tessera.evaluation import comparison, figures
+from tessera.evaluation import comparison, figures, trial
 from tessera.evaluation import curves as training_curves
 from tessera.evaluation.comparison import REAL
 from tessera.evaluation.figures import Measured
@@ -45,15 +45,15 @@ def run(
     distances = comparison.distance_names(as_runs)
     histories = training_curves.read(curves)
     reference = training_curves.reference_of(params, reference_curves)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = _template().render(
         dataset=params.dataset.name,
         num_images=params.sample_images.num_images,
         seed=params.seed,
+        warnings=trial.sentences(systems[REAL]),
         rankings={key: comparison.ranking(as_runs, key) for key in distances},
         systems=_rows(systems, ("generation",)),
         tokenizers=_rows(tokenizers, ("reconstruction", "codebook")),
-        floors=_rows({REAL: systems[REAL]}, ("floor",)),
+        floors=_rows({REAL: systems[REAL]}, ("floor", "trial")),
         bottlenecks={
             name: comparison.bottleneck(as_runs[name], as_runs[REAL], distances[0]) for name in params.systems
         },
@@ -89,6 +89,11 @@ def run(
     partial.replace(out)
     job.attach(out, "report.html")
     job.say(f"{len(page) / 2**20:.1f} MiB, open it in a browser: {out}")
+
+
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _protocols(measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:

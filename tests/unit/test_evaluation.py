@@ -344,7 +344,7 @@ def test_the_report_shows_every_figure_and_picture_in_a_browser(two_systems, bro
     shown = {(name, figure): (float(exact), text) for name, figure, exact, text in cells}
     for name in ("real", "one", "two"):
         measured = figures.read(place.metrics(name))
-        for group in ("generation", "floor"):
+        for group in ("generation", "floor", "trial"):
             for key, figure in measured.groups.get(group, {}).items():
                 exact, text = shown.pop((name, key))
                 assert exact == figure.value
