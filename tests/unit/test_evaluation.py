@@ -420,6 +420,13 @@ def test_the_table_names_floors_noise_and_bottlenecks_and_refuses_other_protocol
     assert " prior " in lines["two"]
     assert "< two" in text  # beyond the noise
     assert "test images rightly" in text
+    assert "does not see garbage" not in text  # the judge was tried, and is none of these
+    real = figures.read(place.metrics("real"))
+    near = real.groups["trial"]["blurred_fd_classifier"].model_copy(update={"value": 0.0})
+    trial = {**real.groups["trial"], "blurred_fd_classifier": near}
+    real.model_copy(update={"groups": {**real.groups, "trial": trial}}).write(place.metrics("real"))
+    assert "- the judge of fd_classifier does not see garbage: blurred (0.0 times) has" in compare()
+    real.write(place.metrics("real"))
     stored = figures.read(place.metrics("two"))
     other = stored.protocols["generation/fd_classifier"].model_copy(update={"num_images": 500})
     changed = {**stored.protocols, "generation/fd_classifier": other}
