@@ -32,7 +32,7 @@ from tessera.artifacts.images import to_float, to_uint8
 from tessera.artifacts.samples import floor_rows
 from tessera.artifacts.shards import ShardWriter
 from tessera.components import parse
-from tessera.evaluation import comparison, figures, panel
+from tessera.evaluation import comparison, figures, panel, trial
 from tessera.evaluation import curves as training_curves
 from tessera.evaluation.reference import Reference
 from tessera.params import Pipeline
@@ -309,8 +309,9 @@ def two_systems(place) -> Place:
     return place
 
 
-def test_the_report_shows_every_figure_and_picture_in_a_browser(two_systems, browser, tmp_path):
+def test_the_report_shows_every_figure_and_picture_in_a_browser(two_systems, browser, tmp_path, monkeypatch):
     place = two_systems
+    monkeypatch.setattr(trial, "sentences", lambda real: ["the judge of fd_x does not see garbage"])
     reference = training_curves.thinned(training_curves.read(place.folder / "curves"), place.params)
     reference.to_csv(tmp_path / "digits.csv", index=False)
     out = place.folder / "reports" / "report.html"
@@ -350,6 +351,7 @@ def test_the_report_shows_every_figure_and_picture_in_a_browser(two_systems, bro
                 assert exact == figure.value
                 assert float(text.split("±")[0]) == pytest.approx(figure.value, rel=1e-3, abs=1e-12)
     assert not shown  # nothing that is not in the files
+    assert page.inner_text(".warning") == "the judge of fd_x does not see garbage"
     page.close()
 
 
@@ -423,8 +425,8 @@ def test_the_table_names_floors_noise_and_bottlenecks_and_refuses_other_protocol
     assert "does not see garbage" not in text  # the judge was tried, and is none of these
     real = figures.read(place.metrics("real"))
     near = real.groups["trial"]["blurred_fd_classifier"].model_copy(update={"value": 0.0})
-    trial = {**real.groups["trial"], "blurred_fd_classifier": near}
-    real.model_copy(update={"groups": {**real.groups, "trial": trial}}).write(place.metrics("real"))
+    tried = {**real.groups["trial"], "blurred_fd_classifier": near}
+    real.model_copy(update={"groups": {**real.groups, "trial": tried}}).write(place.metrics("real"))
     assert "- the judge of fd_classifier does not see garbage: blurred (0.0 times) has" in compare()
     real.write(place.metrics("real"))
     stored = figures.read(place.metrics("two"))
