@@ -6,7 +6,7 @@ import pandas as pd
 
 from tessera.artifacts import folder as artifact
 from tessera.contracts import Job, Shown
-from tessera.evaluation import comparison, figures
+from tessera.evaluation import comparison, figures, trial
 from tessera.evaluation.comparison import REAL, Systems
 from tessera.params import Pipeline
 
@@ -66,7 +66,7 @@ def _generation(systems: Systems, shown: dict[str, Shown], distances: list[str])
 
 def _sentences(systems: Systems, distances: list[str], params: Pipeline) -> list[str]:
     """What one may conclude, and what not."""
-    found = []
+    found = trial.sentences(systems[REAL][0])
     for key in distances:
         ranked = comparison.ranking(systems, key)
         found.append(

@@ -7,7 +7,7 @@ from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import Images
 from tessera.artifacts.samples import Samples
 from tessera.contracts import Job
-from tessera.evaluation import comparison, figures
+from tessera.evaluation import comparison, figures, trial
 from tessera.evaluation import neighbors as neighbor_pictures
 from tessera.evaluation.figures import Group, Recorder
 from tessera.evaluation.panel import Drawn, Floor, Panel, SampleSet, training_images
@@ -37,6 +37,8 @@ def run(  # its paths are the options of its command
     if samples is None:
         _real(panel, params, splits, found, group)
         measured = found.measured()
+        for sentence in trial.sentences(measured):
+            job.say(f"ALARM: {sentence}")
         measured.write(metrics)
     else:
         drawn = Samples(samples, params.sample_images.num_images)
@@ -69,11 +71,13 @@ def run(  # its paths are the options of its command
 
 
 def _real(panel: Panel, params: Pipeline, splits: dict[str, Images], found: Recorder, group: Group) -> None:
-    """Training images in the place of samples, and one half of the training images against the other."""
+    """Training images in the place of samples, one half of them against the other, and the trial of each judge."""
     number = params.sample_images.num_images
     seen = SampleSet(panel, training_images(splits["train"], number, params.seed), splits)
     panel.measure("of_samples", seen, group)
     panel.measure("of_real_images", Floor(panel, splits, number), found.group("floor"))
+    for name, judge in panel.judges.items():
+        trial.measure(judge, panel.references[name], splits["train"], params.seed, found.group("trial"))
 
 
 def _require_made_by(drawn: Samples, samples: Path, parts: dict[str, Path | None]) -> None:

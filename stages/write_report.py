@@ -9,7 +9,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined, Template
 
 from tessera.contracts import Job
-from tessera.evaluation import comparison, figures
+from tessera.evaluation import comparison, figures, trial
 from tessera.evaluation import curves as training_curves
 from tessera.evaluation.comparison import REAL
 from tessera.evaluation.figures import Measured
@@ -68,10 +68,11 @@ def _measured(params: Pipeline, metrics: Path) -> dict[str, Any]:
     return {
         "main": _rows(systems, of=comparison.columns(runs, kinds, ["generation"])),
         "main_of_tokenizers": _rows(tokenizers, of=comparison.columns(of_tokenizers, kinds, of_parts)),
+        "warnings": trial.sentences(systems[REAL]),
         "rankings": {key: comparison.ranking(runs, key) for key in distances},
         "systems": _rows(systems, ("generation",)),
         "tokenizers": _rows(tokenizers, of_parts),
-        "floors": _rows({REAL: systems[REAL]}, ("floor",)),
+        "floors": _rows({REAL: systems[REAL]}, ("floor", "trial")),
         "bottlenecks": {name: comparison.bottleneck(runs[name], runs[REAL], distances[0]) for name in params.systems},
         "main_distance": distances[0],
         "priors": {name: systems[name].groups.get("prior", {}) for name in params.systems},

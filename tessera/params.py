@@ -80,7 +80,7 @@ class FollowTraining(Params):
         if hasattr(load("features", kind), "Objective"):
             raise ValueError(
                 f"features {kind} are trained by the pipeline, and every prior would train again whenever they change: "
-                f"use kind random, or one that is read from a weights file (inception)"
+                f"use kind random, or one that is read from a weights file (timm, inception)"
             )
         if self.criterion != "last" and not self.every:
             raise ValueError(

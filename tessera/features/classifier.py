@@ -47,7 +47,7 @@ class Model(nn.Module):
         if spec.num_classes == 1:
             raise ValueError(
                 f"the data set {spec.name} has no labels, and features of kind classifier are learnt from labels: "
-                f"use features of kind random"
+                f"use features of kind timm (color images of 32 pixels and more) or contrastive"
             )
         self.feature_dim = config.feature_dim
         width, side = config.channels, min(spec.height, spec.width)

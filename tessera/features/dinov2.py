@@ -61,7 +61,7 @@ class Model(nn.Module):
         if spec.channels not in (1, 3):
             raise ValueError(
                 f"images of {spec.channels} channels do not fit DINOv2, expected 1 (gray) or 3 (RGB): "
-                f"use features of kind classifier or random"
+                f"use features of kind classifier or contrastive"
             )
         sizes = VARIANTS[config.variant]
         self.feature_dim = sizes.width

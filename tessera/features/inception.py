@@ -49,7 +49,7 @@ class Model(nn.Module):
         if spec.channels not in (1, 3):
             raise ValueError(
                 f"images of {spec.channels} channels do not fit Inception-v3, expected 1 (gray) or 3 (RGB): "
-                f"use features of kind classifier or random"
+                f"use features of kind classifier or contrastive"
             )
         # Imported here because it takes seconds, which only those who use it should wait.
         from torch_fidelity import feature_extractor_inceptionv3 as layers

@@ -1,7 +1,8 @@
-"""Features of a convolutional network with fixed random weights: for images without labels, or unlike any trained on.
+"""Features of a convolutional network with fixed random weights: cheap, for the validation of priors and for tests.
 
 Random convolutions keep what is near in an image near in the features, without a bias towards what some training set
-made important. All weights follow from the seed and the shape of the images.
+made important. They cannot tell colored mush from photographs (docs/log.md, judges that see garbage): no judge of a run.
+All weights follow from the seed and the shape of the images.
 
 Source: Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models", 2020, arXiv:2002.09797 (random
 embeddings for images far from ImageNet); He et al., "Delving Deep into Rectifiers", 2015, arXiv:1502.01852, equation 10

@@ -14,7 +14,9 @@ from jinja2 import Environment, StrictUndefined
 
 from tessera.check.estimate import Estimate
 from tessera.components import PACKAGE, parse
+from tessera.contracts import ImageSpec
 from tessera.datasets import image_folder
+from tessera.evaluation.judge import judge_for
 from tessera.params import Pipeline
 from tessera.start.survey import Survey
 
@@ -24,6 +26,11 @@ RESOLUTIONS = (32, 64, 128)
 ELONGATED = 2.0  # a side is so many times the other: the center alone would say little
 TOKENIZER_SHARE = 0.4  # of the time that is left for the two trainings
 MOST_EPOCHS = {"tokenizer": 150, "prior": 300}  # few images are learnt by heart sooner than the time is over
+REASONS = {
+    "classifier": "a classifier of the classes, trained first",
+    "timm": "EfficientNet-lite0, which learned ImageNet and is installed, as there are no classes to learn",
+    "contrastive": "a network that learns to tell these images apart, as there are no classes to learn",
+}
 FEWEST_STEPS, MOST_STEPS = 500, 20_000
 
 
@@ -53,7 +60,8 @@ def choose(found: Survey, source: str, resolution: int | None, is_gpu: bool) -> 
         raise ValueError(f"{found.source} has {found.num_images} images, expected at least {FEWEST}: add some")
     values: dict[str, Any] = {"source": json.dumps(source, ensure_ascii=False), "root": _quoted(found.root)}
     reasons = []
-    for each in (_pixels(found, resolution, is_gpu), _dataset(found), _judge(found)):
+    pixels = _pixels(found, resolution, is_gpu)
+    for each in (pixels, _dataset(found), _judge(found, pixels.values)):
         values |= each.values
         reasons += each.reasons
     split = _split(found, source, values)
@@ -144,16 +152,21 @@ def _dataset(found: Survey) -> Choices:
     return Choices(values, reasons)
 
 
-def _judge(found: Survey) -> Choices:
-    """The network that judges images. The only place that chooses it."""
-    if found.class_counts:
-        training = "{num_steps: 600, batch_size: 64, learning_rate: 0.003}"
-        judge = {"kind": "classifier", "channels": 32, "feature_dim": 64, "training": training}
-        return Choices(
-            {"judge_name": "classifier", "judge": judge}, ["judge: a classifier of the classes, trained first"]
-        )
-    reason = "judge: a network of random weights, as there are no classes to learn; compare its distances with those of `real`"
-    return Choices({"judge_name": "random", "judge": {"kind": "random"}}, [reason])
+def _judge(found: Survey, pixels: dict[str, Any]) -> Choices:
+    """The network that judges images."""
+    names, side = tuple(found.class_counts) or ("unlabeled",), pixels["resolution"]
+    spec = ImageSpec(
+        name="images",
+        channels=pixels["channels"],
+        height=side,
+        width=side,
+        num_classes=len(names),
+        class_names=names,
+        licence="",
+    )
+    judge = judge_for(spec, found.num_images)
+    shown = {key: json.dumps(value).replace('"', "") if key != "kind" else value for key, value in judge.items()}
+    return Choices({"judge_name": judge["kind"], "judge": shown}, [f"judge: {REASONS[judge['kind']]}"])
 
 
 def _split(found: Survey, source: str, values: dict[str, Any]) -> Choices:

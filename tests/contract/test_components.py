@@ -62,7 +62,10 @@ SMALL = {
             "training": TRAINING,
         },
     },
-    "features": {"classifier": {"channels": 8, "training": TRAINING}},
+    "features": {
+        "classifier": {"channels": 8, "training": TRAINING},
+        "contrastive": {"channels": 8, "training": TRAINING},
+    },
     "denoisers": {
         "transformer": {"width": 16, "depth": 2, "heads": 2},
         "unet": {"channels": 8, "channel_multipliers": [1, 2], "num_blocks": 1},

@@ -11,6 +11,7 @@ from tessera import params
 from tessera.bases.diagnostics import Diagnostics
 from tessera.bases.optimization import Training
 from tessera.components import kinds, load
+from tessera.evaluation import garbage
 
 ROOT = Path(__file__).parents[2]
 GLOSSARY = set(re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")))
@@ -28,6 +29,8 @@ FIGURES = [  # besides those of metrics, which tests/contract/test_metrics.py me
     "fd_random",
     "pfd_classifier",
     "floor_fd_classifier",
+    "trial_fd_classifier",
+    *(f"{kind}_fd_classifier" for kind in garbage.KINDS),
     "bits_per_token",
     "bits_per_image",
     "train_loss",

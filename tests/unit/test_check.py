@@ -88,7 +88,7 @@ def test_few_images_are_told_by_every_metric_that_they_do_not_suffice_for(tmp_pa
 
 def test_a_classifier_without_labels_is_refused_before_it_is_trained(tmp_path):
     unlabeled = DIGITS.model_copy(update={"num_classes": 1, "class_names": ("unlabeled",)})
-    assert any("features.classifier: " in one and "kind random" in one for one in found(tmp_path, spec=unlabeled))
+    assert any("features.classifier: " in one and "kind timm" in one for one in found(tmp_path, spec=unlabeled))
 
 
 def test_inception_score_of_more_parts_than_samples_is_refused_where_it_would_be_measured(tmp_path):

@@ -32,7 +32,7 @@ from tessera.artifacts.images import to_float, to_uint8
 from tessera.artifacts.samples import floor_rows
 from tessera.artifacts.shards import ShardWriter
 from tessera.components import parse
-from tessera.evaluation import comparison, figures, panel
+from tessera.evaluation import comparison, figures, panel, trial
 from tessera.evaluation import curves as training_curves
 from tessera.evaluation.reference import Reference
 from tessera.params import Pipeline
@@ -332,8 +332,9 @@ def two_systems(place) -> Place:
     return place
 
 
-def test_the_report_shows_every_figure_and_picture_in_a_browser(two_systems, browser, tmp_path):
+def test_the_report_shows_every_figure_and_picture_in_a_browser(two_systems, browser, tmp_path, monkeypatch):
     place = two_systems
+    monkeypatch.setattr(trial, "sentences", lambda real: ["the judge of fd_x does not see garbage"])
     reference = training_curves.thinned(training_curves.read(place.folder / "curves"), place.params)
     reference.to_csv(tmp_path / "digits.csv", index=False)
     out = place.folder / "reports" / "report.html"
@@ -369,7 +370,7 @@ def test_the_report_shows_every_figure_and_picture_in_a_browser(two_systems, bro
     shown = {(name, figure): (float(exact), text) for name, figure, exact, text in cells}
     for name in ("real", "one", "two"):
         measured = figures.read(place.metrics(name))
-        for group in ("generation", "floor"):
+        for group in ("generation", "floor", "trial"):
             for key, figure in measured.groups.get(group, {}).items():
                 exact, text = shown.pop((name, key))
                 assert exact == figure.value
@@ -380,6 +381,7 @@ def test_the_report_shows_every_figure_and_picture_in_a_browser(two_systems, bro
         box = page.locator(seen).bounding_box()
         assert box["y"] + box["height"] < 800 and box["x"] + box["width"] < 1280, seen
     assert page.get_by_text("UTC").is_visible()
+    assert page.inner_text(".warning") == "the judge of fd_x does not see garbage"
     page.close()
 
 
@@ -450,6 +452,13 @@ def test_the_table_names_floors_noise_and_bottlenecks_and_refuses_other_protocol
     assert " prior " in lines["two"]
     assert "< two" in text  # beyond the noise
     assert "test images rightly" in text
+    assert "does not see garbage" not in text  # the judge was tried, and is none of these
+    real = figures.read(place.metrics("real"))
+    near = real.groups["trial"]["blurred_fd_classifier"].model_copy(update={"value": 0.0})
+    tried = {**real.groups["trial"], "blurred_fd_classifier": near}
+    real.model_copy(update={"groups": {**real.groups, "trial": tried}}).write(place.metrics("real"))
+    assert "- the judge of fd_classifier does not see garbage: blurred (0.0 times) has" in compare()
+    real.write(place.metrics("real"))
     stored = figures.read(place.metrics("two"))
     other = stored.protocols["generation/fd_classifier"].model_copy(update={"num_images": 500})
     changed = {**stored.protocols, "generation/fd_classifier": other}
