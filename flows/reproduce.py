@@ -129,7 +129,7 @@ class _Run:
     def keep(self, experiment: experiments.Experiment, targets: list[str]) -> dict[str, Any]:
         """Save the experiment. Returns its name and the metrics of its systems, which a sweep compares."""
         plan = self.plan
-        systems = [plan.root / path for path in plan.unversioned if Path(path).parent.name == "systems"]
+        systems = [path for outs in plan.outputs.values() for path in outs if path.parent.name == "systems"]
         kept = {"experiment": experiment.name, "metrics": {path.stem: path.read_text() for path in systems}}
         experiments.keep(experiment, targets, plan.unversioned)
         self.board.metrics(kept)
