@@ -52,6 +52,7 @@ check: setup  ## style, import rules and contracts, in seconds
 
 ui: setup  ## MLflow on http://127.0.0.1:5000 with every run; another port: make ui UI_PORT=5010
 	$(call require_free,UI_PORT,if make stack runs, its MLflow is there: open that)
+	@echo "systems and their figures: $$(python -m tessera.tracking view --server http://127.0.0.1:$(UI_PORT))"
 	mlflow server --workers 1 --host 127.0.0.1 --port $(UI_PORT) --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
 serve: setup  ## images over HTTP on 127.0.0.1:5001 by the champion; MODEL=models:/NAME/VERSION, SERVE_PORT=5011

@@ -20,7 +20,7 @@ from uuid import UUID
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 
-from tessera.tracking import journal
+from tessera.tracking import journal, view
 from tessera.tracking.processes import folder_of
 
 INTERVAL_SECONDS = 3.0
@@ -30,7 +30,6 @@ PICTURE_PIXELS = 900
 METRICS = "metrics-of-systems"
 CELL_PIXELS = 240  # of a picture in a table
 CELL = re.compile(r"(?<=\| )[\w./@-]+\.png(?= +\|)")  # a table of paths, which a browser cannot follow
-AS_TRAINING = "?workflowType=machine_learning"  # MLflow's page opens on "GenAI" otherwise
 STEP = re.compile(r"\s(?:step\s+)?(\d+)/(\d+)\s")
 
 
@@ -105,8 +104,9 @@ class Board:
             path = mlflow_run(checkout, stage, since)
             if path:
                 tab = "/model-metrics" if stage.startswith("train_") and path.startswith("experiments/") else ""
-                self._links[stage] = f"{server}/#/{path}{tab}{AS_TRAINING}"
-                runs = f"{server}/#/{path.rpartition('/')[0]}{AS_TRAINING}"
+                self._links[stage] = f"{server}/#/{path}{tab}{view.AS_TRAINING}"
+                has_view = any(name.startswith("evaluate") for name in self._links)  # it comes with the first system
+                runs = f"{server}/#/{path.rpartition('/')[0]}{view.QUERY if has_view else view.AS_TRAINING}"
                 lines = [f"- [{name}]({address})" for name, address in self._links.items()]
                 text = (
                     f"[All runs]({runs}): choose systems there, then Compare. Curves, timings and files of stages:\n\n"

@@ -1,4 +1,4 @@
-"""python -m tessera.tracking replay | upload | champion: see uploader.py and registry.py."""
+"""python -m tessera.tracking replay | upload | champion | view: see uploader.py, registry.py and view.py."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from tessera.tracking import registry
+from tessera.tracking import registry, view
 from tessera.tracking.journal import redact
 from tessera.tracking.mirror import note, tracking_uri
 from tessera.tracking.processes import folder_of, start_uploader
@@ -52,7 +52,13 @@ def main() -> int:
     best.add_argument("--dataset", help="the model is called tessera-DATASET; default: that of params.yaml")
     best.add_argument("--dismiss", action="store_true", help="take the alias from a champion of another protocol")
     best.add_argument("--root", type=Path, default=Path())
+    table = commands.add_parser("view", help="where MLflow's page shows the systems with their figures")
+    table.add_argument("--server", default="http://127.0.0.1:5000")
+    table.add_argument("--root", type=Path, default=Path())
     arguments = parser.parse_args()
+    if arguments.command == "view":
+        print(view.link(arguments.root, arguments.server) or "MLflow has no run of this checkout yet")
+        return 0
     if arguments.command == "champion":
         return champion(arguments)
     if arguments.command == "replay":

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tessera.artifacts.folder import ArtifactError
-from tessera.tracking import load
+from tessera.tracking import load, view
 from tessera.tracking.journal import JOURNAL, append_load, events_of, redact, replace_json
 from tessera.tracking.processes import is_alive
 
@@ -200,8 +200,9 @@ class Mirror:
 
     def _adopt(self, client: Any, fingerprints: dict[str, str]) -> None:
         """List the runs that made a system's artifacts in its description; the training of its prior becomes its child."""
-        experiment = client.get_run(self.sent.run_id).info.experiment_id
-        lines = []
+        own = client.get_run(self.sent.run_id)
+        view.share(client, own)
+        experiment, lines = own.info.experiment_id, []
         for role, fingerprint in fingerprints.items():
             for run in client.search_runs([experiment], f"tags.`tessera.artifact` = '{fingerprint}'"):
                 lines.append(f"- {role}: [{run.info.run_name}](#/experiments/{experiment}/runs/{run.info.run_id})")

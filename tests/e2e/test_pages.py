@@ -237,6 +237,7 @@ def test_mlflows_page_compares_the_systems_and_shows_the_curves_of_a_training(pa
     for name in SYSTEMS:
         row = page.get_by_role("row").filter(has=page.get_by_role("link", name=name, exact=True))
         row.get_by_role("checkbox").first.check()
+    assert page.get_by_text("generation/fd_classifier", exact=True).first.is_visible()  # the answer, without a click
     pages.shoot("mlflow-runs")
     page.get_by_role("button", name="Compare").click()
     page.get_by_text("Comparing 2 Runs from 1 Experiment").wait_for()

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tessera.tracking import journal as journal_module
-from tessera.tracking import mirror, processes, uploader
+from tessera.tracking import mirror, processes, uploader, view
 
 
 def begin(root: Path, state: Path | None = None, **extra: Any) -> journal_module.Run:
@@ -276,3 +277,28 @@ def test_a_process_is_told_from_a_later_one_with_its_number() -> None:
 )
 def test_keys_are_made_acceptable_to_mlflow(key: str, name: str) -> None:
     assert mirror._name(key) == name
+
+
+def test_the_view_of_systems_has_their_figures_the_distance_first_and_its_link_knows_the_newest_experiment(
+    tmp_path: Path,
+) -> None:
+    tags = {}
+    client = SimpleNamespace(set_experiment_tag=lambda *given: tags.update({given[:2]: given[2]}))
+    figures = ["recall", "fd_classifier", "fd_classifier_standard_error", "precision", "density"]
+    names = [f"generation/{name}" for name in figures] + ["prior/test_loss"]
+    run = SimpleNamespace(
+        info=SimpleNamespace(experiment_id="7"), data=SimpleNamespace(metrics=dict.fromkeys(names, 1.0))
+    )
+    view.share(client, run)
+    state = json.loads(tags["7", "mlflow.sharedViewState.tessera"])
+    shown = [f"metrics.`generation/{name}`" for name in ("fd_classifier", "precision", "recall")]
+    assert state["selectedColumns"] == [*shown, "attributes.`Duration`"] and state["orderByKey"] == shown[0]
+
+    assert view.link(tmp_path, "http://x") is None
+    for uid, experiment in (("a", "3"), ("b", "7"), ("c", "")):
+        record = processes.folder_of(tmp_path) / uid / "sent-0.json"
+        record.parent.mkdir(parents=True)
+        record.write_text(json.dumps({"run_id": "r", "experiment_id": experiment}))
+        os.utime(record, (ord(uid), ord(uid)))
+    address = "http://x/#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=tessera"
+    assert view.link(tmp_path, "http://x/") == address
