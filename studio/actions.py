@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from studio import edit
@@ -20,13 +21,17 @@ from tessera import seeding
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import to_uint8
-from tessera.components import load
-from tessera.system import System
+from tessera.artifacts.shards import spread
+from tessera.components import kinds, load, parse
+from tessera.contracts import TokenSpec
+from tessera.system import CannotEdit, System
 
 KEPT = Path(".state/studio")
 MAX_IMAGES = 32  # of one request
 MAX_SEED = 2**32 - 1
+THUMBNAILS, THUMBNAIL = 24, 96  # how many, and the longer side of each in pixels, about
 CANVAS = 560  # pixels of the longer side that a mask is painted on, about
+PAINT = "#ff2d78"
 KNOBS = {"guidance": ("guidance_scale",), "temperature": ("temperature",), "steps": ("num_steps", "decoding_steps")}
 
 
@@ -42,6 +47,14 @@ class Edited(NamedTuple):
     command: str
 
 
+class Taken(NamedTuple):
+    """A kept test image."""
+
+    name: str
+    label: int
+    picture: Image.Image
+
+
 class Knob(NamedTuple):
     """A setting of the sampling that the page shows."""
 
@@ -55,20 +68,34 @@ class Studio:
     def __init__(self, root: Path = Path()):
         self.root = root
         self.params = all_params.read(root / "params.yaml")
-        self.names = [name for name in self.params.systems if self._is_trained(name)]
-        if not self.names or not (root / "data/images/meta.json").is_file():
+        trained = [name for name in self.params.systems if self._is_trained(name)]
+        if not trained or not (root / "data/images/meta.json").is_file():
             raise ValueError(f"no system of {root / 'params.yaml'} is trained yet: run make repro first")
-        self.classes = image_artifact.read_spec(root / "data/images").class_names
+        self.edits = {name: self._edits_of(name) for name in trained}
+        self.names = sorted(trained, key=lambda name: -len(self.edits[name]))  # the most able first
+        spec, splits = image_artifact.read(root / "data/images")
+        self.classes, self._test = spec.class_names, splits["test"]
+        self.rows = spread(len(self._test), THUMBNAILS).tolist()  # of the test images that are shown
         self._models, self._files = threading.Lock(), threading.Lock()
         self._systems: dict[str, tuple[list[str], System]] = {}
-        self._test: image_artifact.Images | None = None
 
     def about(self, name: str) -> str:
         """What a system is, in a line."""
         system = self.params.systems[name]
         tokenizer, prior = self.params.tokenizers[system.tokenizer], load("priors", system.prior.kind)
         codes = f"{tokenizer.codebook_size} codes" if tokenizer.codebook_size else "no codebook"
-        return f"tokenizer {system.tokenizer} ({codes}); prior {system.prior.kind}, which learns {prior.LEARNS}"
+        can = ", ".join(self.edits[name])
+        return f"tokenizer {system.tokenizer} ({codes}); prior {system.prior.kind}, which learns {prior.LEARNS}; edits: {can}"
+
+    def refusal(self, name: str, kind: str) -> str:
+        """Why a system cannot do an edit, in a sentence that names those that can; empty if it can."""
+        self._check(name)
+        if kind in self.edits[name]:
+            return ""
+        able = [other for other in self.names if kind in self.edits[other]]
+        prior = self.params.systems[name].prior.kind
+        mend = f"choose {' or '.join(able)}" if able else "no trained system here has one that can"
+        return f"{name} cannot do this edit ({kind}), because its prior {prior} has no way to do so: {mend}"
 
     def knobs(self, name: str) -> dict[str, Knob]:
         """Those of guidance, temperature and steps that the system's sampling has, as params.yaml sets them."""
@@ -107,7 +134,8 @@ class Studio:
         share: float = 0.5,
     ) -> Edited:
         """source, other: names of kept pictures. With a label, the prior is told it."""
-        self._check(name)
+        if refusal := self.refusal(name, kind):
+            raise CannotEdit(refusal)
         options = {"label": label, "seed": _seed(seed), "share": share}
         asked = edit.request(self.params, name, kind, settings, **options)
         picture, other_picture = self.picture(source), self.picture(other) if other else None
@@ -123,13 +151,15 @@ class Studio:
             picture = edit.read_picture(data, what)
         return self._keep(picture)
 
-    def take_test_image(self, number: Any) -> tuple[str, int]:
-        """Keep a test image by its row; its name and label."""
-        with self._files:
-            if self._test is None:
-                self._test = image_artifact.read(self.root / "data/images")[1]["test"]
+    def take_test_image(self, number: Any) -> Taken:
+        """Keep a test image by its row."""
         row = _whole(number, "the number of a test image", 0, len(self._test) - 1)
-        return self._keep(_picture(self._test.uint8(np.array([row]))[0].numpy())), int(self._test.labels[row])
+        picture = self._test_picture(row)
+        return Taken(self._keep(picture), int(self._test.labels[row]), picture)
+
+    def thumbnails(self) -> list[Image.Image]:
+        """Test images evenly spread over their split, those of `rows`, each of its pixels a square."""
+        return [for_painting(self._test_picture(row), THUMBNAIL) for row in self.rows]
 
     def damage(self, source: str, settings: dict[str, Any], seed: Any) -> str:
         """The picture as the models see it, damaged as `enhance` takes it to be; the damaged one's name."""
@@ -145,8 +175,13 @@ class Studio:
         """A kept picture, read as the shell would."""
         if not name:
             raise ValueError("there is no picture yet: upload one, or take a test image")
+        path = self.root / KEPT / name
+        if not path.is_file():
+            raise ValueError(
+                f"the picture is no longer in {KEPT}, as after make clean: upload it again, or take a test image"
+            )
         with self._files:
-            return edit.read_picture((self.root / KEPT / name).read_bytes(), "the picture")
+            return edit.read_picture(path.read_bytes(), "the picture")
 
     def _keep(self, picture: Image.Image) -> str:
         file = io.BytesIO()
@@ -157,6 +192,18 @@ class Studio:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(file.getvalue())
         return name
+
+    def _test_picture(self, row: int) -> Image.Image:
+        return _picture(self._test.uint8(np.array([row]))[0].numpy())
+
+    def _edits_of(self, name: str) -> list[str]:
+        """The edits that a system can do, asked of its prior without weights."""
+        described = artifact.read_json(self._artifacts(name)[1] / "config.json")
+        module = load("priors", described["config"]["kind"])
+        with torch.device("meta"):
+            prior = module.Model(parse(module.Config, described["config"]), parse(TokenSpec, described["spec"]))
+        needs = {kind: getattr(load("edits", kind), "NEEDS", None) for kind in kinds("edits")}
+        return [kind for kind, abilities in needs.items() if abilities is None or isinstance(prior, abilities)]
 
     def _is_trained(self, name: str) -> bool:
         return all((folder / artifact.MANIFEST).is_file() for folder in self._artifacts(name))
@@ -177,12 +224,20 @@ class Studio:
         return self._systems[name][1]
 
 
-def for_painting(picture: Image.Image) -> Image.Image:
+def for_painting(picture: Image.Image, side: int = CANVAS) -> Image.Image:
     """As large as a mask is painted on: small pictures enlarged by a whole number, large ones reduced."""
-    scale = CANVAS / max(picture.size)
+    scale = side / max(picture.size)
     if scale >= 2:
         return picture.resize((picture.width * int(scale), picture.height * int(scale)), Image.Resampling.NEAREST)
     return picture if scale >= 0.5 else picture.reduce(round(1 / scale))
+
+
+def painted_below(size: tuple[int, int]) -> Image.Image:
+    """An RGBA layer for a canvas of this size, on which most of the lower half is painted."""
+    width, height = size
+    layer = Image.new("RGBA", size)
+    layer.paste(PAINT, (width // 8, height // 2, width - width // 8, height - height // 8))
+    return layer
 
 
 def mask_of(layers: list[Image.Image], size: tuple[int, int]) -> Image.Image:

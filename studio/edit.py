@@ -36,6 +36,7 @@ from tessera.system import System
 
 MAX_BYTES, MAX_PIXELS = 64 * 2**20, 32 * 2**20  # of a file, of its image
 ROW = 10  # images side by side
+HALFWAY = 0.5  # from an image to the other one
 
 
 class Request(NamedTuple):
@@ -45,21 +46,21 @@ class Request(NamedTuple):
     kind: str
     config: Any  # the edit's Config
     sampling: Any
+    usual_sampling: Any  # as params.yaml has it
     label: int | None = None  # of the image; None: nobody knows
     seed: int = 0
-    share: float = 0.5  # interpolate: of the way to the other image
+    share: float = HALFWAY  # interpolate: of the way to the other image
 
     def command(self, mask: str = "", other: str = "", source: str = "in.png", target: str = "out.png") -> str:
-        """The line for the shell that does it again."""
+        """The line for the shell that does it again: what differs from the defaults of params.yaml and of the edit."""
         parts = ["python -m studio.edit", f"--system {self.system}", f"--{self.kind}"]
         parts += [f"--mask {shlex.quote(mask)}"] if mask else []
-        parts += [f"--other {shlex.quote(other)} --share {self.share}"] if other else []
+        parts += [f"--other {shlex.quote(other)}"] if other else []
+        parts += [f"--share {self.share}"] if other and self.share != HALFWAY else []
         parts += [f"--label {self.label}"] if self.label is not None else []
-        changed = {key: value for key, value in self.config.model_dump(mode="json").items() if key != "kind"}
-        default = load("edits", self.kind).Config().model_dump(mode="json")
-        parts += _options("--set", {key: value for key, value in changed.items() if value != default[key]})
-        parts += _options("--sampling", self.sampling.model_dump(mode="json"))
-        return " ".join([*parts, f"--seed {self.seed}", shlex.quote(source), shlex.quote(target)])
+        parts += _options("--set", self.config, parse(type(self.config), _usual(self.kind, self.label), self.kind))
+        parts += _options("--sampling", self.sampling, self.usual_sampling)
+        return " ".join([*parts, *_seeded(self.seed), shlex.quote(source), shlex.quote(target)])
 
 
 class Draw(NamedTuple):
@@ -67,6 +68,7 @@ class Draw(NamedTuple):
 
     system: str
     sampling: Any
+    usual_sampling: Any  # as params.yaml has it
     label: int | None = None  # None: one label after another
     count: int = 1
     seed: int = 0
@@ -75,13 +77,26 @@ class Draw(NamedTuple):
         """The line for the shell that does it again."""
         parts = [f"python -m studio.edit --system {self.system} --sample"]
         parts += [f"--label {self.label}"] if self.label is not None else []
-        parts += [f"--count {self.count}", *_options("--sampling", self.sampling.model_dump(mode="json"))]
-        return " ".join([*parts, f"--seed {self.seed}", shlex.quote(target)])
+        parts += [f"--count {self.count}"] if self.count != 1 else []
+        parts += _options("--sampling", self.sampling, self.usual_sampling)
+        return " ".join([*parts, *_seeded(self.seed), shlex.quote(target)])
 
 
-def _options(option: str, values: dict[str, Any]) -> list[str]:
-    """As YAML on a line of a shell, which would break a list at its spaces."""
-    return [f"{option} {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in values.items()]
+def _options(option: str, settings: Any, usual: Any) -> list[str]:
+    """What differs, as YAML on a line of a shell, which would break a list at its spaces."""
+    known = usual.model_dump(mode="json")
+    changed = {key: value for key, value in settings.model_dump(mode="json").items() if value != known[key]}
+    return [f"{option} {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in changed.items()]
+
+
+def _seeded(seed: int) -> list[str]:
+    return [f"--seed {seed}"] if seed else []
+
+
+def _usual(kind: str, label: int | None) -> dict[str, Any]:
+    """The settings of an edit where nobody gives others: a label that is given is told to the prior."""
+    tells = label is not None and "told_label" in load("edits", kind).Config.model_fields
+    return {"kind": kind, "told_label": "own"} if tells else {"kind": kind}
 
 
 def request(
@@ -94,11 +109,8 @@ def request(
 ) -> Request:
     """Settings are the defaults of the edit's Config but for those given; a label is told to the prior. Raises ValueError."""
     drawn = _sampling(params, system, sampling)
-    schema, settings = load("edits", kind).Config, {"kind": kind, **(settings or {})}
-    if other.get("label") is not None and "told_label" in schema.model_fields:
-        settings = {"told_label": "own", **settings}
-    config = parse(schema, settings, kind)
-    made = Request(system, kind, config, drawn, **other)
+    config = parse(load("edits", kind).Config, _usual(kind, other.get("label")) | (settings or {}), kind)
+    made = Request(system, kind, config, *drawn, **other)
     if made.label is not None and not 0 <= made.label < (params.dataset.num_classes or made.label + 1):
         raise ValueError(f"label is {made.label}: expected 0 to {params.dataset.num_classes - 1}")
     if made.label is None and getattr(config, "told_label", "") == "own":
@@ -112,17 +124,18 @@ def request(
 
 def to_draw(params: Pipeline, system: str, sampling: dict[str, Any] | None = None, **other: Any) -> Draw:
     """As `request`, of images that start from nothing."""
-    made = Draw(system, _sampling(params, system, sampling), **other)
+    made = Draw(system, *_sampling(params, system, sampling), **other)
     if made.count < 1:
         raise ValueError(f"count is {made.count}: expected at least 1 image")
     return made
 
 
-def _sampling(params: Pipeline, system: str, changed: dict[str, Any] | None) -> Any:
+def _sampling(params: Pipeline, system: str, changed: dict[str, Any] | None) -> tuple[Any, Any]:
+    """With the changes, and as params.yaml has it."""
     if system not in params.systems:
         raise ValueError(f"there is no system '{system}' in params.yaml: expected one of {', '.join(params.systems)}")
     own = params.sampling(system)
-    return parse(type(own), own.model_dump(mode="json") | (changed or {}), f"systems.{system}.sampling")
+    return parse(type(own), own.model_dump(mode="json") | (changed or {}), f"systems.{system}.sampling"), own
 
 
 def open_system(params: Pipeline, name: str, root: Path = Path()) -> System:
@@ -139,7 +152,7 @@ def read_picture(data: bytes, what: str) -> Image.Image:
         with pillow_warnings():
             pixels = decode(data, channels=3, height=None, width=None, max_pixels=MAX_PIXELS, **PREPROCESSING)
     except Unreadable as reason:
-        raise ValueError(f"{what} {reason}: expected a picture such as a PNG or JPEG file") from None
+        raise ValueError(f"{what} cannot be read ({reason}): expected a picture such as a PNG or JPEG file") from None
     return Image.fromarray(pixels.transpose(1, 2, 0))
 
 
@@ -168,6 +181,10 @@ def edit(
         raise ValueError("inpaint needs a mask: an image of the size of the input, white where it is to be drawn anew")
     if asked.kind == "interpolate" and other is None:
         raise ValueError("interpolate needs another image to go to")
+    if asked.kind == "restyle" and other is not None and asked.config.target is not None:
+        raise ValueError(
+            "restyle goes to a class or to the look of another image: expected a target or another image, not both"
+        )
     if mask is not None and mask.size != picture.size:
         raise ValueError(
             f"the mask is {size_text(mask.size)}, the image {size_text(picture.size)}: expected the same size"
@@ -216,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--other", type=Path, help="interpolate: the image to go to; restyle: the one whose look is wanted"
     )
-    parser.add_argument("--share", type=float, default=0.5, help="interpolate: of the way to the other image")
+    parser.add_argument("--share", type=float, default=HALFWAY, help="interpolate: of the way to the other image")
     parser.add_argument(
         "--label", type=int, help="of the image, if it is known; sample: to draw, else one after another"
     )

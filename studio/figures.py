@@ -21,6 +21,15 @@ CSS = """
 .drawn table.many td {width: 6px; height: 6px; border: 0}
 .drawn p {flex-basis: 100%; margin: 0}
 .pixels img {image-rendering: pixelated; object-fit: contain}
+.pixels .image-container, .pixels .image-frame {padding-top: 18px}
+.thumbnails .grid-wrap {height: auto; min-height: 0; max-height: none; padding: 0}
+.thumbnails .grid-container {grid-template-columns: repeat(8, minmax(0, 1fr)) !important; gap: 4px; padding: 0;
+  grid-auto-rows: auto !important; grid-template-rows: none !important; height: auto}
+.thumbnails .thumbnail-item {aspect-ratio: 1; width: 100%; height: auto; cursor: pointer;
+  border-radius: 3px !important}
+[data-testid=status-tracker]:has(> .error) {display: none}  /* a red box without words: the message says them */
+.cannot {padding: 8px 12px; border-left: 4px solid var(--color-accent); background: var(--background-fill-secondary)}
+.cannot .cannot {padding: 0; border: 0}
 """
 
 

@@ -7,13 +7,10 @@ checked by studio/actions.py as the shell checks them. Every mistake is a messag
 """
 
 import argparse
-import functools
-import html
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ["GRADIO_TEMP_DIR"] = str(Path(".state/studio/gradio").absolute())
@@ -22,17 +19,15 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"  # gradio asks its
 import gradio as gr  # noqa: E402  after its environment
 from PIL import Image  # noqa: E402
 
-from studio import (
-    edit,  # noqa: E402
-    figures,  # noqa: E402
-)
-from studio.actions import KNOBS, MAX_IMAGES, MAX_SEED, Studio, for_painting, mask_of  # noqa: E402
+from studio import controls, edit, figures  # noqa: E402
+from studio.actions import KNOBS, PAINT, Studio, for_painting, mask_of, painted_below  # noqa: E402
+from studio.controls import edit_button, known, telling  # noqa: E402
 
 ADDRESS = "127.0.0.1"
-NOBODY_KNOWS = -1  # a drop-down has no value for None
 INTRODUCTION = """# Tessera studio
-Draw with the trained systems of this checkout, and edit pictures with them. Below each result stands the command that
-makes it again, in the folder that this page was started in."""
+Draw and edit with the trained systems of this checkout. The command below a result makes it again, in the folder
+that this page was started in."""
+NOISE = 0.4  # standard deviation, of the damage that is shown first
 SPARE = 64 * 1024  # bytes around a file in its request
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = (
@@ -41,31 +36,12 @@ CSS = (
 )
 
 
-class Source(NamedTuple):
-    """Where a picture comes from: `name` is the State of the kept picture's name."""
-
-    name: gr.State
-    label: gr.Dropdown | None
-
-
-def telling(action: Callable[..., Any]) -> Callable[..., Any]:
-    """The action, whose mistakes of the user become messages on the page."""
-
-    @functools.wraps(action)
-    def told(*values: Any) -> Any:
-        try:
-            return action(*values)
-        except (ValueError, OSError) as error:
-            raise gr.Error(html.escape(str(error)), duration=20, print_exception=False) from None
-
-    return told
-
-
 def build(studio: Studio) -> gr.Blocks:
     with gr.Blocks(title="Tessera studio", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown(INTRODUCTION)
         first = studio.names[0]
-        system = gr.Dropdown(studio.names, value=first, label="System", info=studio.about(first), elem_id="system")
+        with gr.Row(equal_height=True):
+            gr.Markdown(INTRODUCTION)
+            system = gr.Dropdown(studio.names, value=first, label="System", info=studio.about(first), elem_id="system")
         system.change(telling(lambda name: gr.update(info=studio.about(name))), system, system, api_name=False)
         with gr.Tab("Sample"):
             _sample(studio, system)
@@ -85,21 +61,25 @@ def build(studio: Studio) -> gr.Blocks:
 
 
 def _sample(studio: Studio, system: gr.Dropdown) -> None:
-    known = studio.knobs(studio.names[0])
+    has = studio.knobs(studio.names[0])
     with gr.Row():
-        label, count, seed = _class(studio, "Class", "one after another"), _count(), _seed()
+        label, count, seed = (
+            controls.class_field(studio, "Class", "one after another"),
+            controls.count_field(),
+            controls.seed_field(),
+        )
     with gr.Row():
-        knobs = [_knob(knob, known.get(knob)) for knob in KNOBS]
+        knobs = [controls.knob_field(knob, has.get(knob)) for knob in KNOBS]
     button = gr.Button("Draw", variant="primary", elem_id="draw")
-    shown, command = gr.HTML(elem_id="drawn"), _command()
+    shown, command = gr.HTML(elem_id="drawn"), controls.command_field()
 
     def knobs_of(name: str) -> list[gr.Slider]:
-        return [_knob(knob, studio.knobs(name).get(knob)) for knob in KNOBS]
+        return [controls.knob_field(knob, studio.knobs(name).get(knob)) for knob in KNOBS]
 
     def draw(name: str, label: int, count: int, seed: int, *values: float) -> tuple[str, str]:
         has = studio.knobs(name)
         chosen = {knob: value for knob, value in zip(KNOBS, values, strict=True) if knob in has}
-        drawn = studio.draw(name, _known(label), count, seed, **chosen)
+        drawn = studio.draw(name, known(label), count, seed, **chosen)
         return figures.html(drawn), drawn.command
 
     system.change(telling(knobs_of), system, knobs, api_name=False)
@@ -111,7 +91,11 @@ def _compare(studio: Studio) -> None:
         "Two systems of your choice with the same class and seed, each with the sampling settings of `params.yaml`."
     )
     with gr.Row():
-        label, count, seed = _class(studio, "Class", "one after another"), _count(), _seed()
+        label, count, seed = (
+            controls.class_field(studio, "Class", "one after another"),
+            controls.count_field(),
+            controls.seed_field(),
+        )
     button = gr.Button("Draw both", variant="primary", elem_id="draw-both")
     systems, outputs = [], []
     with gr.Row():
@@ -119,60 +103,80 @@ def _compare(studio: Studio) -> None:
             with gr.Column():
                 name = studio.names[min(number, len(studio.names) - 1)]
                 systems.append(gr.Dropdown(studio.names, value=name, label="System", elem_id=f"system-{side}"))
-                outputs += [gr.HTML(elem_id=f"drawn-{side}"), _command()]
+                outputs += [gr.HTML(elem_id=f"drawn-{side}"), controls.command_field()]
 
     def draw(left: str, right: str, label: int, count: int, seed: int) -> list[str]:
-        both = [studio.draw(name, _known(label), count, seed) for name in (left, right)]
+        both = [studio.draw(name, known(label), count, seed) for name in (left, right)]
         return [text for drawn in both for text in (figures.html(drawn), drawn.command)]
 
     button.click(telling(draw), [*systems, label, count, seed], outputs, api_name="compare")
 
 
 def _inpaint(studio: Studio, system: gr.Dropdown) -> None:
-    gr.Markdown("Take a picture, then paint over what is to be drawn anew. All other pixels stay as they are.")
+    gr.Markdown("What is painted over is drawn anew; all other pixels stay as they are. Paint more, or erase.")
+    begin = controls.first(studio, 0)
+
+    def canvas(picture: Image.Image, painted: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The picture below what is painted already; if that is nothing, or of another size, a half is painted."""
+        background = for_painting(picture)
+        layers = [layer for layer in layers_of(painted) if layer.size == background.size and layer.getbbox()]
+        return {"background": background, "layers": layers or [painted_below(background.size)], "composite": None}
+
+    def layers_of(painted: dict[str, Any] | None) -> list[Image.Image]:
+        return (painted or {}).get("layers") or []
+
     with gr.Row():
-        with gr.Column(scale=3):
+        with gr.Column(scale=4):
             editor = gr.ImageEditor(
-                type="pil", sources=(), transforms=(), layers=False, label="Paint here", elem_id="editor",
-                brush=gr.Brush(default_size=48, colors=["#ff2d78"], color_mode="fixed"), eraser=gr.Eraser(48),
-                height=660, elem_classes="pixels", buttons=[], canvas_size=(560, 560),
+                canvas(begin.picture), type="pil", sources=(), transforms=(), layers=False, label="Paint here",
+                brush=gr.Brush(default_size=48, colors=[PAINT], color_mode="fixed"), eraser=gr.Eraser(48),
+                height=500, elem_id="editor", elem_classes="pixels", buttons=[], canvas_size=(560, 560),
             )  # fmt: skip
-        with gr.Column(scale=2):
-            source = _source(studio, "inpaint", editor, for_painting)
-            seed, button = _seed(), gr.Button("Inpaint", variant="primary", elem_id="inpaint")
-            result, command = _result("inpainted"), _command()
+        with gr.Column(scale=3):
+            source = controls.source(studio, "inpaint", editor, begin, canvas)
+            seed = controls.seed_field()
+            button = edit_button(studio, system, "inpaint", "Inpaint", "inpaint")
+        with gr.Column(scale=3):
+            result, command = controls.result("inpainted"), controls.command_field()
 
     def inpaint(name: str, source: str, painted: dict[str, Any] | None, label: int, seed: int) -> tuple[Any, str]:
-        mask = mask_of((painted or {}).get("layers") or [], studio.picture(source).size)
-        return studio.edit(name, "inpaint", source, seed, label=_known(label), mask=mask)
+        mask = mask_of(layers_of(painted), studio.picture(source).size)
+        return studio.edit(name, "inpaint", source, seed, label=known(label), mask=mask)
 
+    def unpainted(source: str) -> dict[str, Any]:
+        """The editor's own way to clear takes the picture away, too."""
+        return {"background": for_painting(studio.picture(source)), "layers": [], "composite": None}
+
+    editor.clear(telling(unpainted), source.name, editor, api_name=False)
     given = [system, source.name, editor, source.label, seed]
     button.click(telling(inpaint), given, [result, command], api_name="inpaint")
 
 
 def _enhance(studio: Studio, system: gr.Dropdown) -> None:
     gr.Markdown("Say what the picture suffers from; what comes back is an image that it could have come from.")
+    whole = controls.first(studio, 0)
+    damaged = studio.damage(whole.name, {"noise_std": NOISE}, 0)
+    begin = whole._replace(name=damaged, picture=studio.picture(damaged))
     with gr.Row():
         with gr.Column():
-            picture = _preview("Damaged picture")
-            source = _source(studio, "enhance", picture)
+            picture = controls.preview("Damaged picture", begin.picture)
+            source = controls.source(studio, "enhance", picture, begin)
         with gr.Column():
             damage = gr.Radio(["noise", "blur", "downsample"], value="noise", label="Damage", elem_id="damage")
-            noise = gr.Slider(0, 1, 0.4, step=0.02, label="Noise", info="standard deviation; white is 1, black is -1")
+            noise = gr.Slider(0, 1, NOISE, step=0.02, label="Noise", info="standard deviation; white is 1, black is -1")
             blur = gr.Slider(0.2, 4, 1, step=0.1, label="Blur", info="standard deviation, in pixels", visible=False)
             factor = gr.Slider(2, 8, 2, step=1, label="Factor", info="by which each side is smaller", visible=False)
-            seed = _seed()
-            with gr.Row():
-                spoil = gr.Button("Damage it first", elem_id="spoil")
-                button = gr.Button("Enhance", variant="primary", elem_id="enhance")
-            result, command = _result("enhanced"), _command()
+            seed, spoil = controls.seed_field(), gr.Button("Damage the picture first", elem_id="spoil")
+            button = edit_button(studio, system, "enhance", "Enhance", "enhance")
+        with gr.Column():
+            result, command = controls.result("enhanced"), controls.command_field()
 
     def settings(damage: str, noise: float, blur: float, factor: int) -> dict[str, Any]:
         own = {"blur": {"blur_std": blur}, "downsample": {"factor": int(factor)}}.get(damage, {})
         return {"damage": damage, "noise_std": noise, **own}
 
     def shown(damage: str) -> list[Any]:
-        usual = 0.4 if damage == "noise" else 0.02
+        usual = NOISE if damage == "noise" else 0.02
         return [gr.update(value=usual), gr.update(visible=damage == "blur"), gr.update(visible=damage == "downsample")]
 
     def spoiled(source: str, seed: int, *chosen: Any) -> tuple[str, Image.Image]:
@@ -180,10 +184,10 @@ def _enhance(studio: Studio, system: gr.Dropdown) -> None:
         return name, studio.picture(name)
 
     def enhance(name: str, source: str, label: int, seed: int, *chosen: Any) -> tuple[Any, str]:
-        return studio.edit(name, "enhance", source, seed, settings(*chosen), _known(label))
+        return studio.edit(name, "enhance", source, seed, settings(*chosen), known(label))
 
     chosen = [damage, noise, blur, factor]
-    damage.change(shown, damage, [noise, blur, factor], api_name=False)
+    damage.change(telling(shown), damage, [noise, blur, factor], api_name=False)
     spoil.click(telling(spoiled), [source.name, seed, *chosen], [source.name, picture], api_name="damage")
     given = [system, source.name, source.label, seed, *chosen]
     button.click(telling(enhance), given, [result, command], api_name="enhance")
@@ -191,42 +195,56 @@ def _enhance(studio: Studio, system: gr.Dropdown) -> None:
 
 def _restyle(studio: Studio, system: gr.Dropdown) -> None:
     gr.Markdown("The picture as another class, or with the look of another picture. Strength 0 leaves it as it is.")
+    begin, model = controls.first(studio, 0), controls.first(studio, len(studio.rows) // 2)
     with gr.Row():
         with gr.Column():
-            picture = _preview("Picture")
-            source = _source(studio, "restyle", picture, has_label=False)
-            with gr.Accordion("With the look of another picture", open=False):
-                reference = _preview("Reference")
-                other = _source(studio, "reference", reference, has_label=False)
+            picture = controls.preview("Picture", begin.picture)
+            source = controls.source(studio, "restyle", picture, begin, has_label=False)
         with gr.Column():
-            target = _class(studio, "Class to become", "none: the reference decides")
+            goal = gr.Radio(["a class", "another picture"], value="a class", label="Restyle to", elem_id="goal")
+            target = controls.class_field(studio, "Class to become", None, (begin.label + 1) % len(studio.classes))
+            with gr.Column(visible=False) as look:
+                reference = controls.preview("Picture whose look is wanted", model.picture)
+                other = controls.source(studio, "reference", reference, model, has_label=False)
             strength = gr.Slider(0, 1, 0.7, step=0.05, label="Strength", elem_id="strength")
-            seed, button = _seed(), gr.Button("Restyle", variant="primary", elem_id="restyle")
-            result, command = _result("restyled"), _command()
+            seed = controls.seed_field()
+            button = edit_button(studio, system, "restyle", "Restyle", "restyle")
+        with gr.Column():
+            result, command = controls.result("restyled"), controls.command_field()
 
-    def restyle(name: str, source: str, other: str, target: int, strength: float, seed: int) -> tuple[Any, str]:
-        if _known(target) is None and not other:
-            raise ValueError("nothing says what to restyle to: choose a class, or a reference picture")
-        settings = {"target": _known(target), "strength": strength}
-        return studio.edit(name, "restyle", source, seed, settings, other=other)
+    # parameters: the fields of the tab
+    def restyle(
+        name: str, source: str, goal: str, target: int, other: str, strength: float, seed: int
+    ) -> tuple[Any, str]:
+        if goal == "a class":
+            return studio.edit(name, "restyle", source, seed, {"target": target, "strength": strength})
+        studio.picture(other)
+        return studio.edit(name, "restyle", source, seed, {"strength": strength}, other=other)
 
-    given = [system, source.name, other.name, target, strength, seed]
+    def shown(goal: str) -> list[Any]:
+        return [gr.update(visible=goal == "a class"), gr.update(visible=goal != "a class")]
+
+    goal.change(telling(shown), goal, [target, look], api_name=False)
+    given = [system, source.name, goal, target, other.name, strength, seed]
     button.click(telling(restyle), given, [result, command], api_name="restyle")
 
 
 def _vary(studio: Studio, system: gr.Dropdown) -> None:
     gr.Markdown("Pictures around a picture, the farther from it the larger the strength. Each seed gives another one.")
+    begin = controls.first(studio, 0)
     with gr.Row():
         with gr.Column():
-            picture = _preview("Picture")
-            source = _source(studio, "vary", picture)
+            picture = controls.preview("Picture", begin.picture)
+            source = controls.source(studio, "vary", picture, begin)
         with gr.Column():
             strength = gr.Slider(0, 1, 0.5, step=0.05, label="Strength")
-            seed, button = _seed(), gr.Button("Vary", variant="primary", elem_id="vary")
-            result, command = _result("varied"), _command()
+            seed = controls.seed_field()
+            button = edit_button(studio, system, "variations", "Vary", "vary")
+        with gr.Column():
+            result, command = controls.result("varied"), controls.command_field()
 
     def vary(name: str, source: str, label: int, strength: float, seed: int) -> tuple[Any, str]:
-        return studio.edit(name, "variations", source, seed, {"strength": strength}, _known(label))
+        return studio.edit(name, "variations", source, seed, {"strength": strength}, known(label))
 
     given = [system, source.name, source.label, strength, seed]
     button.click(telling(vary), given, [result, command], api_name="vary")
@@ -236,92 +254,22 @@ def _interpolate(studio: Studio, system: gr.Dropdown) -> None:
     gr.Markdown("An image on the way from one picture to another.")
     sources = []
     with gr.Row():
-        for key, title in (("from", "From"), ("to", "To")):
+        for key, title, place in (("from", "From", 0), ("to", "To", len(studio.rows) // 2)):
             with gr.Column():
-                preview = _preview(title)
-                sources.append(_source(studio, key, preview, has_label=False).name)
+                begin = controls.first(studio, place)
+                preview = controls.preview(title, begin.picture)
+                sources.append(controls.source(studio, key, preview, begin, has_label=False).name)
         with gr.Column():
             share = gr.Slider(0, 1, 0.5, step=0.05, label="Share of the way")
-            seed, button = _seed(), gr.Button("Interpolate", variant="primary", elem_id="interpolate")
-            result, command = _result("between"), _command()
+            seed = controls.seed_field()
+            button = edit_button(studio, system, "interpolate", "Interpolate", "interpolate")
+            result, command = controls.result("between"), controls.command_field()
 
     def interpolate(name: str, start: str, end: str, share: float, seed: int) -> tuple[Any, str]:
         studio.picture(end)
         return studio.edit(name, "interpolate", start, seed, other=end, share=share)
 
     button.click(telling(interpolate), [system, *sources, share, seed], [result, command], api_name="interpolate")
-
-
-def _source(
-    studio: Studio,
-    key: str,
-    preview: gr.Image | gr.ImageEditor,
-    shown: Callable[[Image.Image], Image.Image] = lambda picture: picture,
-    has_label: bool = True,
-) -> Source:
-    """Buttons that put a picture of the user's, or of the test images, into the preview."""
-    name = gr.State("")
-    upload = gr.UploadButton("Upload a picture", elem_id=f"upload-{key}")
-    with gr.Row(equal_height=True):
-        number = gr.Number(0, precision=0, minimum=0, label="Test image", elem_id=f"number-{key}", min_width=100)
-        button = gr.Button("Take this one", elem_id=f"take-{key}", min_width=100)
-    label = _class(studio, "The picture shows", "not told") if has_label else None
-
-    def taken(path: str) -> tuple[Any, ...]:
-        file = Path(path)
-        kept = studio.take(file.read_bytes(), file.name)
-        return kept, shown(studio.picture(kept)), *([NOBODY_KNOWS] if has_label else [])
-
-    def picked(row: int) -> tuple[Any, ...]:
-        kept, is_a = studio.take_test_image(row)
-        return kept, shown(studio.picture(kept)), *([is_a] if has_label else [])
-
-    changed = [name, preview, *([label] if label else [])]
-    upload.upload(telling(taken), upload, changed, api_name=f"upload_{key}")
-    button.click(telling(picked), number, changed, api_name=f"take_{key}")
-    return Source(name, label)
-
-
-def _class(studio: Studio, title: str, none: str) -> gr.Dropdown:
-    choices = [(none, NOBODY_KNOWS), *((name, label) for label, name in enumerate(studio.classes))]
-    return gr.Dropdown(choices, value=NOBODY_KNOWS, label=title)
-
-
-def _known(label: int) -> int | None:
-    return None if label == NOBODY_KNOWS else label
-
-
-def _count() -> gr.Slider:
-    return gr.Slider(1, MAX_IMAGES, 6, step=1, label="Images")
-
-
-def _seed() -> gr.Number:
-    return gr.Number(0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed")
-
-
-def _knob(knob: str, now: Any) -> gr.Slider:
-    """A slider at the system's own setting; hidden where it has none."""
-    low, high, step = {"guidance": (0, 10, 0.05), "temperature": (0.05, 3, 0.05), "steps": (1, 200, 1)}[knob]
-    value = now.value if now else 1
-    return gr.Slider(low, max(high, value), value, step=step, label=knob.capitalize(), visible=now is not None)
-
-
-def _preview(title: str) -> gr.Image:
-    return gr.Image(
-        type="pil", format="png", interactive=False, label=title, height=300, elem_classes="pixels", buttons=[]
-    )
-
-
-def _result(name: str) -> gr.Image:
-    return gr.Image(
-        format="png", interactive=False, label="Result", height=300, elem_id=name, elem_classes="pixels",
-        buttons=["download"],
-    )  # fmt: skip
-
-
-def _command() -> gr.Textbox:
-    title = "The same from the shell"
-    return gr.Textbox(label=title, interactive=False, lines=2, max_lines=12, buttons=["copy"], elem_classes="command")
 
 
 def main(arguments: list[str]) -> int:

@@ -26,6 +26,7 @@ from tessera.system import System
 
 LEAST_STD = 0.02  # of a measurement's noise: with less, the steps towards it would be blind to the prior
 Positive = Annotated[float, Field(gt=0)]
+NEEDS = (Denoises, PredictsMasked)  # a prior with one of these abilities
 
 
 class Config(Params):
@@ -106,7 +107,7 @@ def edit(
     size: tuple[int, int],
 ) -> Tensor:
     """measured: what `measure` gives -> (B, C, *size) images."""
-    system.require("enhance", Denoises, PredictsMasked, means="a diffusion, flow or masked prior")
+    system.require("enhance", *NEEDS, means="a diffusion, flow or masked prior")
     observe = partial(damaged, config=config)
     if config.told_label == "none" or not system.prior.config.is_conditional:
         labels = system.null_labels(len(measured))

@@ -37,6 +37,7 @@ from tessera.system import System
 
 SEAM_SHARE = 1 / 8  # of the image's longer side: how far into the hole its border's correction reaches
 Share = Annotated[float, Field(ge=0, lt=1)]
+NEEDS = (Completes, Denoises)  # a prior with one of these abilities
 
 
 class Config(Params):
@@ -61,7 +62,7 @@ def edit(
     mask: Tensor,
 ) -> Tensor:
     """mask: (B, H, W) booleans, True where a pixel is covered; what `images` has there is not looked at."""
-    system.require("inpaint", Completes, Denoises, means="a masked, autoregressive, diffusion or flow prior")
+    system.require("inpaint", *NEEDS, means="a masked, autoregressive, diffusion or flow prior")
     if not mask.any():
         return images
     is_open = system.touched(mask, config.least_reach)

@@ -28,6 +28,7 @@ from tessera.system import System
 
 MASKINGS = 4  # times that a masked prior judges the tokens
 SEEN_SHARE = 0.1  # of the tokens, by which it judges the others
+NEEDS = (Completes, Denoises)  # a prior with one of these abilities
 
 
 class Config(Params):
@@ -55,7 +56,7 @@ def edit(
     reference: Tensor | None = None,
 ) -> Tensor:
     """reference: (C, H, W) or None. labels: (B,) of the images, used where config.target is None."""
-    system.require("restyle", Completes, Denoises, means="a masked, autoregressive, diffusion or flow prior")
+    system.require("restyle", *NEEDS, means="a masked, autoregressive, diffusion or flow prior")
     if config.strength == 0:
         return images
     if config.target is not None:

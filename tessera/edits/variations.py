@@ -17,6 +17,8 @@ from tessera.editing.ancestral import drawn_around, num_redrawn
 from tessera.editing.trial import Trial
 from tessera.system import System
 
+NEEDS = (Completes, Denoises)  # a prior with one of these abilities
+
 
 class Config(Params):
     kind: Literal["variations"] = "variations"
@@ -26,7 +28,7 @@ class Config(Params):
 def edit(
     images: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
 ) -> Tensor:
-    system.require("vary", Completes, Denoises, means="a masked, autoregressive, diffusion or flow prior")
+    system.require("vary", *NEEDS, means="a masked, autoregressive, diffusion or flow prior")
     if config.strength == 0:
         return images
     tokens = system.encode(images)

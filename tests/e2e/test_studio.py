@@ -24,7 +24,7 @@ from studio import edit
 from studio.actions import KEPT, Studio, for_painting, mask_of
 from studio.figures import table
 from tessera.artifacts import pictures
-from tessera.components import parse
+from tessera.components import kinds, parse
 from tessera.params import Pipeline
 from tessera.running import publish
 from tessera.running.job import Job
@@ -40,7 +40,7 @@ def tiny_params() -> dict[str, Any]:
     values["dataset"]["source"] = str(ROOT / "requirements.lock")
     tokenizer = values["tokenizers"]["vqvae"] | {"channels": 8, "num_blocks": 1, "training": TRAINING}
     tokenizer["quantizer"] |= {"codebook_size": 32, "init_step": 1}
-    values["tokenizers"] = {"vqvae": tokenizer}
+    values["tokenizers"] = {"vqvae": tokenizer, "none": values["tokenizers"]["none"]}
     values["encode_tokens"]["warps"] = 0
     flow, masked = values["systems"]["vqgan-flow"], values["systems"]["vqgan-masked"]
     flow["prior"]["denoiser"] |= {"channels": 8, "num_blocks": 1}
@@ -50,13 +50,15 @@ def tiny_params() -> dict[str, Any]:
         system["tokenizer"] = "vqvae"
     flow["sampling"] = {"guidance_scale": 1.5, "num_steps": 3}
     masked["sampling"] = {"guidance_scale": 1.5, "decoding_steps": 3}
-    values["systems"] = {"masked": masked, "flow": flow, "untrained": flow}
+    gan = values["systems"]["gan"]
+    gan["prior"] |= {"channels": 8, "num_blocks": 1, "training": TRAINING}
+    values["systems"] = {"gan": gan, "masked": masked, "flow": flow, "untrained": flow}
     return values
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout in which two of three systems are trained, by the stages."""
+    """A checkout in which three of four systems are trained, by the stages."""
     root = tmp_path_factory.mktemp("checkout")
     data, values = root / "data", tiny_params()
     (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
@@ -69,12 +71,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(root)
         patch.setattr(publish, "ROOT", root)
         prepare_images.run(params, data / "images", job("images"))
-        tokenizer, tokens = data / "tokenizers" / "vqvae", data / "tokens" / "vqvae"
-        train_tokenizer.run(params, "vqvae", data / "images", tokenizer, data / "t.csv", job("tokenizer"))
-        encode_tokens.run(params, "vqvae", data / "images", tokenizer, tokens, job("tokens"))
-        for name in ("masked", "flow"):
-            prior, files = data / "priors" / name, (data / f"{name}.csv", data / f"{name}.json")
-            train_prior.run(params, name, data / "images", tokenizer, tokens, prior, *files, job(name))
+        for used, names in {"vqvae": ("masked", "flow"), "none": ("gan",)}.items():
+            tokenizer, tokens = data / "tokenizers" / used, data / "tokens" / used
+            train_tokenizer.run(params, used, data / "images", tokenizer, data / f"{used}.csv", job(used))
+            encode_tokens.run(params, used, data / "images", tokenizer, tokens, job(f"tokens-{used}"))
+            for name in names:
+                prior, files = data / "priors" / name, (data / f"{name}.csv", data / f"{name}.json")
+                train_prior.run(params, name, data / "images", tokenizer, tokens, prior, *files, job(name))
     return root
 
 
@@ -122,14 +125,44 @@ def images_in(text: str) -> np.ndarray:
     return np.stack([np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found])[:, None]
 
 
-def test_only_trained_systems_are_offered_with_only_the_knobs_they_have(studio: Studio) -> None:
-    assert studio.names == ["masked", "flow"]
+def test_only_trained_systems_are_offered_the_most_able_first_with_only_the_knobs_they_have(studio: Studio) -> None:
+    assert studio.names == ["masked", "flow", "gan"]
     assert {name: knob.key for name, knob in studio.knobs("masked").items()} == {
         "guidance": "guidance_scale", "temperature": "temperature", "steps": "decoding_steps",
     }  # fmt: skip
     assert {name: tuple(knob) for name, knob in studio.knobs("flow").items()} == {
         "guidance": ("guidance_scale", 1.5), "steps": ("num_steps", 3),
     }  # fmt: skip
+
+
+def test_a_system_that_cannot_do_an_edit_is_known_before_it_tries(studio: Studio) -> None:
+    assert studio.edits == {name: kinds("edits") for name in ("masked", "flow")} | {"gan": ["interpolate"]}
+    assert "prior gan has no way to do so: choose masked or flow" in studio.refusal("gan", "inpaint")
+    assert not studio.refusal("flow", "inpaint")
+
+
+def test_a_command_has_only_what_differs_from_the_defaults(studio: Studio) -> None:
+    def of(kind: str, settings: dict[str, Any] | None = None, **given: Any) -> str:
+        return edit.request(studio.params, "flow", kind, settings, **given).command()
+
+    start = "python -m studio.edit --system flow"
+    assert studio.draw("flow", None, 1, 0, guidance=1.5).command == f"{start} --sample out.png"
+    assert studio.draw("flow", 3, 6, 2, guidance=2.0, steps=3).command == (
+        f"{start} --sample --label 3 --count 6 --sampling guidance_scale=2.0 --seed 2 out.png"
+    )
+    assert of("enhance", {"damage": "noise", "noise_std": 0.4}, label=3) == (
+        f"{start} --enhance --label 3 --set noise_std=0.4 in.png out.png"
+    )
+    assert of("inpaint", {"told_label": "inferred"}, label=3) == (
+        f"{start} --inpaint --label 3 --set 'told_label=\"inferred\"' in.png out.png"
+    )
+
+
+def test_thumbnails_are_test_images_evenly_spread_in_squares(studio: Studio) -> None:
+    assert len(studio.rows) == 24 and studio.rows[0] == 0 and set(np.diff(studio.rows)) <= {15, 16}
+    for row, thumbnail in zip(studio.rows, studio.thumbnails(), strict=True):
+        pixels = np.asarray(studio.take_test_image(row).picture)
+        assert np.array_equal(np.asarray(thumbnail), pixels.repeat(12, 0).repeat(12, 1))
 
 
 @pytest.mark.parametrize("name", ["masked", "flow"])
@@ -209,6 +242,10 @@ def test_a_command_runs_in_a_shell(studio: Studio, root: Path, tmp_path: Path) -
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(edited.picture))
 
 
+def taken(studio: Studio) -> str:
+    return studio.take_test_image(0).name
+
+
 REFUSED = [
     (lambda studio: studio.draw("flow", 3, 1, 0, temperature=0.5), "flow has no temperature"),
     (lambda studio: studio.draw("untrained", 3, 1, 0), "no trained system 'untrained'"),
@@ -221,6 +258,15 @@ REFUSED = [
     (
         lambda studio: studio.edit("flow", "enhance", studio.take_test_image(0)[0], 0, {"damage": "downsample", "factor": 3}),
         "not divisible",
+    ),
+    (
+        lambda studio: studio.edit("gan", "enhance", taken(studio), 0),
+        "gan cannot do this edit (enhance), because its prior gan has no way to do so: choose masked or flow",
+    ),
+    (lambda studio: studio.edit("flow", "variations", "0123456789abcdef.png", 0), "the picture is no longer in .state/studio"),
+    (
+        lambda studio: studio.edit("flow", "restyle", taken(studio), 0, {"target": 1}, other=taken(studio)),
+        "expected a target or another image, not both",
     ),
     (lambda studio: mask_of([Image.new("RGBA", (80, 80))], (8, 8)), "nothing is painted"),
     (lambda studio: mask_of([], (8, 8)), "nothing is painted"),
@@ -294,22 +340,26 @@ def test_a_sample_shows_the_images_and_indices_of_its_command(page, root, studio
     assert np.array_equal(images_in(page.inner_html("#drawn")), studio.draw("flow", None, 6, 0).images)
 
 
+def paint(page: Any) -> None:
+    """A stroke above the half that is painted at first."""
+    box = page.locator("#editor canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2 - 70
+    page.mouse.move(x - 90, y)
+    page.mouse.down()
+    page.mouse.move(x, y, steps=2)
+    page.mouse.move(x + 90, y, steps=2)
+    page.mouse.up()
+    page.wait_for_timeout(1000)
+
+
 def test_what_the_mouse_paints_is_inpainted_and_the_rest_stays(page, root, studio, monkeypatch, tmp_path) -> None:
     page.get_by_role("tab", name="Inpaint").click()
     page.fill("#number-inpaint input", "7")
     page.click("#take-inpaint")
-    source, label = studio.take_test_image(7)
+    source, label, _ = studio.take_test_image(7)
     page.wait_for_function(f"document.querySelector('[aria-label=\"The picture shows\"]').value == '{label}'")
     page.wait_for_timeout(3000)  # until the picture is on the canvas
-    box = page.locator("#editor canvas").first.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    for below in (60, 100):
-        page.mouse.move(x - 120, y + below)
-        page.mouse.down()
-        page.mouse.move(x, y + below, steps=2)
-        page.mouse.move(x + 120, y + below, steps=2)
-        page.mouse.up()
-    page.wait_for_timeout(1000)
+    paint(page)
     page.click("#inpaint")
     result = page.locator("#inpainted img")
     result.wait_for()
@@ -318,10 +368,57 @@ def test_what_the_mouse_paints_is_inpainted_and_the_rest_stays(page, root, studi
     commands = page.locator(".command textarea").evaluate_all("all => all.map(one => one.value)")
     (command,) = [text for text in commands if "--inpaint" in text]
     mask = np.asarray(Image.open(root / shlex.split(command)[shlex.split(command).index("--mask") + 1]))
-    assert mask.shape == (8, 8) and not mask[:4].any() and mask[5, 2:6].all() and not mask[:, 0].any()
+    assert mask.shape == (8, 8) and mask[2, 2:6].all() and not mask[0].any()
+    assert mask[4:7, 1:7].all() and not mask[7].any() and not mask[:, 0].any()
     original = np.asarray(studio.picture(source).convert("L"))
     assert np.array_equal(edited[mask == 0], original[mask == 0]) and (edited != original).any()
     assert np.array_equal(run(command, root, monkeypatch, tmp_path / "again.png"), edited)
+
+
+BUTTONS = {
+    "Compare": ("draw-both", "#drawn-right figure"),
+    "Inpaint": ("inpaint", "#inpainted img"),
+    "Enhance": ("enhance", "#enhanced img"),
+    "Restyle": ("restyle", "#restyled img"),
+    "Vary": ("vary", "#varied img"),
+    "Interpolate": ("interpolate", "#between img"),
+}
+
+
+def test_the_first_click_on_every_tab_gives_a_result(page) -> None:
+    for tab, (button, result) in BUTTONS.items():
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(1500)  # until the picture is on the canvas
+        page.click(f"#{button}")
+        page.wait_for_selector(result)
+    assert not page.locator(".toast-body").count()
+
+
+def test_a_click_on_a_thumbnail_takes_it_and_keeps_what_is_painted(page, root, studio) -> None:
+    page.get_by_role("tab", name="Inpaint").click()
+    page.wait_for_timeout(3000)  # until the picture is on the canvas
+    paint(page)
+    page.click("#thumbnails-inpaint button >> nth=7")
+    page.wait_for_function(f"document.querySelector('#number-inpaint input').value == '{studio.rows[7]}'")
+    page.wait_for_timeout(1500)
+    page.click("#inpaint")
+    page.wait_for_selector("#inpainted img")
+    commands = page.locator(".command textarea").evaluate_all("all => all.map(one => one.value)")
+    (words,) = [shlex.split(text) for text in commands if "--inpaint" in text]
+    assert Path(words[-2]).name == studio.take_test_image(studio.rows[7]).name
+    mask = np.asarray(Image.open(root / words[words.index("--mask") + 1]))
+    assert mask[2, 2:6].all() and mask[4:7, 1:7].all() and not mask[0].any()
+
+
+def test_a_tab_says_what_the_chosen_system_cannot_do(page) -> None:
+    page.click("#system input")
+    page.get_by_role("option", name="gan", exact=True).last.click()
+    for tab, (button, _) in BUTTONS.items():
+        page.get_by_role("tab", name=tab).click()
+        is_able = tab in ("Compare", "Interpolate")
+        page.wait_for_function(f"document.querySelector('#{button}').disabled != {str(is_able).lower()}")
+        why = page.locator(f"#cannot-{button}").filter(has_text="gan cannot do this edit")
+        assert why.is_visible() != is_able
 
 
 def test_each_seed_varies_a_picture_otherwise(address: str, studio: Studio) -> None:
