@@ -52,8 +52,9 @@ def main(command: list[str]) -> None:
 def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool) -> None:
     began = time.monotonic()
     params = all_params.read(Path("params.yaml"))
-    if "images" in arguments and (planned := known_images.of_artifact(params, arguments["images"])) is not None:
-        problems.require(params, planned, is_begin=False)  # params may have changed since the images were prepared
+    # Params may have changed since the images were prepared. To ask takes seconds where networks are large: trainings do it
+    if name.startswith("train_") and (planned := known_images.of_artifact(params, arguments["images"])) is not None:
+        problems.require(params, planned, is_begin=False)
     state = STATE / name.replace("@", "-")
     state.mkdir(parents=True, exist_ok=True)
     described = params.describe(name)._asdict()

@@ -128,7 +128,7 @@ def test_the_command_says_each_problem_and_exits_with_2_or_that_all_is_well(tmp_
     assert capsys.readouterr().out.startswith("all is well: ")
 
 
-def test_every_stage_asks_again_and_what_it_writes_can_be_read_as_the_umask_says(tmp_path, images_folder):
+def test_every_training_asks_again_and_what_it_writes_can_be_read_as_the_umask_says(tmp_path, images_folder):
     """safetensors alone would keep weights from everybody but their owner."""
 
     def ran(changes: dict) -> subprocess.CompletedProcess:
