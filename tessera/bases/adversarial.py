@@ -90,7 +90,8 @@ class AdversarialObjective(nn.Module):
             self.register_buffer("average_logits", torch.zeros(2))  # of real and fake, for LeCam
         self.reconstruction_loss = ReconstructionLoss(config)
         # not named monitor: the checkpoints of trainings hold its counters under this name
-        self.watch = Monitor(config.health, config.quantizer, has_discriminator=config.adversarial_weight > 0)
+        steps = config.training.num_steps - config.discriminator_start_step if config.adversarial_weight else 0
+        self.watch = Monitor(config.health, config.quantizer, discriminator_steps=max(0, steps))
         self._pending: list[tuple[Tensor, Tensor]] = []  # images and their reconstructions, for the second phase
 
     def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -39,19 +39,20 @@ class Diagnostics(Params):
 
     min_codebook_usage: Annotated[float, Field(ge=0, lt=1)] = 0.05  # share of the codes used within `window`; 0: off
     window: Count = 100  # steps
-    max_dead_discriminator_steps: Annotated[int, Field(ge=0)] = 500  # in a row, won or silent; 0: off
-    start_step: Annotated[int, Field(ge=0)] = 200  # nothing is diagnosed before
+    max_dead_discriminator_steps: Annotated[int, Field(ge=0)] = 500  # in a row, won or silent, or half of all; 0: off
+    start_step: Annotated[int, Field(ge=0)] = 200  # codes are not diagnosed before
     action: Literal["warn", "stop"] = "warn"
 
 
 class Monitor(nn.Module):
     """Counters of a training, in buffers: a checkpoint holds them, the model that is kept does not.
 
-    `quantizer` is the quantizer's Config. In each step call `note_codes` and `note_discriminator` for every micro-batch, then
+    `quantizer` is the quantizer's Config; discriminator_steps: how many a discriminator has (0: there is none). In each step
+    call `note_codes` and `note_discriminator` for every micro-batch, then
     `diagnose` once.
     """
 
-    def __init__(self, settings: Diagnostics, quantizer: Params, has_discriminator: bool = False):
+    def __init__(self, settings: Diagnostics, quantizer: Params, discriminator_steps: int = 0):
         super().__init__()
         self.settings = settings
         self.quantizer = quantizer.quantizer if isinstance(quantizer, HasLevels) else quantizer
@@ -60,7 +61,9 @@ class Monitor(nn.Module):
         if self.monitors_codes:
             self.levels = quantizer.num_levels if isinstance(quantizer, HasLevels) else 1
             self.register_buffer("last_used", torch.full((size,), -1, dtype=torch.int32))  # (K,) step; -1: never
-        if has_discriminator:
+        # In a short training half of its steps are enough to say so
+        self.most_dead_steps = min(settings.max_dead_discriminator_steps, max(1, discriminator_steps // 2))
+        if discriminator_steps:
             self.register_buffer("dead_steps", torch.zeros(2, dtype=torch.long))  # in a row: won, silent
         self._judgements: list[Tensor] = []  # of the micro-batches of this step
         self._last_step: dict[str, int] = {}  # of a failure by name; not kept: a resumed training warns again
@@ -133,15 +136,16 @@ class Monitor(nn.Module):
         is_silent = gap.abs() < SILENT_GAP
         self.dead_steps.copy_((self.dead_steps + 1) * torch.stack([accuracy >= WON, is_silent]))
         won, silent = self.dead_steps.tolist()
-        bound = settings.max_dead_discriminator_steps
-        if step + 1 < settings.start_step or not bound or max(won, silent) < bound:
+        bound = self.most_dead_steps
+        rule = f"health.max_dead_discriminator_steps {settings.max_dead_discriminator_steps}, or half of its steps"
+        if not bound or max(won, silent) < bound:
             return []
         if won >= bound:
             return [
                 (
                     "discriminator_won",
                     f"discriminator_accuracy is {accuracy:.4g} at step {step + 1} and was {WON} or more for {won} steps "
-                    f"(health.max_dead_discriminator_steps {bound}): the discriminator has won and teaches nothing more; "
+                    f"({rule}): the discriminator has won and teaches nothing more; "
                     f"lower discriminator_learning_rate_factor, raise lecam_weight or adversarial_weight, or let it begin "
                     f"at a later discriminator_start_step",
                 )
@@ -150,7 +154,7 @@ class Monitor(nn.Module):
             (
                 "discriminator_silent",
                 f"real_logits minus fake_logits is {gap:.2g} at step {step + 1} and was within {SILENT_GAP} of 0 for {silent} "
-                f"steps (health.max_dead_discriminator_steps {bound}): the discriminator tells nothing; raise "
+                f"steps ({rule}): the discriminator tells nothing; raise "
                 f"discriminator_learning_rate_factor, lower lecam_weight or adversarial_weight, or set adversarial_weight: 0 "
                 f"where reconstructions are as good as images",
             )

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
+from tessera.artifacts.images import to_uint8
 from tessera.bases.diagnostics import Diagnostics, Monitor
 from tessera.components import load, parse
 from tessera.contracts import ImageBatch, ImageSpec
@@ -47,6 +48,9 @@ class Digits:
 
     def __len__(self):
         return len(self.images)
+
+    def uint8(self, rows):
+        return to_uint8(self.images[rows])
 
     def batch(self, rows, generator):
         self.calls += 1
@@ -196,9 +200,18 @@ WATCHED = {"max_dead_discriminator_steps": 10, "min_codebook_usage": 0, "window"
 def test_a_discriminator_that_does_not_learn_is_silent(job):
     settings = config("vqgan", WATCHED, discriminator_channels=8, discriminator_learning_rate_factor=1e-9)
     said = trained(silenced(built(settings)), job)
-    assert len(said) == 1 and "within 0.02 of 0 for 10 steps (health.max_dead_discriminator_steps 10)" in said[0]
+    assert len(said) == 1 and "within 0.02 of 0 for 10 steps (health.max_dead_discriminator_steps 10, " in said[0]
     assert "raise discriminator_learning_rate_factor" in said[0]
     assert job.figures["discriminator_silent"] == 10 and "discriminator_won" not in job.figures
+
+
+def test_in_a_training_too_short_for_the_bound_half_of_its_steps_are_enough_to_call_it_dead(job):
+    settings = config(
+        "vqgan", {"min_codebook_usage": 0}, discriminator_channels=8, discriminator_learning_rate_factor=1e-9
+    )
+    assert settings.health.max_dead_discriminator_steps > settings.training.num_steps
+    said = trained(silenced(built(settings)), job)
+    assert len(said) == 1 and f"for {settings.training.num_steps // 2} steps" in said[0]
 
 
 def test_a_discriminator_that_learns_from_a_frozen_autoencoder_has_won(job):
@@ -217,7 +230,7 @@ def test_a_discriminator_that_learns_from_a_frozen_autoencoder_has_won(job):
 
 def test_a_discriminator_is_judged_by_its_own_steps_and_one_good_step_clears_it():
     watch = Monitor(
-        Diagnostics(max_dead_discriminator_steps=3, start_step=0), load("quantizers", "identity").Config(), True
+        Diagnostics(max_dead_discriminator_steps=3, start_step=0), load("quantizers", "identity").Config(), 1000
     )
     accuracies = [None, None, 1.0, 1.0, 0.7, 0.995, 0.995, 0.995]
     found = []
@@ -233,7 +246,7 @@ def test_a_discriminator_is_judged_by_its_own_steps_and_one_good_step_clears_it(
 def test_a_gap_between_the_logits_breaks_the_silence_and_a_right_sign_alone_does_not():
     for gap, accuracy, is_silent in ((0.0, 0.5, True), (0.0, 0.6, True), (0.3, 0.5, False), (-0.3, 0.5, False)):
         watch = Monitor(
-            Diagnostics(max_dead_discriminator_steps=2, start_step=0), load("quantizers", "identity").Config(), True
+            Diagnostics(max_dead_discriminator_steps=2, start_step=0), load("quantizers", "identity").Config(), 1000
         )
         for step in range(2):
             watch.note_discriminator(torch.tensor(gap), torch.tensor(accuracy))
@@ -284,7 +297,7 @@ def test_the_model_that_is_kept_has_no_counters():
 def test_stop_ends_the_stage_with_the_sentence_and_looser_bounds_go_on_from_its_checkpoint(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(image_artifact, "read", lambda folder: (SPEC, {"train": Digits()}))
+    monkeypatch.setattr(image_artifact, "read", lambda folder: (SPEC, {"train": Digits(), "test": Digits()}))
     monkeypatch.setattr(artifact, "fingerprint", lambda folder: "0" * 64)
     monkeypatch.setenv("TESSERA_CHECKPOINT_SECONDS", "0")
     monkeypatch.chdir(tmp_path)
@@ -319,7 +332,7 @@ def test_unhealthy_is_a_mistake_of_the_user_and_not_a_bug(job):
 def _half_of_the_batch(rank: int, store: str, batches: torch.Tensor, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    watch = Monitor(Diagnostics(window=2, start_step=0, max_dead_discriminator_steps=2), lfq.Config(code_dim=4), True)
+    watch = Monitor(Diagnostics(window=2, start_step=0, max_dead_discriminator_steps=2), lfq.Config(code_dim=4), 1000)
     said = []
     for step, indices in enumerate(batches):
         watch.note_codes(indices.chunk(2)[rank], step)
@@ -334,7 +347,7 @@ def test_two_processes_say_the_same_of_the_whole_batch(tmp_path):
     batches = torch.randint(16, (5, 6), generator=torch.Generator().manual_seed(0))
     batches[:, 3:] = batches[:, :3].flip(0) // 2  # the halves differ
     torch.multiprocessing.spawn(_half_of_the_batch, (str(tmp_path / "store"), batches, str(tmp_path / "out")), nprocs=2)
-    whole = Monitor(Diagnostics(window=2, start_step=0, max_dead_discriminator_steps=2), lfq.Config(code_dim=4), True)
+    whole = Monitor(Diagnostics(window=2, start_step=0, max_dead_discriminator_steps=2), lfq.Config(code_dim=4), 1000)
     expected = []
     for step, indices in enumerate(batches):
         whole.note_codes(indices, step)
