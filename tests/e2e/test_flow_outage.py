@@ -41,7 +41,7 @@ def journals(root: Path) -> dict[Path, list[dict[str, Any]]]:
 def results(root: Path) -> dict[str, str]:
     """The hash of every file that the stages made, but for what the clock decides."""
     files = [path.relative_to(root) for path in (root / "data").rglob("*") if path.is_file()]
-    made = [path for path in files if path.parts[1] not in ("timings", "README.md", "download.py")]
+    made = [path for path in files if path.parts[1] not in ("timings", "previews", "README.md", "download.py")]
     return {str(path): hashlib.sha256((root / path).read_bytes()).hexdigest() for path in made}
 
 

@@ -123,7 +123,11 @@ class Team:
 
 def bits(machine: Any) -> dict[str, str]:
     """{path: sha256} of everything that the pipeline makes, but for how long it took."""
-    files = [path for path in (machine.folder / "data").rglob("*") if path.is_file() and "timings" not in path.parts]
+    files = [
+        path
+        for path in (machine.folder / "data").rglob("*")
+        if path.is_file() and not {"timings", "previews"} & {*path.parts}
+    ]
     return {str(path.relative_to(machine.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
