@@ -65,6 +65,8 @@ SMALL = {
     "features": {
         "classifier": {"channels": 8, "training": TRAINING},
         "contrastive": {"channels": 8, "training": TRAINING},
+        "dinov2": {"variant": "small", "weights": "none.safetensors", "sha256": "0" * 64},
+        "inception": {"weights": "none.safetensors", "sha256": "0" * 64},
     },
     "denoisers": {
         "transformer": {"width": 16, "depth": 2, "heads": 2},
@@ -217,6 +219,26 @@ def test_an_unconditional_prior_ignores_labels(kind, token_spec):
     a = model.sample(torch.tensor([0, 1]), sampling, torch.Generator().manual_seed(0))
     b = model.sample(torch.tensor([2, 2]), sampling, torch.Generator().manual_seed(0))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", kinds("features"))
+def test_features_are_of_each_image_alone_and_as_wide_as_the_network_says(kind, image_spec):
+    spec = image_spec.model_copy(update={"channels": 3, "height": 32, "width": 32})
+    torch.manual_seed(0)
+    model = load("features", kind).Model(small("features", kind), spec).eval()
+    with torch.no_grad():  # those of some are in a file, which is not here
+        for name, values in model.state_dict().items():
+            if values.ndim > 1:
+                values.normal_(std=(2 / values[0].numel()) ** 0.5)
+            elif values.is_floating_point():
+                values.fill_(0.0 if "bias" in name or "mean" in name else 1.0)
+        images = torch.rand(3, 3, 32, 32) * 2 - 1
+        together, alone = model.features(images), [model.features(one[None]) for one in images]
+    assert together.shape == (3, model.feature_dim) and together.dtype == torch.float32
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 1e-3 * together.abs().max()  # it sees them
+    assert isinstance(model.has_logits, bool) and isinstance(model.resize, str)
+    assert not hasattr(model, "logits") or not model.has_logits or model.logits(images).shape == (3, spec.num_classes)
 
 
 @pytest.mark.parametrize("kind", kinds("denoisers"))
