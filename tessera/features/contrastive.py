@@ -42,6 +42,7 @@ class Config(Params):
     channels: Annotated[int, Field(ge=8, multiple_of=GROUPS)] = 32  # at the finest grid; twice as many below
     feature_dim: Annotated[int, Field(ge=1)] = 64
     training: Training = Training(num_steps=400, batch_size=64, learning_rate=2e-3)
+    seed: Annotated[int, Field(ge=0)] = 0  # not the run's: two runs compare only under one and the same judge
 
 
 class Model(nn.Module):
