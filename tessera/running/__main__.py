@@ -7,16 +7,31 @@ import sys
 
 from tessera.running import parent
 
+status = 0  # of this process, when it ends
+
+
+def _end() -> None:
+    """End here. The interpreter would take torch's million objects down one by one, for one to two seconds (docs/log.md)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 parent.die_with_it()  # before anything heavy is imported: dvc may be killed meanwhile
-# A process may be short, and torch is a million objects which stay: collecting garbage among them takes half a second
-# while they are imported and one to two at the end (docs/log.md)
-gc.disable()
-atexit.register(gc.freeze)
+gc.disable()  # until all is imported: what it would look for there is not garbage, and takes half a second
 # Read once, when torch loads its OpenMP. By default its threads spin while they wait for each other: with anything else
 # running on the machine a step of a small network then takes several times as long (docs/log.md). It changes no bit.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from tessera.running import process  # noqa: E402
-
 if __name__ == "__main__":
-    process.main(sys.argv[1:])
+    atexit.register(_end)  # the first of all exit handlers, so that it runs after the others
+    from tessera.running import process
+
+    try:
+        process.main(sys.argv[1:])
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
+    except BaseException as error:
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+        raise

@@ -26,6 +26,7 @@ from tessera.artifacts import folder as artifact
 from tessera.check import images as known_images
 from tessera.check import problems
 from tessera.components import PACKAGE
+from tessera.params import Pipeline
 from tessera.running import progress
 from tessera.running.job import STOP_SIGNALS, Job, Stopped
 from tessera.running.publish import ROOT, track_dataset
@@ -52,6 +53,7 @@ def main(command: list[str]) -> None:
 def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool) -> None:
     began = time.monotonic()
     params = all_params.read(Path("params.yaml"))
+    _require_known(name.partition("@")[2], params)
     # Params may have changed since the images were prepared. To ask takes seconds where networks are large: trainings do it
     if name.startswith("train_") and (planned := known_images.of_artifact(params, arguments["images"])) is not None:
         problems.require(params, planned, is_begin=False)
@@ -87,6 +89,13 @@ def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool)
     _remove_state(state)
     speed = figures.get("images_per_second")
     progress.say(f"{name}  done in {figures['seconds']:.1f}s" + (f", {speed:,.0f} images/s" if speed else ""))
+
+
+def _require_known(key: str, params: Pipeline) -> None:
+    """Raises ValueError for a key that no network, tokenizer or system of the params has."""
+    known = [*params.features, *params.tokenizers, *params.systems, "real"]
+    if key and key not in known:
+        raise ValueError(f"params.yaml has no {key}: expected one of {', '.join(known)}")
 
 
 class _Nothing:

@@ -39,7 +39,15 @@ def test_kill_9_in_the_middle_and_again_gives_the_same_bits(clone, stage):
     resumed = re.search(r"resumed step (\d+)", result.stdout)
     assert resumed and 3 <= int(resumed.group(1)) < 60, result.stdout
     assert clone.hashes(name) == whole
+    assert "leaked" not in result.stderr  # it ends at once, and takes nothing down that would complain
     assert not state.exists()  # nothing of the interruption is left
+
+
+def test_a_key_that_the_params_do_not_have_is_refused_in_a_sentence(clone):
+    command = [part.replace("vqgan-flow", "vqgna-flow") for part in clone.command_of(PRIOR)]
+    refused = clone.run(*command)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "params.yaml has no vqgna-flow: expected one of " in refused.stderr
 
 
 def test_a_second_copy_of_a_running_stage_is_refused(clone):
