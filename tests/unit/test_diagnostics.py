@@ -305,7 +305,9 @@ def test_stop_ends_the_stage_with_the_sentence_and_looser_bounds_go_on_from_its_
     def stage(**health):
         quantizer = {**COLLAPSES, "commitment_weight": 0.0}
         settings = config(quantizer=quantizer, health={"min_codebook_usage": 0.9, "start_step": 8, **health})
-        params = SimpleNamespace(seed=0, tokenizers={"one": settings}, dataset=SimpleNamespace(name="x"))
+        params = SimpleNamespace(
+            seed=0, features={}, tokenizers={"one": settings}, systems={}, dataset=SimpleNamespace(name="x")
+        )
         params.describe = lambda name: Description({}, {}, {})
         monkeypatch.setattr(process.all_params, "read", lambda path: params)
         process.main(["train_tokenizer", "one", "--images", "i", "--out", "out", "--history", "curve.csv"])
