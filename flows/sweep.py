@@ -226,12 +226,21 @@ def main() -> int:
     parser.add_argument("--preset", help="a file of presets/, without .yaml; default: params.yaml as it is")
     parser.add_argument("--target", action="append", help="a stage such as evaluate@vqgan-flow; default: all of them")
     arguments = parser.parse_args()
+    from tessera import params  # here: a worker that imports this module needs none of it
+
     grid = {}
     for text in arguments.cells:
         key, sign, values = text.partition("=")
         if not sign:
             parser.error(f"{text} is no cell: expected KEY=VALUE,VALUE, e.g. seed=0,1,2")
         grid[key] = yaml.safe_load(f"[{values}]")
+    try:  # before anything runs
+        for cell in combinations(grid):
+            experiment = experiments.define(Path.cwd(), arguments.preset, cell)
+            params.parse(params.Pipeline, yaml.load(experiment.params, params.Loader))  # noqa: S506
+    except ValueError as error:
+        print(f"flows.sweep: {error}", file=sys.stderr)
+        return 2
     state = sweep(grid, arguments.preset, arguments.target, return_state=True)
     return 0 if state.is_completed() else 1
 

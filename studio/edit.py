@@ -277,7 +277,16 @@ def _pairs(texts: list[str]) -> dict[str, Any]:
     wrong = [text for text in texts if "=" not in text]
     if wrong:
         raise ValueError(f"{wrong[0]} is no setting: expected KEY=VALUE")
-    return {text.partition("=")[0]: yaml.safe_load(text.partition("=")[2]) for text in texts}
+    found = {}
+    for key, _, value in (text.partition("=") for text in texts):
+        try:
+            found[key] = yaml.load(value, all_params.Loader)  # noqa: S506  a SafeLoader
+        except yaml.YAMLError:
+            raise ValueError(
+                f"{key}={value} is no value: expected text, a number, true, false, null or a whole list"
+            ) from None
+    all_params.require_plain(found)
+    return found
 
 
 if __name__ == "__main__":

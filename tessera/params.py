@@ -302,19 +302,42 @@ def _flat(value: Any, prefix: str = "", only_set: bool = False) -> dict[str, Any
     return flat
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML lets a repeated key win silently; here it is an error."""
+class Loader(yaml.SafeLoader):
+    """YAML lets a repeated key win silently; here it is an error. 1e-05 is a number, as in YAML 1.2; a date is text."""
+
+    yaml_implicit_resolvers = {
+        first: [
+            *(
+                [("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"))]
+                if first in "-+0123456789"
+                else []
+            ),
+            *(one for one in known if one[0] != "tag:yaml.org,2002:timestamp"),
+        ]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | None):
+                raise InvalidParams(f"line {key_node.start_mark.line + 1}: the key {key} is no text; expected a name")
             if key in seen:
                 raise InvalidParams(
                     f"line {key_node.start_mark.line + 1}: the key '{key}' stands there twice; keep one"
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def require_plain(value: Any, where: str = "") -> None:
+    """Raises InvalidParams, naming the key, for what YAML can say and params cannot: bytes, sets and the like."""
+    if isinstance(value, dict | list):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            require_plain(each, f"{where}.{key}" if where else str(key))
+    elif not isinstance(value, str | int | float | None):
+        raise InvalidParams(f"{where} is of type {type(value).__name__}; expected text, a number, true, false or null")
 
 
 def read(path: Path) -> Pipeline:
@@ -324,7 +347,8 @@ def read(path: Path) -> Pipeline:
     except OSError as error:
         raise InvalidParams(f"{path} cannot be read: {error.strerror}. Run from the project's top folder") from None
     try:
-        value = yaml.load(text, _UniqueKeys)  # noqa: S506  a SafeLoader
+        value = yaml.load(text, Loader)  # noqa: S506  a SafeLoader
+        require_plain(value)
     except yaml.YAMLError as error:
         raise InvalidParams(f"{path} is no plain YAML: {error}") from None
     except InvalidParams as error:

@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tessera.code import changes, keeping
+from tessera.code import keeping
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,8 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.action == "write":
             keeping.write(root, given.out)
         elif given.action == "changes":
-            found = changes.since_last_run(root, root / changes.FOLDER)
-            print("\n".join(changes.sentences(found)) or "no stage's code changed since it ran")
+            print("\n".join(keeping.told(root)) or "no stage's code changed since it ran")
         elif given.action == "accept":
             keeping.accept(root, given.stages, given.why)
         else:

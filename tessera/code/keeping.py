@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,20 @@ OF_BEFORE = "exec python -m stages."  # how that version's commands begin
 
 def write(root: Path, out: Path) -> None:
     """A file for each entry of root/dvc.yaml under root/params.yaml, and a line for each that is stale by its code."""
+    fingerprint(root, out)
+    for line in changes.sentences(changes.since_last_run(root, out)):
+        print(f"fingerprint_code  {line}", flush=True)
+
+
+def told(root: Path) -> list[str]:
+    """A sentence for each stage whose code, as it is now, is not the one that it ran with."""
+    with tempfile.TemporaryDirectory() as folder:  # data/code is of the last run
+        fingerprint(root, Path(folder) / "code")
+        return changes.sentences(changes.since_last_run(root, Path(folder) / "code"))
+
+
+def fingerprint(root: Path, out: Path) -> None:
+    """A file for each entry of root/dvc.yaml under root/params.yaml."""
     params = all_params.read(root / "params.yaml")
     code = entries.all_code()
     shutil.rmtree(out, ignore_errors=True)
@@ -34,8 +49,6 @@ def write(root: Path, out: Path) -> None:
         settings = {key: entries.plain(value) for key, value in entry.params.items()}
         reached = entries.code_of(entry.params, entry.stage, code)
         (out / entry.name).write_text(changes.as_text(reached, settings), encoding="utf-8")
-    for line in changes.sentences(changes.since_last_run(root, out)):
-        print(f"fingerprint_code  {line}", flush=True)
 
 
 def accept(root: Path, stages: list[str], why: str) -> None:

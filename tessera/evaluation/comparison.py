@@ -217,7 +217,12 @@ def read_runs(folders: list[Path]) -> Systems:
         if not paths:
             raise ValueError(f"{folder} has no systems/*.json, expected a folder like data/metrics of a finished run")
         for path in paths:
-            systems.setdefault(path.stem, []).append(figures.read(path))
+            measured = figures.read(path)
+            if path.stem != REAL and measured in systems.get(path.stem, []):
+                raise ValueError(
+                    f"{folder} has the same {path.stem} as a folder before it: expected other runs, not copies of one"
+                )
+            systems.setdefault(path.stem, []).append(measured)
     return systems
 
 

@@ -9,6 +9,7 @@ A params file that you changed is not overwritten: commit it to git, or say --fo
 
 import argparse
 import hashlib
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="overwrite a params file that was changed")
     given = parser.parse_args(arguments)
     try:
+        if not given.minutes > 0 or not math.isfinite(given.minutes):
+            raise ValueError(f"--minutes {given.minutes:g}: expected a number above 0, such as 20")
+        if not given.out.parent.is_dir() or given.out.is_dir():
+            raise ValueError(f"--out {given.out}: expected a file in a folder that is there, such as params.yaml")
         if not given.force:
             require_nothing_is_lost(given.out)
         found = survey(given.folder, given.labels)
@@ -68,7 +73,8 @@ def chosen_for(found: Survey, given: argparse.Namespace) -> tuple[Choices, list[
     ]
     if expected.minutes > 1.2 * given.minutes:
         lines.append(
-            f"that is more than {given.minutes:g} minutes, but fewer steps would give nothing: try --resolution 32"
+            f"that is more than {given.minutes:g} minutes, but fewer steps would give nothing"
+            + (": try --resolution 32" if values["resolution"] > 32 else "; a machine that is busy looks slow")
         )
     return chosen, lines
 

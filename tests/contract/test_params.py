@@ -232,3 +232,23 @@ def test_the_zoo_has_every_part():
         used["priors"].add(system["prior"]["kind"])
         used["denoisers"] |= {system["prior"].get("denoiser", {}).get("kind")} - {None}
     assert used == {folder: set(kinds(folder)) for folder in used}
+
+
+def test_yaml_that_params_cannot_mean_is_told_by_its_key_and_numbers_are_those_of_yaml_1_2(tmp_path):
+    text = (ROOT / "params.yaml").read_text()
+
+    def read_with(old: str, new: str):
+        (tmp_path / "params.yaml").write_text(text.replace(old, new, 1))
+        return read(tmp_path / "params.yaml")
+
+    assert (
+        read_with("learning_rate: 0.002}", "learning_rate: 1e-05}").features["classifier"].training.learning_rate
+        == 1e-5
+    )
+    for new, sentence in {
+        "split_seed: 2024-05-01": "split_seed: input should be a valid integer, got '2024-05-01'",
+        "split_seed: !!binary aGVsbG8=": "dataset.split_seed is of type bytes",
+        "? [a, b]\n  : 0": r"line \d+: the key \['a', 'b'\] is no text",
+    }.items():
+        with pytest.raises(InvalidParams, match=sentence):
+            read_with("split_seed: 0", new)

@@ -572,6 +572,19 @@ def test_a_grid_has_every_combination_and_a_wrong_one_is_refused() -> None:
             sweep.combinations(cells)
 
 
+@pytest.mark.parametrize(
+    ("cells", "sentence"),
+    [("sed=0,1", "the overrides sed=0 do not fit"), ("seed=a,1", "seed: input should be a valid integer")],
+)
+def test_a_sweep_with_a_mistake_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cells: str, sentence: str
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr(sys, "argv", ["sweep", cells])
+    assert sweep.main() == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_cells_that_differ_in_the_seed_alone_are_one_row(tmp_path: Path) -> None:
     def cell(fd: float) -> dict[str, Any]:
         found = figures.Recorder()

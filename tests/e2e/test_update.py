@@ -70,11 +70,12 @@ def test_a_pull_of_comments_docs_and_new_parts_conflicts_with_nothing_and_trains
 def test_a_constant_of_one_prior_makes_its_cell_stale_and_the_change_is_named(clone):
     path = clone.folder / "tessera/priors/autoregressive.py"
     path.write_text(path.read_text() + "\nUNUSED = 1\n")
+    told = code(clone, "changes")  # before anything has run
     output = clone.repro("fingerprint_code")
     cell = {f"{stage}@vqgan-autoregressive" for stage in ("train_prior", "sample_images", "edit_images")}
     assert cell <= stale(clone) <= cell | {"compare_systems", "write_report"}
     assert "new: tessera.priors.autoregressive.UNUSED" in output
-    assert "train_prior@vqgan-autoregressive" in code(clone, "changes")
+    assert "train_prior@vqgan-autoregressive" in told and told == code(clone, "changes")
 
 
 def test_a_person_keeps_a_training_whose_code_changed_and_that_is_written_down(clone):

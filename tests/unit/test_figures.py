@@ -210,6 +210,7 @@ def test_the_comparison_of_runs_refuses_in_a_sentence_and_prints_equal_ones(tmp_
     assert refused.returncode == 2
     assert "num_images is 1000 in real (run 1), 500 in real (run 2)" in refused.stderr
     assert compare(tmp_path / "nowhere").returncode == 2
+    assert "has the same vqgan-flow as a folder before it" in compare(tmp_path / "one", tmp_path / "one").stderr
 
 
 # Noise

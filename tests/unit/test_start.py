@@ -164,6 +164,14 @@ EXPECTED = Estimate(
 def test_more_minutes_than_asked_for_are_told(tmp_path, monkeypatch):
     slow = EXPECTED._replace(trainings=[one._replace(seconds_per_step=9.0) for one in EXPECTED.trainings])
     monkeypatch.setattr(command.estimate, "of_run", lambda *given: slow)
-    given = argparse.Namespace(resolution=None, minutes=20.0)
-    _, lines = command.chosen_for(survey(photographs(tmp_path, 12)), given)
-    assert any("more than 20 minutes" in line and "--resolution 32" in line for line in lines)
+    found = survey(photographs(tmp_path, 12))
+    for resolution, advice in ((64, "try --resolution 32"), (32, "a machine that is busy looks slow")):
+        _, lines = command.chosen_for(found, argparse.Namespace(resolution=resolution, minutes=20.0))
+        (told,) = [line for line in lines if "more than 20 minutes" in line]
+        assert told.endswith(advice)
+
+
+@pytest.mark.parametrize("options", [["--minutes", "-3"], ["--minutes", "nan"], ["--out", "no/such/folder/x.yaml"]])
+def test_minutes_and_places_that_cannot_be_are_refused_before_anything_is_looked_at(tmp_path, capsys, options):
+    assert command.main([str(tmp_path / "nowhere"), *options]) == 2
+    assert f"tessera.start: {options[0]} {options[1]}: expected a " in capsys.readouterr().err
