@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 from studio import edit
@@ -24,6 +23,7 @@ from tessera.artifacts.images import to_uint8
 from tessera.artifacts.shards import spread
 from tessera.components import kinds, load, parse
 from tessera.contracts import TokenSpec
+from tessera.nn.weightless import WithoutWeights
 from tessera.system import CannotEdit, System
 
 KEPT = Path(".state/studio")
@@ -200,7 +200,7 @@ class Studio:
         """The edits that a system can do, asked of its prior without weights."""
         described = artifact.read_json(self._artifacts(name)[1] / "config.json")
         module = load("priors", described["config"]["kind"])
-        with torch.device("meta"):
+        with WithoutWeights():
             prior = module.Model(parse(module.Config, described["config"]), parse(TokenSpec, described["spec"]))
         needs = {kind: getattr(load("edits", kind), "NEEDS", None) for kind in kinds("edits")}
         return [kind for kind, abilities in needs.items() if abilities is None or isinstance(prior, abilities)]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from tessera.artifacts import folder as artifact
-from tessera.running import progress
+from tessera.running import origin, progress
 
 OUT = Path("docs/results")
 READMES = (Path("README.md"), Path("README.zh.md"))
@@ -36,7 +36,7 @@ def main() -> None:
     shutil.copy("dvc.lock", OUT / "dvc.lock")
     artifact.write_json(OUT / "sha256.json", hashes(Path("data")))
     artifact.write_json(OUT / "machine.json", machine())
-    artifact.write_json(OUT / progress.EXPECTED.name, seconds(progress.TIMINGS))
+    artifact.write_json(OUT / progress.EXPECTED.name, progress.seconds())  # for the time left that a first run tells
     shutil.copy("data/pictures/samples/vqgan-autoregressive.png", "docs/digits.png")
     table = first_table((OUT / "comparison.md").read_text(encoding="utf-8"))
     for readme in READMES:
@@ -56,17 +56,11 @@ def hashes(data: Path) -> dict[str, str]:
     return {path.as_posix(): artifact.sha256(path) for path in files}
 
 
-def seconds(timings: Path) -> dict[str, float]:
-    """What each stage took, for the time left that a first run tells."""
-    return {path.stem: json.loads(path.read_text())["seconds"] for path in sorted(timings.glob("*.json"))}
-
-
 def machine() -> dict[str, str | int]:
     """What bits depend on besides the inputs."""
-    cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
         "commit": run("git", "rev-parse", "HEAD").strip(),
-        "cpu": cpu[1] if cpu else platform.processor(),
+        "cpu": origin.cpu(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count() or 0,

@@ -52,6 +52,9 @@ def create(out: Path) -> Iterator[Path]:
         yield temporary
         files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
         write_json(temporary / MANIFEST, {path.relative_to(temporary).as_posix(): sha256(path) for path in files})
+        ordinary = stat.S_IMODE((temporary / MANIFEST).stat().st_mode)  # by the umask
+        for path in files:
+            path.chmod(ordinary)  # safetensors writes through a temporary file, which none but its owner may read
         for path in (*files, temporary / MANIFEST, temporary):
             sync(path)
         shutil.rmtree(out, ignore_errors=True)
@@ -66,18 +69,6 @@ def create(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def let_others_read(folder: Path) -> None:
-    """Give every file of an artifact the permissions that the user's umask gives to new ones, as the manifest has them.
-
-    safetensors writes through a temporary file, which none but its owner may read. Not a part of `create`, which all
-    trainings reach: they would be stale for it.
-    """
-    ordinary = stat.S_IMODE((Path(folder) / MANIFEST).stat().st_mode)
-    for path in Path(folder).rglob("*"):
-        if path.is_file() and stat.S_IMODE(path.stat().st_mode) != ordinary:
-            path.chmod(ordinary)
 
 
 def check(folder: Path) -> Path:

@@ -137,7 +137,8 @@ def _seconds_per_step(objective: Any, batch: Any, settings: Training, seconds: f
 
 
 def _step(objective: Any, optimizers: dict[str, list[Any]], batch: Any, settings: Training) -> None:
-    """As training/loop.py takes it, less what is for the result alone."""
+    """As training/loop.py takes it, less what is for the result alone. Not by that loop: Accelerate has one precision per
+    process, and the trainings that are tried here may have several."""
     for phase in objective.phases:
         with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             losses = objective(batch, phase, settings.num_steps - 1)

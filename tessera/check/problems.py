@@ -15,17 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
 
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.samples import floor_rows
 from tessera.artifacts.shards import spread
 from tessera.components import Params, load
 from tessera.contracts import Planned, TokenSpec
+from tessera.nn.weightless import WithoutWeights
 from tessera.params import Pipeline
 from tessera.training import views
-
-FILLING = ("normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_")
 
 
 def problems(params: Pipeline, planned: Planned, is_begin: bool = True) -> list[str]:
@@ -44,21 +42,6 @@ def require(params: Pipeline, planned: Planned, is_begin: bool = True) -> None:
     found = problems(params, planned, is_begin)
     if found:
         raise ValueError("the params do not fit the images:\n" + "\n".join(found))
-
-
-class _WithoutRandomWeights(TorchFunctionMode):
-    """Inside, networks are built without being filled: of large ones the memory is then never touched.
-
-    Nor are they built on the meta device, as torch's skip_init does first: its kernels take seconds to import.
-    """
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(function, "__name__", "") in FILLING:
-            return args[0] if args else kwargs["tensor"]  # of a method of Tensor, or of nn.init
-        if kwargs.get("device") == "meta":
-            kwargs = kwargs | {"device": "cpu"}
-        return function(*args, **kwargs)
 
 
 def _networks(params: Pipeline, planned: Planned) -> Iterator[str]:
@@ -81,7 +64,7 @@ def _networks(params: Pipeline, planned: Planned) -> Iterator[str]:
 def _built(where: str, folder: str, config: Any, spec: Params) -> tuple[torch.nn.Module | None, list[str]]:
     """The network, its weights undefined, or the sentence of the constructor that refuses."""
     try:
-        with _WithoutRandomWeights():
+        with WithoutWeights():
             return load(folder, config.kind).Model(config, spec), []
     except ValueError as refusal:
         return None, [f"{where}: {refusal}"]

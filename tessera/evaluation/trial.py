@@ -11,7 +11,7 @@ import numpy as np
 from tessera import seeding
 from tessera.artifacts.images import Images
 from tessera.evaluation import garbage
-from tessera.evaluation.comparison import distance_names
+from tessera.evaluation.comparison import REAL, distance_names
 from tessera.evaluation.figures import Group, Measured
 from tessera.evaluation.judge import Judge
 from tessera.evaluation.reference import Reference
@@ -20,7 +20,7 @@ from tessera.metrics import frechet
 MOST_IMAGES = 300  # of a kind
 LEAST_RATIO = 5.0  # of the distance of garbage and that of real images
 LEAST_ERRORS = 5.0  # standard errors of their difference
-REAL = "trial"  # the prefix of the figure of the images that garbage is made of
+ITSELF = "trial"  # the prefix of the figure of the images that garbage is made of
 
 
 def measure(judge: Judge, reference: Reference, train: Images, seed: int, found: Group) -> None:
@@ -37,9 +37,9 @@ def measure(judge: Judge, reference: Reference, train: Images, seed: int, found:
     features = reference.features("train")
     others, rows = frechet.moments(features[rest]), kept[some]
     planted = garbage.made_of(train.pixels.gather(rows), seeding.numpy_generator(seed, "garbage"))
-    seen = {REAL: features[some], **{kind: judge.features(pixels) for kind, pixels in planted.items()}}
+    seen = {ITSELF: features[some], **{kind: judge.features(pixels) for kind, pixels in planted.items()}}
     for kind, these in seen.items():
-        images = "training images" if kind == REAL else f"training images, {kind}"
+        images = "training images" if kind == ITSELF else f"training images, {kind}"
         moments = frechet.moments(these)
         influences = frechet.influence(these, moments, others)
         found.add(
@@ -52,7 +52,7 @@ def measure(judge: Judge, reference: Reference, train: Images, seed: int, found:
 
 def ratios(real: Measured, distance: str) -> dict[str, tuple[float, bool]]:
     """By kind of garbage: how many times the distance of real images it has, and whether it is far. Empty if not tried."""
-    own = real.figure(f"{REAL}_{distance}")
+    own = real.figure(f"{ITSELF}_{distance}")
     found = {}
     for kind in garbage.KINDS:
         other = real.figure(f"{kind}_{distance}")
@@ -68,7 +68,7 @@ def ratios(real: Measured, distance: str) -> dict[str, tuple[float, bool]]:
 def sentences(real: Measured) -> list[str]:
     """One for each judge that takes some garbage for real images, by name; none if all judges see all of it."""
     found = []
-    for distance in distance_names({"real": [real]}):
+    for distance in distance_names({REAL: [real]}):
         near = {kind: ratio for kind, (ratio, is_far) in ratios(real, distance).items() if not is_far}
         if near:
             listed = ", ".join(f"{kind} ({ratio:.1f} times)" for kind, ratio in near.items())

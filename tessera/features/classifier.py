@@ -11,36 +11,29 @@ Convolutional Neural Networks Applied to Visual Document Analysis", 2003 (learni
 
 from typing import Annotated, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tessera.bases.judging import GROUPS, LearnsImages, PooledFeatures, first_stride, warped
 from tessera.bases.optimization import Training, optimizers_for
-from tessera.components import Params
 from tessera.contracts import ImageBatch, ImageSpec
-from tessera.nn.warp import warp
 
 ROTATION, SCALE, SHIFT = 0.1, 0.08, 0.05  # radians, fraction of the size, fraction of the side: each up to this much
-GROUPS = 8
 
 
-class Config(Params):
+class Config(LearnsImages):
     kind: Literal["classifier"] = "classifier"
-    channels: Annotated[int, Field(ge=8, multiple_of=GROUPS)] = 32  # at the finest grid; twice as many below
-    feature_dim: Annotated[int, Field(ge=1)] = 64
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     warp: Annotated[float, Field(ge=0, le=5)] = (
         1.0  # times 0.1 rad rotation, 8 % scale, 5 % shift; 0: images as they are
     )
     training: Training = Training(num_steps=600)
-    seed: Annotated[int, Field(ge=0)] = 0  # not the run's: two runs compare only under one and the same judge
 
 
-class Model(nn.Module):
+class Model(PooledFeatures):
     has_logits = True
-    resize = "none"
 
     def __init__(self, config: Config, spec: ImageSpec):
         super().__init__()
@@ -50,21 +43,15 @@ class Model(nn.Module):
                 f"use features of kind timm (color images of 32 pixels and more) or contrastive"
             )
         self.feature_dim = config.feature_dim
-        width, side = config.channels, min(spec.height, spec.width)
-        # From 16 pixels on the first convolution halves the grid: full resolution costs the most and says the least.
-        stride = 2 if side >= 16 else 1
+        width, side, stride = config.channels, min(spec.height, spec.width), first_stride(spec)
         blocks: list[nn.Module] = [nn.Conv2d(spec.channels, width, 3, stride, padding=1), Block(width, width)]
         side = -(-side // stride)
         while side >= 8:
             blocks += [Block(width, 2 * config.channels, stride=2)]
             width, side = 2 * config.channels, -(-side // 2)
         self.blocks = nn.Sequential(*blocks, nn.GroupNorm(GROUPS, width), nn.SiLU(), nn.AdaptiveAvgPool2d(2))
-        self.to_features = nn.Linear(4 * width, config.feature_dim)  # of 2 x 2 pooled cells: where things are counts
+        self.to_features = nn.Linear(4 * width, config.feature_dim)  # of 2 x 2 pooled cells
         self.to_logits = nn.Linear(config.feature_dim, spec.num_classes)
-
-    def features(self, images: Tensor) -> Tensor:
-        """images: (B, C, H, W) float in [-1, 1] -> (B, feature_dim) float32."""
-        return self.to_features(self.blocks(images).flatten(1)).float()
 
     def logits(self, images: Tensor) -> Tensor:
         """images: (B, C, H, W) float in [-1, 1] -> (B, num_classes) float32."""
@@ -101,16 +88,11 @@ class Objective(nn.Module):
         self.model, self.config = model, config
 
     def forward(self, batch: ImageBatch, phase: str, step: int) -> dict[str, Tensor]:
-        images = warped(batch.images, self.config.warp) if self.config.warp else batch.images
+        amounts = (self.config.warp * most for most in (ROTATION, SCALE, SHIFT))
+        images = warped(batch.images, *amounts) if self.config.warp else batch.images
         logits = self.model.logits(images)
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.config.label_smoothing)
         return {"loss": loss, "accuracy": (logits.argmax(dim=1) == batch.labels).float().mean()}
 
     def optimizers(self) -> dict[str, list[Optimizer]]:
         return {"classifier": optimizers_for(self.model, self.config.training)}
-
-
-def warped(images: Tensor, strength: float) -> Tensor:
-    """images (B, C, H, W), each rotated, scaled and shifted by its own small amount, between pixels; edges repeat."""
-    draws = 2 * torch.rand(4, len(images), device=images.device) - 1
-    return warp(images, draws, strength * ROTATION, strength * SCALE, strength * SHIFT)

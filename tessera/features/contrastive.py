@@ -13,59 +13,40 @@ Differs from SimCLR: views are small warps without crops, flips or colors, so th
 negatives of a view are the second views of the other images alone.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tessera.bases.judging import GROUPS, LearnsImages, PooledFeatures, first_stride, warped
 from tessera.bases.optimization import Training, optimizers_for
-from tessera.components import Params
 from tessera.contracts import ImageBatch, ImageSpec
-from tessera.nn.warp import warp
 
-ROTATION, SCALE, SHIFT = (
-    0.1,
-    0.15,
-    0.08,
-)  # of a view: radians, fraction of the size, fraction of the side, up to this much
+VIEW = (0.1, 0.15, 0.08)  # rotation in radians, fraction of the size, fraction of the side: each up to this much
 TEMPERATURE = 0.1
 LEAST_SHARE = 0.3  # of either image in a mixture of pixels
-GROUPS = 8
 ONE, AVERAGED, PASTED = range(3)  # what an image is
 
 
-class Config(Params):
+class Config(LearnsImages):
     kind: Literal["contrastive"] = "contrastive"
-    channels: Annotated[int, Field(ge=8, multiple_of=GROUPS)] = 32  # at the finest grid; twice as many below
-    feature_dim: Annotated[int, Field(ge=1)] = 64
     training: Training = Training(num_steps=400, batch_size=64, learning_rate=2e-3)
-    seed: Annotated[int, Field(ge=0)] = 0  # not the run's: two runs compare only under one and the same judge
 
 
-class Model(nn.Module):
-    has_logits = False
-    resize = "none"
-
+class Model(PooledFeatures):
     def __init__(self, config: Config, spec: ImageSpec):
         super().__init__()
         self.feature_dim = config.feature_dim
-        width, side = config.channels, min(spec.height, spec.width)
-        # From 16 pixels on the first convolution halves the grid: full resolution costs the most and says the least.
-        stride = 2 if side >= 16 else 1
+        width, side, stride = config.channels, min(spec.height, spec.width), first_stride(spec)
         layers, side = _layer(spec.channels, width, stride), -(-side // stride)
         while side > 4:
             layers += _layer(width, 2 * config.channels, stride=2)
             width, side = 2 * config.channels, -(-side // 2)
         layers += _layer(width, width)
         self.blocks = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2))
-        self.to_features = nn.Linear(4 * width, config.feature_dim)  # of 2 x 2 pooled cells: where things are counts
-
-    def features(self, images: Tensor) -> Tensor:
-        """images: (B, C, H, W) float in [-1, 1] -> (B, feature_dim) float32."""
-        return self.to_features(self.blocks(images).flatten(1)).float()
+        self.to_features = nn.Linear(4 * width, config.feature_dim)  # of 2 x 2 pooled cells
 
 
 def _layer(in_channels: int, out_channels: int, stride: int = 1) -> list[nn.Module]:
@@ -88,7 +69,7 @@ class Objective(nn.Module):
         images = batch.images
         others = images[torch.randperm(len(images), device=images.device)]
         sets = [images, images, averaged(images, others), pasted(images, others)]
-        first, second, *mixed = self.model.features(views(torch.cat(sets))).chunk(len(sets))
+        first, second, *mixed = self.model.features(warped(torch.cat(sets), *VIEW)).chunk(len(sets))
         similarity = F.normalize(self.project(first)) @ F.normalize(self.project(second)).T
         rows = torch.arange(len(images), device=images.device)
         contrast = F.cross_entropy(similarity / TEMPERATURE, rows)
@@ -100,12 +81,6 @@ class Objective(nn.Module):
 
     def optimizers(self) -> dict[str, list[Optimizer]]:
         return {"contrastive": optimizers_for(self, self.config.training)}
-
-
-def views(images: Tensor) -> Tensor:
-    """images (B, C, H, W), each rotated, scaled and shifted by its own small amount, between pixels; edges repeat."""
-    draws = 2 * torch.rand(4, len(images), device=images.device) - 1
-    return warp(images, draws, ROTATION, SCALE, SHIFT)
 
 
 def averaged(images: Tensor, others: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch.nn.utils import skip_init
 
 from tessera.artifacts import weights_file
 from tessera.artifacts.images import to_uint8
+from tessera.bases.judging import require_gray_or_rgb
 from tessera.components import Params
 from tessera.contracts import ImageSpec
 
@@ -58,11 +59,7 @@ class Model(nn.Module):
 
     def __init__(self, config: Config, spec: ImageSpec):
         super().__init__()
-        if spec.channels not in (1, 3):
-            raise ValueError(
-                f"images of {spec.channels} channels do not fit DINOv2, expected 1 (gray) or 3 (RGB): "
-                f"use features of kind classifier or contrastive"
-            )
+        require_gray_or_rgb(spec, "DINOv2")
         sizes = VARIANTS[config.variant]
         self.feature_dim = sizes.width
         self.network = VisionTransformer(sizes)

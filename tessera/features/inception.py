@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tessera.artifacts import weights_file
 from tessera.artifacts.images import to_uint8
+from tessera.bases.judging import require_gray_or_rgb
 from tessera.components import Params
 from tessera.contracts import ImageSpec
 
@@ -46,11 +47,7 @@ class Model(nn.Module):
 
     def __init__(self, config: Config, spec: ImageSpec):
         super().__init__()
-        if spec.channels not in (1, 3):
-            raise ValueError(
-                f"images of {spec.channels} channels do not fit Inception-v3, expected 1 (gray) or 3 (RGB): "
-                f"use features of kind classifier or contrastive"
-            )
+        require_gray_or_rgb(spec, "Inception-v3")
         # Imported here because it takes seconds, which only those who use it should wait.
         from torch_fidelity import feature_extractor_inceptionv3 as layers
         from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x

@@ -13,12 +13,12 @@ Differs from the former: a small network in place of VGG16, so that it runs on a
 import math
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import skip_init
 
 from tessera import seeding
+from tessera.bases.judging import PooledFeatures
 from tessera.components import Params
 from tessera.contracts import ImageSpec
 
@@ -30,10 +30,7 @@ class Config(Params):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class Model(nn.Module):
-    has_logits = False
-    resize = "none"
-
+class Model(PooledFeatures):
     def __init__(self, config: Config, spec: ImageSpec):
         super().__init__()
         self.feature_dim = config.feature_dim
@@ -52,8 +49,3 @@ class Model(nn.Module):
                 nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_in), generator=generator)
                 nn.init.normal_(layer.bias, std=0.1, generator=generator)  # units of the images, which are in [-1, 1]
         self.requires_grad_(False)
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """images: (B, C, H, W) float in [-1, 1] -> (B, feature_dim) float32."""
-        return self.to_features(self.blocks(images).flatten(1)).float()

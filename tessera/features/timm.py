@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import weights_file
 from tessera.artifacts.images import to_uint8
+from tessera.bases.judging import require_gray_or_rgb
 from tessera.components import Params
 from tessera.contracts import ImageSpec
 
@@ -64,11 +65,7 @@ class Model(nn.Module):
     def __init__(self, config: Config, spec: ImageSpec):
         """Raises ValueError for images of other than 1 or 3 channels and for a network that timm does not have."""
         super().__init__()
-        if spec.channels not in (1, 3):
-            raise ValueError(
-                f"images of {spec.channels} channels do not fit a network of timm, expected 1 (gray) or 3 (RGB): "
-                f"use features of kind classifier or contrastive"
-            )
+        require_gray_or_rgb(spec, "a network of timm")
         import timm  # here because it takes seconds, which only those who use it should wait
 
         if not timm.is_model(config.network):

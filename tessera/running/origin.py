@@ -6,9 +6,8 @@ import re
 import time
 from pathlib import Path
 
+from tessera.running.publish import ROOT
 from tessera.tracking import provenance
-
-ROOT = Path(os.environ.get("DVC_ROOT", "."))  # DVC sets it
 
 
 def described() -> dict[str, str]:
@@ -28,6 +27,11 @@ def machine() -> str:
 
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    cpu = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.*)$", cpu.read_text(), re.MULTILINE) if cpu.is_file() else None
-    return f"{named[1] if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return f"{cpu()}, {os.cpu_count()} cores"
+
+
+def cpu() -> str:
+    """The processor's name, as well as the system knows it."""
+    known = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)$", known.read_text(), re.MULTILINE) if known.is_file() else None
+    return named[1] if named else platform.processor() or platform.machine()

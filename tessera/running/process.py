@@ -34,6 +34,13 @@ from tessera.tracking import journal, processes
 
 STAGES = PACKAGE.parent / "stages"
 STATE = Path(".state")
+SECTIONS = {  # of params.yaml, that the key of a stage is looked up in; of all others: systems
+    "train_features": "features",
+    "reference_stats": "features",
+    "train_tokenizer": "tokenizers",
+    "encode_tokens": "tokenizers",
+    "evaluate_tokenizer": "tokenizers",
+}
 
 
 def main(command: list[str]) -> None:
@@ -53,7 +60,7 @@ def main(command: list[str]) -> None:
 def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool) -> None:
     began = time.monotonic()
     params = all_params.read(Path("params.yaml"))
-    _require_known(name.partition("@")[2], params)
+    _require_known(*name.split("@"), params=params)
     # Params may have changed since the images were prepared. To ask takes seconds where networks are large: trainings do it
     if name.startswith("train_") and (planned := known_images.of_artifact(params, arguments["images"])) is not None:
         problems.require(params, planned, is_begin=False)
@@ -79,7 +86,6 @@ def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool)
         figures = {**job.figures, **figures, "seconds": time.monotonic() - began}
         tracked.figures(figures)
         if "out" in arguments and (arguments["out"] / artifact.MANIFEST).is_file():
-            artifact.let_others_read(arguments["out"])
             tracked.tag({"tessera.artifact": artifact.fingerprint(arguments["out"])})  # who asks for it finds this run
     if stage := os.environ.get("DVC_STAGE"):
         progress.TIMINGS.mkdir(parents=True, exist_ok=True)
@@ -91,11 +97,12 @@ def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool)
     progress.say(f"{name}  done in {figures['seconds']:.1f}s" + (f", {speed:,.0f} images/s" if speed else ""))
 
 
-def _require_known(key: str, params: Pipeline) -> None:
-    """Raises ValueError for a key that no network, tokenizer or system of the params has."""
-    known = [*params.features, *params.tokenizers, *params.systems, "real"]
+def _require_known(stage: str, key: str = "", *, params: Pipeline) -> None:
+    """Raises ValueError for a key that the stage's section of the params does not have."""
+    section = SECTIONS.get(stage, "systems")
+    known = [*getattr(params, section), *(["real"] if stage == "evaluate" else [])]
     if key and key not in known:
-        raise ValueError(f"params.yaml has no {key}: expected one of {', '.join(known)}")
+        raise ValueError(f"{section} of params.yaml has no {key}: expected one of {', '.join(known)}")
 
 
 class _Nothing:

@@ -102,7 +102,7 @@ def time_left(of: str, root: Path = Path()) -> str:
     """
     known = root / EXPECTED
     expected: dict[str, float] = json.loads(known.read_text()) if known.exists() else {}
-    taken = {path.stem: json.loads(path.read_text())["seconds"] for path in (root / TIMINGS).glob("*.json")}
+    taken = seconds(root / TIMINGS)
     to_come = {path.name for path in (root / CODE).glob("*")} - set(taken) - {of}
     if not to_come or LAST in taken:
         return ""
@@ -110,23 +110,27 @@ def time_left(of: str, root: Path = Path()) -> str:
     if not both or not to_come <= set(expected):
         return f"{len(to_come)} stages to come"
     scale = sum(taken[name] for name in both) / sum(expected[name] for name in both)
-    seconds = sum(scale * expected[name] + OVERHEAD_SECONDS for name in to_come)
-    return f"about {seconds / 60:.0f} min for the {len(to_come)} stages to come"
+    left = sum(scale * expected[name] + OVERHEAD_SECONDS for name in to_come)
+    return f"about {left / 60:.0f} min for the {len(to_come)} stages to come"
 
 
-def seconds_of(stages: Iterable[str], root: Path = Path()) -> float:
-    """What these stages took when they last ran; one that was never timed adds nothing."""
-    paths = [root / TIMINGS / f"{stage}.json" for stage in stages]
-    return sum(json.loads(path.read_text())["seconds"] for path in paths if path.exists())
+def timings(folder: Path = TIMINGS) -> dict[str, dict[str, float]]:
+    """What each stage that has run left there, by its name in dvc.yaml: seconds, images per second, ..."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def seconds(folder: Path = TIMINGS) -> dict[str, float]:
+    """Of each stage, when it last ran."""
+    return {stage: figures["seconds"] for stage, figures in timings(folder).items()}
 
 
 def print_timings(folder: Path) -> None:
     """One line per stage of a folder of timings, as the stages left them, and their sum."""
-    rows = [(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
-    for name, figures in sorted(rows, key=lambda row: -row[1]["seconds"]):
+    found = timings(folder)
+    for name, figures in sorted(found.items(), key=lambda row: -row[1]["seconds"]):
         speed = figures.get("images_per_second")
         say(f"{figures['seconds']:8.1f}s  {name}" + (f"  {speed:,.0f} images/s" if speed else ""))
-    say(f"{sum(figures['seconds'] for _, figures in rows):8.1f}s  in all")
+    say(f"{sum(seconds(folder).values()):8.1f}s  in all")
 
 
 if __name__ == "__main__":

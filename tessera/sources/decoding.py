@@ -35,6 +35,23 @@ def pillow_warnings() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """The image of these bytes, its pixels not loaded yet. Raises Unreadable with the reason, also for what fails inside."""
+    if not data:
+        raise Unreadable("is empty")
+    try:
+        Image.init()  # otherwise Image.ID lists only the commonest formats
+        with Image.open(BytesIO(data), formats=[name for name in Image.ID if name not in NOT_PICTURES]) as image:
+            if image.width * image.height > max_pixels:
+                raise Unreadable(f"has {image.width} x {image.height} pixels, more than max_pixels {max_pixels:,}")
+            yield image
+    except Unreadable:
+        raise
+    except Exception as error:  # Pillow's parsers of some 40 formats raise whatever damaged bytes lead them to
+        raise Unreadable(_reason(error)) from None
+
+
 def decode(
     data: bytes,
     *,
@@ -47,19 +64,9 @@ def decode(
     max_pixels: int,
 ) -> np.ndarray:
     """(channels, height, width) uint8 from the bytes of an image file; None: its own. Raises Unreadable with the reason."""
-    if not data:
-        raise Unreadable("is empty")
-    try:
-        Image.init()  # otherwise Image.ID lists only the commonest formats
-        with Image.open(BytesIO(data), formats=[name for name in Image.ID if name not in NOT_PICTURES]) as image:
-            if image.width * image.height > max_pixels:
-                raise Unreadable(f"has {image.width} x {image.height} pixels, more than max_pixels {max_pixels:,}")
-            image.load()
-            picture = _plain(ImageOps.exif_transpose(image), background)
-    except Unreadable:
-        raise
-    except Exception as error:  # Pillow's parsers of some 40 formats raise whatever damaged bytes lead them to
-        raise Unreadable(reason_of(error)) from None
+    with opened(data, max_pixels) as image:
+        image.load()
+        picture = _plain(ImageOps.exif_transpose(image), background)
     picture = picture.convert("L" if channels == 1 else "RGB")
     height, width = height or picture.height, width or picture.width
     picture = _fit(picture, height, width, resize, Image.Resampling[filter.upper()], background)
@@ -67,8 +74,7 @@ def decode(
     return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
 
 
-def reason_of(error: Exception) -> str:
-    """Why a file gives no image, for people, from what Pillow raised."""
+def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "Pillow cannot identify it as an image"
     text = re.sub(r"<[^<>]* object at 0x[0-9a-f]+>", "the file", str(error))  # addresses differ from run to run

@@ -4,7 +4,6 @@ import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from PIL import Image
 from tessera.artifacts.shards import spread
 from tessera.datasets.image_folder import TEST_FOLDERS, Config
 from tessera.sources.archives import Entry, Limits, Reader, open_source
-from tessera.sources.decoding import NOT_PICTURES, pillow_warnings, reason_of
+from tessera.sources.decoding import opened, pillow_warnings
 from tessera.sources.records import Unreadable
 
 MAX_LOOKED_AT = 3000  # files that are opened; of more, as many, evenly spread
@@ -123,12 +122,8 @@ def _look(read: Reader, entry: Entry) -> Seen:
     if entry.refusal:
         return Seen(entry.name, reason=entry.refusal)
     try:
-        data = read(entry)
-        Image.init()
-        with Image.open(BytesIO(data), formats=[name for name in Image.ID if name not in NOT_PICTURES]) as image:
+        with opened(read(entry), Config.model_fields["max_pixels"].default) as image:
             width, height, mode = *image.size, image.mode
-            if width * height > Config.model_fields["max_pixels"].default:
-                return Seen(entry.name, reason=f"has {width} x {height} pixels, more than max_pixels")
             if image.getexif().get(0x0112) in SIDEWAYS:
                 width, height = height, width
             image.draft("RGB", DRAFT)
@@ -136,8 +131,6 @@ def _look(read: Reader, entry: Entry) -> Seen:
             return Seen(entry.name, width, height, mode, _is_gray(image))
     except Unreadable as error:
         return Seen(entry.name, reason=str(error))
-    except Exception as error:  # Pillow's parsers raise whatever damaged bytes lead them to
-        return Seen(entry.name, reason=reason_of(error))
 
 
 def _is_gray(image: Image.Image) -> bool:

@@ -14,10 +14,11 @@ from torch import nn
 
 from tessera import seeding
 from tessera.artifacts import checkpoints
-from tessera.artifacts.images import Images, to_float, to_uint8
+from tessera.artifacts.images import Images
 from tessera.artifacts.shards import spread
 from tessera.components import load
 from tessera.contracts import Job, TokenSpec
+from tessera.evaluation.reconstructions import reconstruction
 from tessera.params import Pipeline
 from tessera.system import System
 
@@ -56,8 +57,7 @@ def of_tokenizer(images: Images) -> Draw:
     originals = images.uint8(spread(len(images), COLUMNS * ROWS // 2))
 
     def draw(model: nn.Module) -> np.ndarray:
-        device = next(model.parameters()).device
-        decoded = to_uint8(model.decode(model.encode(to_float(originals).to(device)).latents)).cpu()
+        decoded = reconstruction(model, next(model.parameters()).device)(originals)
         pairs = [half for some in zip(originals.split(COLUMNS), decoded.split(COLUMNS), strict=True) for half in some]
         return torch.cat(pairs).numpy()
 

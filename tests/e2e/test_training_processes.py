@@ -44,10 +44,11 @@ def test_kill_9_in_the_middle_and_again_gives_the_same_bits(clone, stage):
 
 
 def test_a_key_that_the_params_do_not_have_is_refused_in_a_sentence(clone):
-    command = [part.replace("vqgan-flow", "vqgna-flow") for part in clone.command_of(PRIOR)]
-    refused = clone.run(*command)
-    assert refused.returncode == 2 and "Traceback" not in refused.stderr
-    assert "params.yaml has no vqgna-flow: expected one of " in refused.stderr
+    for key in ("vqgna-flow", "vqgan"):  # the latter is a tokenizer
+        command = [key if part == "vqgan-flow" else part for part in clone.command_of(PRIOR)]
+        refused = clone.run(*command)
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr
+        assert f"systems of params.yaml has no {key}: expected one of gan, " in refused.stderr
 
 
 def test_a_second_copy_of_a_running_stage_is_refused(clone):

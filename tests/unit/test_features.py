@@ -22,6 +22,7 @@ import torch
 import yaml
 from PIL import Image
 
+from tessera.bases import judging
 from tessera.bases.optimization import Training
 from tessera.components import InvalidParams, kinds, load, parse
 from tessera.contracts import ImageBatch, ImageSpec
@@ -47,6 +48,13 @@ def spec(channels: int = 1, height: int = 8, width: int = 8, num_classes: int = 
 
 def images(*shape: int, seed: int = 0) -> torch.Tensor:
     return 2 * torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) - 1
+
+
+def warped(some: torch.Tensor, strength: float) -> torch.Tensor:
+    """As the classifier has its images warped."""
+    return judging.warped(
+        some, *(strength * most for most in (classifier.ROTATION, classifier.SCALE, classifier.SHIFT))
+    )
 
 
 def small_classifier(shape: tuple[int, int, int] = (1, 8, 8), **settings) -> classifier.Model:
@@ -142,12 +150,12 @@ def test_every_weight_of_the_classifier_receives_a_gradient():
 def test_warps_follow_the_global_generator_and_strength_0_leaves_images_as_they_are():
     some = images(4, 2, 9, 14)
     torch.manual_seed(5)
-    first = classifier.warped(some, 1.0)
+    first = warped(some, 1.0)
     torch.manual_seed(5)
-    again, other = classifier.warped(some, 1.0), classifier.warped(some, 1.0)
+    again, other = warped(some, 1.0), warped(some, 1.0)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    torch.testing.assert_close(classifier.warped(some, 0.0), some, rtol=0, atol=1e-5)
+    torch.testing.assert_close(warped(some, 0.0), some, rtol=0, atol=1e-5)
     assert first.shape == some.shape
 
 
@@ -156,7 +164,7 @@ def test_a_warp_moves_a_dot_no_further_than_it_may_and_keeps_circles_round():
     rows, cols = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     disc = ((rows - 20) ** 2 + (cols - 40) ** 2 < 15**2).float()[None, None]
     torch.manual_seed(0)
-    found = classifier.warped(disc.expand(200, 1, height, width), 1.0)[:, 0]
+    found = warped(disc.expand(200, 1, height, width), 1.0)[:, 0]
     mass = found.sum(dim=(1, 2))
     row_shift = (found * rows).sum(dim=(1, 2)) / mass - 20
     col_shift = (found * cols).sum(dim=(1, 2)) / mass - 40
@@ -178,7 +186,7 @@ def test_a_warp_rotates_by_up_to_a_tenth_of_a_radian_in_pixels():
     rows, cols = torch.meshgrid(torch.arange(height) - 19.5, torch.arange(width) - 39.5, indexing="ij")
     bar = torch.exp(-((rows / 1.5) ** 2) - (cols / 12) ** 2)[None, None]
     torch.manual_seed(0)
-    found = classifier.warped(bar.expand(300, 1, height, width), 1.0)[:, 0]
+    found = warped(bar.expand(300, 1, height, width), 1.0)[:, 0]
     mass = found.sum(dim=(1, 2), keepdim=True)
     dy = rows - (found * rows).sum(dim=(1, 2), keepdim=True) / mass
     dx = cols - (found * cols).sum(dim=(1, 2), keepdim=True) / mass

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tessera.artifacts.folder import write_json
-from tessera.running.progress import OVERHEAD_SECONDS, time_left
+from tessera.running.progress import time_left
 
 STAGES = ("prepare_images", "train_prior@a", "sample_images@a", "train_prior@b", "write_report")
 
@@ -36,9 +36,10 @@ def took(root: Path, stage: str, seconds: float) -> None:
 
 
 def test_what_is_left_of_a_first_run_is_scaled_by_how_fast_this_machine_was(checkout):
-    assert 110 + 10 + 2 * OVERHEAD_SECONDS < 2.5 * 60
-    assert time_left("sample_images@a", checkout) == "about 2 min for the 2 stages to come"
-    took(checkout, "train_prior@a", 206)  # twice as long as expected, with the other one
+    assert (
+        time_left("sample_images@a", checkout) == "about 2 min for the 2 stages to come"
+    )  # 110 + 10 s, and around them
+    took(checkout, "train_prior@a", 206)  # twice as long as expected, with the other one: 440 + 40 s
     assert time_left("sample_images@a", checkout) == "about 8 min for the 2 stages to come"
 
 
