@@ -86,7 +86,7 @@ def test_what_runs_tracks_and_shows_progress_is_reached_by_no_entry(fingerprints
 
 
 def test_no_module_with_a_say_in_results_imports_what_runs_them():
-    imports = grimp.build_graph("stages", "tessera")
+    imports = grimp.build_graph("stages", "tessera", cache_dir=None)
     outside = {m for m in imports.modules if re.match(r"tessera\.(running|tracking|code)(\.|$)", m)}
     assert len(outside) > 10
     for module in imports.modules - outside:
@@ -206,7 +206,7 @@ def test_a_name_is_followed_through_modules_that_import_it_in_turn(tmp_path):
 
 def test_the_closure_of_definitions_lies_within_that_of_imports(fingerprints):
     """Beside an independent reader: no module is reached that grimp does not find imported, by the stage or by its parts."""
-    imports = grimp.build_graph("stages", "tessera")
+    imports = grimp.build_graph("stages", "tessera", cache_dir=None)
     for name, code in fingerprints.items():
         modules = {definition.rpartition(".")[0] for definition in code}
         stage = next(module for module in modules if module.startswith("stages."))
