@@ -21,7 +21,7 @@ BIND = "import socket; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, sock
 require_free = @python -c $(call BIND,$($(1))) 2>/dev/null || { echo "make $@ cannot listen on 127.0.0.1:$($(1)): expected a \
 free port ($(2)); stop what uses it, or choose another: make $@ $(1)=$$(($($(1)) + 10))" >&2; exit 2; }
 .DEFAULT_GOAL := help
-.PHONY: help setup start repro test check ui studio serve flow results map stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
+.PHONY: help setup start repro test check ui studio serve results map stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -39,7 +39,7 @@ start: setup  ## params.yaml for your own images: make start IMAGES=photographs;
 	@python -m tessera.start "$(IMAGES)" $(OPTIONS)
 
 repro: setup  ## run the whole pipeline, print the table of systems and where their pictures lie
-	dvc repro
+	python -m flows.reproduce
 	@python -m tessera.tracking replay || true  # the tracker may be down; nothing is lost, replay later
 	@echo; cat data/comparison/comparison.md; echo; python -m tessera.running.progress data/timings
 
@@ -64,9 +64,6 @@ serve: setup  ## images over HTTP on 127.0.0.1:5001 by the champion; MODEL=model
 
 studio: setup  ## draw and edit with the trained systems, on http://127.0.0.1:7860; STUDIO_PORT chooses another port
 	@python -m studio.page --port $(STUDIO_PORT)
-
-flow: setup  ## the same pipeline through Prefect
-	python -m flows.reproduce
 
 stack: setup  ## Prefect, MLflow and a worker in the background; what does not run is started
 	@python -m flows.stack up

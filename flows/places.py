@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flows import locks
+from tessera.running.progress import AT_ONCE
 
 
 def devices() -> list[str]:
@@ -27,17 +28,24 @@ def devices() -> list[str]:
 
 
 class Places:
-    """Where stages run: a lock for each device of the machine, and how many of them this flow run uses at a time."""
+    """Where stages run: a lock for each device of the machine, and how many of them this flow run uses at a time.
 
-    def __init__(self) -> None:
+    Without a GPU, as many stages as there are systems share the cores, at most one on each: small networks gain next to
+    nothing from a second thread (docs/benchmarks.md).
+    """
+
+    def __init__(self, systems: int = 1) -> None:
         gpus = devices()
-        text = os.environ.get("TESSERA_PARALLEL") or str(max(1, len(gpus)))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        text = os.environ.get("TESSERA_PARALLEL") or str(len(gpus) or max(1, min(cores, systems)))
         if not text.isdecimal() or int(text) == 0:
             raise ValueError(
                 f"TESSERA_PARALLEL is {text!r}: expected how many stages may run at once, e.g. 1; correct it"
             )
         self.number = int(text)
-        self._turns = threading.Semaphore(self.number)
+        self.threads = None if gpus or self.number == 1 else max(1, cores // self.number)  # None: torch decides
+        self._free = self.number
+        self._change = threading.Condition()
         folder = locks.folder()
         self.environments: dict[Path, dict[str, str]] = {}
         for index in range(max(self.number, len(gpus))):
@@ -46,17 +54,27 @@ class Places:
             lock = folder / (f"{'gpu-' if gpus else ''}{device}" + (f"-share-{share + 1}" if share else "") + ".lock")
             # The index is that of nvidia-smi, whichever GPU CUDA would call the first
             gpu = {"CUDA_VISIBLE_DEVICES": device, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-            self.environments[lock] = gpu if gpus else {}
+            self.environments[lock] = {AT_ONCE: str(self.number), **(gpu if gpus else {})}
+            if self.threads and "OMP_NUM_THREADS" not in os.environ:
+                self.environments[lock]["OMP_NUM_THREADS"] = str(self.threads)
 
     @contextlib.contextmanager
     def one(
-        self, owner: str, say: Callable[[str], None], give_up: Callable[[], None]
+        self, owner: str, say: Callable[[str], None], give_up: Callable[[], None], gives_way: Callable[[], bool]
     ) -> Iterator[tuple[locks.Lock, dict[str, str]]]:
-        """Hold a place: yields its lock, and what to add to the environment of the stage that runs there."""
-        while not self._turns.acquire(timeout=locks.POLL_SECONDS):
-            give_up()  # an endless wait could not be cancelled
+        """Hold a place: yields its lock, and what to add to the environment of the stage that runs there.
+
+        A free place is not taken while `gives_way`, which is asked again and again, says that another stage is to have it.
+        """
+        with self._change:
+            while not self._free or gives_way():
+                give_up()  # an endless wait could not be cancelled
+                self._change.wait(locks.POLL_SECONDS)
+            self._free -= 1
         try:
             with locks.one_of(list(self.environments), owner, say, give_up) as lock:
                 yield lock, self.environments[lock.path]
         finally:
-            self._turns.release()
+            with self._change:
+                self._free += 1
+                self._change.notify_all()

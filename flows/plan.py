@@ -18,8 +18,11 @@ from flows.processes import StageProcesses, Stopped, dvc, search_path
 from tessera.tracking.processes import start_uploader
 
 STATE = Path(".state")
+HAND_OVER_SECONDS = 2.0  # between the end of a stage and the request of the next one, which Prefect starts
 SMALL_BYTES = 1_000_000  # a file up to this size is compared, which is sooner done than asking dvc: that takes 2 s
-HINTS = (  # dvc gives them after each stage
+HINTS = (  # dvc gives them for each stage; its command stands in dvc.yaml
+    "> ",
+    "Generating lock file",
     "To track the changes with git",
     "Updating lock file",
     "git add ",
@@ -55,6 +58,7 @@ class Plan:
     digests: dict[Path, str]  # of the small files among them, before anything ran
     stale: set[str]
     force: bool
+    systems: int = 1  # of the pipeline, targets or not: what decides how many stages share a processor, and so the bits
     experiment: experiments.Experiment | None = None  # whose worktree `root` is
     recipes: dict[str, str] = field(default_factory=dict)  # of an experiment's stages: equal ones compute the same
     afterwards: bool = False  # whether a step follows once all stages have succeeded
@@ -63,13 +67,18 @@ class Plan:
     interrupted: set[str] = field(default_factory=set)  # stages that are run once more
     processes: StageProcesses = field(default_factory=StageProcesses)
     over: threading.Event = field(default_factory=threading.Event)  # reported: nothing more will run
+    _begun: set[str] = field(default_factory=set)  # asked for, by Prefect
+    _waiting: set[str] = field(default_factory=set)  # for a place
+    _ended: float = 0.0  # when a stage last did, by time.monotonic
 
     def reproduce(self, stage: str, say: Callable[[str], None], places: Places) -> Outcome:
         """Run one stage, whose upstream stages have all succeeded; a clean one starts no process.
 
         The first time that a signal ends a stage, no outcome is recorded: call again, and it resumes.
         """
+        self._begun.add(stage)
         outcome = Outcome("cached") if self._is_clean(stage) else self._run(stage, say, places)
+        self._ended = time.monotonic()
         if outcome.interrupted and stage not in self.interrupted:
             self.interrupted.add(stage)
         else:
@@ -107,7 +116,12 @@ class Plan:
             single.append(experiments.shared_lock(self.experiment, self.recipes[stage]))
         with contextlib.ExitStack() as held:
             mine = [held.enter_context(locks.one_of([path], owner, say, self._check_going_on)) for path in single]
-            device, environment = held.enter_context(places.one(owner, say, self._check_going_on))
+            self._waiting.add(stage)
+            try:
+                place = places.one(owner, say, self._check_going_on, lambda: self._gives_way(stage))
+                device, environment = held.enter_context(place)
+            finally:
+                self._waiting.discard(stage)
             if self.experiment:  # its stages would start an uploader for a folder that is removed afterwards
                 start_uploader(self.experiment.checkout)
                 environment = environment | experiments.environment(self.experiment)
@@ -121,6 +135,15 @@ class Plan:
             interrupted = (code < 0 or status < 0 or status > 128) and not self.processes.stopping.is_set()
             return Outcome("failed", seconds, code if code > 0 else 128 - code, changed=True, interrupted=interrupted)
         return Outcome("ran" if ran else "cached", seconds, changed=ran or not skipped)
+
+    def _gives_way(self, stage: str) -> bool:
+        """Whether a stage before this one waits for a place, or is about to: the first system is to be finished first."""
+        before = list(self.upstream)[: list(self.upstream).index(stage)]
+        if self._waiting.intersection(before):
+            return True
+        succeeded = {name for name, outcome in list(self.outcomes.items()) if not outcome.code}
+        coming = any(name not in self._begun and self.upstream[name] <= succeeded for name in before)
+        return coming and time.monotonic() < self._ended + HAND_OVER_SECONDS
 
     def _check_going_on(self) -> None:
         if self.processes.stopping.is_set():
@@ -192,6 +215,7 @@ def read_plan(root: Path, targets: list[str], force: bool, experiment: experimen
             digests=digests,
             stale=stale,
             force=force,
+            systems=sum(name.startswith("train_prior@") for name in (each.addressing for each in graph)),
             experiment=experiment,
             recipes=_recipes(order, graph) if experiment else {},
         )

@@ -84,7 +84,7 @@ class _Run:
 
     def __init__(self, plan: Plan) -> None:
         run = FlowRunContext.get()
-        self.plan, self.places = plan, Places()
+        self.plan, self.places = plan, Places(plan.systems)
         self.id = run.flow_run.id if run and run.flow_run else None
         self.in_worker = ending.is_engine()
         self.board = Board(self.id)
@@ -96,7 +96,8 @@ class _Run:
 
         def say(line: str) -> None:
             if not self.in_worker:  # which prints what is logged
-                tell(f"{stage}: {line}" if self.places.number > 1 else line)
+                named = stage in line or self.places.number == 1
+                tell(line if named else f"{stage}  {line}")
             logger.info(line)
             board.line(stage, line, task_run_id)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ Item = TypeVar("Item")
 TIMINGS, CODE = Path("data/timings"), Path("data/code")
 EXPECTED = Path("docs/results/timings.json")
 LAST = "write_report"  # nothing follows it
+AT_ONCE = "TESSERA_STAGES_AT_ONCE"  # the flow tells its stages so
 OVERHEAD_SECONDS = 4.0  # of a stage: its process, and what DVC does around it
 CONSOLE_SECONDS = 5.0
 CONSOLE_TERMS = 3  # the others are in history.csv
@@ -110,7 +112,7 @@ def time_left(of: str, root: Path = Path()) -> str:
     if not both or not to_come <= set(expected):
         return f"{len(to_come)} stages to come"
     scale = sum(taken[name] for name in both) / sum(expected[name] for name in both)
-    left = sum(scale * expected[name] + OVERHEAD_SECONDS for name in to_come)
+    left = sum(scale * expected[name] + OVERHEAD_SECONDS for name in to_come) / int(os.environ.get(AT_ONCE, "1"))
     return f"about {left / 60:.0f} min for the {len(to_come)} stages to come"
 
 
