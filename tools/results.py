@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -62,12 +63,19 @@ def machine() -> dict[str, str | int]:
         "commit": run("git", "rev-parse", "HEAD").strip(),
         "cpu": origin.cpu(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "threads": _one(figures["threads"] for figures in progress.timings().values() if "threads" in figures),
         "cores": os.cpu_count() or 0,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "date": run("git", "log", "-1", "--format=%cs").strip(),
     }
+
+
+def _one(values: Iterable[float]) -> int:
+    """What is equal in all of them."""
+    found = {int(value) for value in values}
+    assert len(found) == 1, f"stages ran with {sorted(found)} threads: expected one number; make repro in a clean clone"
+    return found.pop()
 
 
 def run(*command: str) -> str:

@@ -89,9 +89,10 @@ def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool)
             tracked.tag({"tessera.artifact": artifact.fingerprint(arguments["out"])})  # who asks for it finds this run
     if stage := os.environ.get("DVC_STAGE"):
         progress.TIMINGS.mkdir(parents=True, exist_ok=True)
-        artifact.write_json(
-            progress.TIMINGS / f"{stage}.json", {key: round(value, 3) for key, value in figures.items()}
-        )
+        timing = {key: round(value, 3) for key, value in figures.items()}
+        if torch := sys.modules.get("torch"):
+            timing["threads"] = torch.get_num_threads()  # the bits of a training on a CPU depend on it
+        artifact.write_json(progress.TIMINGS / f"{stage}.json", timing)
     _remove_state(state)
     speed = figures.get("images_per_second")
     progress.say(f"{name}  done in {figures['seconds']:.1f}s" + (f", {speed:,.0f} images/s" if speed else ""))

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -257,6 +258,45 @@ def test_a_target_is_reproduced_with_what_it_depends_on_and_a_wrong_one_is_refus
     monkeypatch.setenv("TESSERA_PARALLEL", "two")
     assert reproduce.main() == 2
     assert "TESSERA_PARALLEL is 'two': expected" in capsys.readouterr().err
+
+
+def test_the_first_system_is_finished_first_though_the_second_one_asks_for_the_free_place_before(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(toy, monkeypatch)
+    first, second = [stage for stage in plan.upstream if stage in ("left", "right")]
+    places, ran = Places(), list[str]()
+
+    def note(command: list[str], *rest: object) -> int:
+        ran.append(command[command.index("--single-item") + 1])
+        return 0
+
+    monkeypatch.setattr(plan.processes, "run", note)
+    plan.reproduce("prepare", lambda line: None, places)
+    other = threading.Thread(target=plan.reproduce, args=(second, lambda line: None, places))
+    other.start()
+    time.sleep(0.5)  # Prefect starts the tasks in any order, and needs some time for each
+    plan.reproduce(first, lambda line: None, places)
+    other.join()
+    assert ran == ["prepare", first, second]
+
+
+@pytest.mark.parametrize(
+    ("cores", "systems", "at_once", "threads"),
+    [(2, 6, 2, "1"), (2, 1, 1, None), (16, 6, 6, "2"), (1, 6, 1, None), (8, 2, 2, "4")],
+)
+def test_without_a_gpu_systems_share_the_cores(
+    device_locks: Path, monkeypatch: pytest.MonkeyPatch, cores: int, systems: int, at_once: int, threads: str | None
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("TESSERA_PARALLEL", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    places = Places(systems)
+    assert places.number == len(places.environments) == at_once
+    assert {added.get("OMP_NUM_THREADS") for added in places.environments.values()} == {threads}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # whoever said so knows why
+    assert all("OMP_NUM_THREADS" not in added for added in Places(systems).environments.values())
 
 
 UUIDS = ["GPU-aaaaaaaa-0000", "GPU-bbbbbbbb-1111"]

@@ -35,12 +35,14 @@ def took(root: Path, stage: str, seconds: float) -> None:
     write_json(root / "data/timings" / f"{stage}.json", {"seconds": seconds})
 
 
-def test_what_is_left_of_a_first_run_is_scaled_by_how_fast_this_machine_was(checkout):
+def test_what_is_left_of_a_first_run_is_scaled_by_how_fast_this_machine_was(checkout, monkeypatch):
     assert (
         time_left("sample_images@a", checkout) == "about 2 min for the 2 stages to come"
     )  # 110 + 10 s, and around them
     took(checkout, "train_prior@a", 206)  # twice as long as expected, with the other one: 440 + 40 s
     assert time_left("sample_images@a", checkout) == "about 8 min for the 2 stages to come"
+    monkeypatch.setenv("TESSERA_STAGES_AT_ONCE", "2")
+    assert time_left("sample_images@a", checkout) == "about 4 min for the 2 stages to come"
 
 
 def test_stages_that_nobody_timed_are_counted_and_nothing_is_said_once_all_have_run(checkout):
