@@ -21,7 +21,7 @@ BIND = "import socket; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, sock
 require_free = @python -c $(call BIND,$($(1))) 2>/dev/null || { echo "make $@ cannot listen on 127.0.0.1:$($(1)): expected a \
 free port ($(2)); stop what uses it, or choose another: make $@ $(1)=$$(($($(1)) + 10))" >&2; exit 2; }
 .DEFAULT_GOAL := help
-.PHONY: help setup start repro test check ui studio serve results map stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
+.PHONY: help setup start repro test check ui studio serve plots results map stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -54,6 +54,9 @@ ui: setup  ## MLflow on http://127.0.0.1:5000 with every run; another port: make
 	$(call require_free,UI_PORT,if make stack runs, its MLflow is there: open that)
 	@echo "systems and their figures: $$(python -m tessera.tracking view --server http://127.0.0.1:$(UI_PORT))"
 	mlflow server --workers 1 --host 127.0.0.1 --port $(UI_PORT) --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+
+plots: setup  ## DVC's curves and pictures as a page that needs no internet
+	@python -m tools.plots
 
 serve: setup  ## images over HTTP on 127.0.0.1:5001 by the champion; MODEL=models:/NAME/VERSION, SERVE_PORT=5011
 	$(call require_free,SERVE_PORT,a model may be served there by now)

@@ -59,7 +59,8 @@ def run(  # its paths are the options of its command
         )
     if summary:
         kinds = [config.kind for config in params.evaluate.metrics.values()]
-        artifact.write_json(summary, comparison.summary(measured, kinds))
+        # Below its name: DVC then heads a column with NAME.fd_classifier in the place of the file and the figure
+        artifact.write_json(summary, {name: comparison.summary(measured, kinds)})
     for sentence in group.notes:
         job.say(f"note: {sentence}")
     job.say(
