@@ -103,7 +103,7 @@ def _settings(params: Pipeline) -> Iterator[str]:
                 f"write num_views: {num_views}, or raise encode_tokens.warps"
             )
     for where, config in _configs(params):
-        yield from (f"{where}: {sentence}" for sentence in _batches(config))
+        yield from (f"{where}: {sentence}" for ask in (_batches, _late_discriminator) for sentence in ask(config))
 
 
 def _batches(config: Params) -> Iterator[str]:
@@ -112,6 +112,15 @@ def _batches(config: Params) -> Iterator[str]:
         yield (
             f"training.batch_size {training.batch_size} is not divisible by gradient_accumulation "
             f"{training.gradient_accumulation}: choose a divisor"
+        )
+
+
+def _late_discriminator(config: Params) -> Iterator[str]:
+    start = getattr(config, "discriminator_start_step", 0)
+    if getattr(config, "adversarial_weight", 0) and start >= config.training.num_steps:
+        yield (
+            f"discriminator_start_step {start} is not below the {config.training.num_steps} steps of training.num_steps: the "
+            f"discriminator would never begin: lower it, or write adversarial_weight: 0"
         )
 
 

@@ -114,12 +114,14 @@ def ranking(systems: Systems, key: str, better: str = "lower") -> str:
     """Systems from the best figure to the worst, "<" (or ">") where a step exceeds the noise and "~" where it does not."""
     known = {name: found for name, runs in systems.items() if (found := estimate(runs, key))}
     names = sorted(known, key=lambda name: known[name].value, reverse=better == "higher")
+    errors = [found.standard_error for found in known.values() if math.isfinite(found.standard_error)]
+    form = figures.as_exact_as(max(errors, default=math.nan))  # one for all of them
     step = " > " if better == "higher" else " < "
     text = ""
     for number, name in enumerate(names):
         if number:
             text += step if exceeds_noise(known[names[number - 1]], known[name]) else " ~ "
-        text += f"{name} {figures.text(known[name].value, '{:.3g}')}"
+        text += f"{name} {figures.text(known[name].value, form)}"
     return text
 
 

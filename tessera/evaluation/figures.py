@@ -187,7 +187,15 @@ def text_with_error(value: float, standard_error: float | None) -> str:
     is_known = standard_error is not None and not math.isnan(standard_error)
     if not is_known or max(abs(value), standard_error) < ROUNDING:
         return text(value)
-    return f"{text(value)} ± {text(standard_error, '{:.2g}')}"
+    form = as_exact_as(standard_error)
+    return f"{text(value, form)} ± {text(standard_error, form)}"
+
+
+def as_exact_as(standard_error: float) -> str:
+    """The format of a figure and of its error: two digits of the error, as many of the figure."""
+    if not math.isfinite(standard_error) or standard_error < ROUNDING:
+        return "{:.4g}"
+    return f"{{:.{max(0, 1 - math.floor(math.log10(standard_error)))}f}}"
 
 
 def share_error(share: float, number: int) -> float:

@@ -67,6 +67,11 @@ MISTAKES = [
     ("edits.restyle.target", 10, "target is 10, but there are 10 classes: write 0 to 9"),
     ("systems.vqgan-flow.prior.denoiser", UNET, "systems.vqgan-flow.prior: .*not divisible by the denoiser's"),
     ("systems.vqgan-flow.prior.num_views", 17, "num_views 17 is more than the 16 .*write num_views: 16"),
+    (
+        "tokenizers.vqgan.discriminator_start_step",
+        420,
+        "discriminator_start_step 420 is not below the 420 steps of training.num_steps",
+    ),
     ("systems.vqgan-flow.prior.training", TRAINING, "batch_size 6 is not divisible by gradient_accumulation 4"),
     ("tokenizers.vqgan.training", TRAINING, "tokenizers.vqgan: training.batch_size 6"),
 ]

@@ -98,8 +98,9 @@ def test_means_and_shares_carry_their_standard_errors():
 
 def test_what_rounding_leaves_of_0_is_shown_as_0():
     assert figures.text_with_error(7.1e-13, 9.5e-12) == figures.text_with_error(-7.1e-13, None) == "0"
-    assert figures.text_with_error(-7.1e-13, 0.02) == "0 ± 0.02"
-    assert figures.text_with_error(0.208, 0.0213) == "0.208 ± 0.021"
+    assert figures.text_with_error(-7.1e-13, 0.02) == "0.000 ± 0.020"
+    assert figures.text_with_error(0.2, 0.0268) == "0.200 ± 0.027"
+    assert figures.text_with_error(1234.6, 234.0) == "1235 ± 234"
     assert figures.text_with_error(12345.6, math.nan) == "1.235e+04"
     exact = {"pixels": [measured(-7.1e-13, 9.5e-12)]}
     assert comparison.ranking(exact, "fd_classifier") == "pixels 0"
@@ -124,7 +125,7 @@ def test_two_metrics_that_give_a_figure_of_one_name_are_refused():
 
 def test_systems_are_ranked_from_the_best_whichever_way_a_figure_is_good():
     systems = {"a": [measured(0.20)], "b": [measured(0.21)], "c": [measured(0.30)]}
-    assert comparison.ranking(systems, "fd_classifier", "higher") == "c 0.3 > b 0.21 ~ a 0.2"
+    assert comparison.ranking(systems, "fd_classifier", "higher") == "c 0.300 > b 0.210 ~ a 0.200"
 
 
 def test_a_column_is_what_a_metric_shows_of_what_was_measured_in_the_order_of_the_metrics():
@@ -205,7 +206,7 @@ def test_the_comparison_of_runs_refuses_in_a_sentence_and_prints_equal_ones(tmp_
     fine = compare(tmp_path / "one", tmp_path / "two")
     assert fine.returncode == 0, fine.stderr
     assert "0.230 ± 0.030" in fine.stdout  # the mean of both runs, and the spread's standard error
-    assert "real 0.1 < vqgan-flow 0.23" in fine.stdout
+    assert "real 0.100 < vqgan-flow 0.230" in fine.stdout
     refused = compare(tmp_path / "one", tmp_path / "other")
     assert refused.returncode == 2
     assert "num_images is 1000 in real (run 1), 500 in real (run 2)" in refused.stderr
@@ -218,7 +219,7 @@ def test_the_comparison_of_runs_refuses_in_a_sentence_and_prints_equal_ones(tmp_
 
 def test_only_differences_beyond_two_standard_errors_exceed_the_noise():
     systems = {"a": [measured(0.20)], "b": [measured(0.21)], "c": [measured(0.30)], "d": [measured(0.31, None)]}
-    assert comparison.ranking(systems, "fd_classifier") == "a 0.2 ~ b 0.21 < c 0.3 ~ d 0.31"
+    assert comparison.ranking(systems, "fd_classifier") == "a 0.200 ~ b 0.210 < c 0.300 ~ d 0.310"
     found = comparison.differences(systems, "fd_classifier")
     assert len(found) == 6
     assert set(found.loc[found.exceeds_noise, ["lower", "higher"]].itertuples(index=False, name=None)) == {
@@ -229,9 +230,9 @@ def test_only_differences_beyond_two_standard_errors_exceed_the_noise():
 
 def test_over_several_runs_their_spread_counts_and_no_less_than_their_draws():
     near = {"a": [measured(0.20), measured(0.30)], "b": [measured(0.26), measured(0.36)]}
-    assert comparison.ranking(near, "fd_classifier") == "a 0.25 ~ b 0.31"
+    assert comparison.ranking(near, "fd_classifier") == "a 0.250 ~ b 0.310"
     apart = {"a": [measured(0.20), measured(0.21)], "b": [measured(0.30), measured(0.31)]}
-    assert comparison.ranking(apart, "fd_classifier") == "a 0.205 < b 0.305"
+    assert comparison.ranking(apart, "fd_classifier") == "a 0.2050 < b 0.3050"
     close_by_chance = {"a": [measured(0.20, 0.1), measured(0.21, 0.1)], "b": [measured(0.30), measured(0.31)]}
     assert comparison.ranking(close_by_chance, "fd_classifier") == "a 0.205 ~ b 0.305"
     assert comparison.estimate(close_by_chance["a"], "fd_classifier").standard_error == pytest.approx(0.1 / 2**0.5)
