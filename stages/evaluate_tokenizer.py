@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tessera.artifacts import checkpoints, pictures
+from tessera.artifacts import checkpoints, pictures, whole
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import Images
@@ -101,6 +101,6 @@ def _batches(
 
 def _write_uses(path: Path, counts: Tensor) -> None:
     """How often each code is used, the most used first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     ranked = pd.DataFrame({"rank": np.arange(len(counts)), "uses": counts.sort(descending=True).values.numpy()})
-    ranked.to_csv(path, index=False)
+    with whole.file(path) as beside:
+        ranked.to_csv(beside, index=False)

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, StrictUndefined, Template
 
+from tessera.artifacts import whole
 from tessera.contracts import Job
 from tessera.evaluation import comparison, figures, trial
 from tessera.evaluation import curves as training_curves
@@ -49,10 +50,8 @@ def run(
         **_pictured(params, metrics, pictures, curves, priors),
         **_curves(params, curves, reference_curves),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(out)
+    with whole.file(out) as beside:
+        beside.write_text(page, encoding="utf-8")
     job.attach(out, "report.html")
     job.say(f"{len(page) / 2**20:.1f} MiB, open it in a browser: {out}")
 

@@ -5,8 +5,6 @@ Neither DVC's cache, nor safetensors, nor .npy notice a flipped bit in their pay
 
 import hashlib
 import json
-import os
-import shutil
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tessera.artifacts import whole
+from tessera.artifacts.whole import ArtifactError, sync
+
 MANIFEST = "manifest.json"
-
-
-class ArtifactError(ValueError):
-    """A file or folder between two stages is missing, damaged, or of another kind than expected."""
 
 
 def sha256(path: Path) -> str:
@@ -27,28 +24,18 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def sync(path: Path) -> None:
-    """Make what was written to a file or folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with whole.file(path) as beside:
+        beside.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def create(out: Path) -> Iterator[Path]:
     """Yield an empty folder beside `out`; when the block ends well, seal it with a manifest and rename it to `out`."""
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.parent / f".{out.name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with whole.naming(out, temporary):
+        whole.remove(temporary)
+        temporary.mkdir(parents=True)
         yield temporary
         files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
         write_json(temporary / MANIFEST, {path.relative_to(temporary).as_posix(): sha256(path) for path in files})
@@ -57,18 +44,9 @@ def create(out: Path) -> Iterator[Path]:
             path.chmod(ordinary)  # safetensors writes through a temporary file, which none but its owner may read
         for path in (*files, temporary / MANIFEST, temporary):
             sync(path)
-        shutil.rmtree(out, ignore_errors=True)
+        whole.remove(out)
         temporary.rename(out)
         sync(out.parent)
-    except OSError as error:
-        needed = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-        free = shutil.disk_usage(out.parent).free
-        raise ArtifactError(
-            f"{out} could not be written ({error.strerror or error}): {needed:,} bytes were there, "
-            f"{free:,} bytes are free. Free some space, then run the same command again"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check(folder: Path) -> Path:
@@ -76,13 +54,20 @@ def check(folder: Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtifactError(f"{folder} does not exist. {remedy(folder)}")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        entries = [(folder / name, digest) for name, digest in manifest.items()]
-    except (OSError, ValueError, AttributeError) as error:
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or not manifest:
         raise ArtifactError(
-            f"{folder / MANIFEST} cannot be read ({error}), so {folder} is not a whole artifact. {remedy(folder)}"
-        ) from None
+            f"{folder / MANIFEST} names no files, so {folder} is not a whole artifact. {remedy(folder)}"
+        )
+    unknown = sorted(
+        {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {*manifest, MANIFEST}
+    )
+    if unknown:
+        raise ArtifactError(
+            f"{folder / unknown[0]} is not among the files that {folder / MANIFEST} names, and {folder} is to hold no other: "
+            f"move it away. {remedy(folder)}"
+        )
+    entries = [(folder / name, digest) for name, digest in manifest.items()]
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the lock, disks like company
         found = list(pool.map(lambda entry: sha256(entry[0]) if entry[0].is_file() else "no file", entries))
     for (path, expected), actual in zip(entries, found, strict=True):
@@ -112,7 +97,7 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file of an artifact. Raises ArtifactError naming it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}). {remedy(path.parent)}") from None
 
 

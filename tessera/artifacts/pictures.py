@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tessera.artifacts import whole
+
 MARGIN = 1  # pixels between images, before enlarging
 SHORTEST_SIDE = 48  # of one image on the screen, at least
 
@@ -25,8 +27,8 @@ def grid(images: np.ndarray, num_columns: int) -> np.ndarray:
 
 
 def save_grid(path: Path, images: np.ndarray, num_columns: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid(images, num_columns)).save(path, optimize=False)
+    with whole.file(path) as beside:
+        Image.fromarray(grid(images, num_columns)).save(beside, optimize=False)
 
 
 def by_class(images: np.ndarray, labels: np.ndarray, num_columns: int = 10, max_rows: int = 10) -> np.ndarray:

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tessera import params as all_params
+from tessera.artifacts import whole
 from tessera.code import changes, entries
 
 ACCEPTED = Path("data/accepted.csv")
@@ -43,12 +43,13 @@ def fingerprint(root: Path, out: Path) -> None:
     """A file for each entry of root/dvc.yaml under root/params.yaml."""
     params = all_params.read(root / "params.yaml")
     code = entries.all_code()
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    for entry in entries.read(params, root / "dvc.yaml"):
-        settings = {key: entries.plain(value) for key, value in entry.params.items()}
-        reached = entries.code_of(entry.params, entry.stage, code)
-        (out / entry.name).write_text(changes.as_text(reached, settings), encoding="utf-8")
+    with whole.naming(out):
+        whole.remove(out)
+        out.mkdir(parents=True)
+        for entry in entries.read(params, root / "dvc.yaml"):
+            settings = {key: entries.plain(value) for key, value in entry.params.items()}
+            reached = entries.code_of(entry.params, entry.stage, code)
+            (out / entry.name).write_text(changes.as_text(reached, settings), encoding="utf-8")
 
 
 def accept(root: Path, stages: list[str], why: str) -> None:

@@ -19,6 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from tessera import params as all_params
+from tessera.artifacts import whole
 from tessera.params import Pipeline
 
 ROWS = 50  # of a training, in the committed file
@@ -125,8 +126,8 @@ def as_uri(figure: Figure) -> str:
 def main() -> None:
     curves, out = map(Path, sys.argv[1:])
     table = thinned(read(curves), all_params.read(Path("params.yaml")))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out, index=False, float_format="%.5g")
+    with whole.file(out) as beside:
+        table.to_csv(beside, index=False, float_format="%.5g")
     print(f"{len(table):,} rows of {table.stage.nunique()} trainings: {out}")
 
 

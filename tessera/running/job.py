@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tessera.artifacts import pictures
+from tessera.artifacts import pictures, whole
 from tessera.check import images, problems
 from tessera.code import entries
 from tessera.components import PACKAGE, Params
@@ -77,9 +77,7 @@ class Job:
         if not self._has_preview:
             self.say(f"what it makes so far: {path}")
             self._has_preview = True
-        partial = path.with_suffix(".partial.png")  # nobody is to open half a picture
-        pictures.save_grid(partial, images, columns)
-        partial.replace(path)
+        pictures.save_grid(path, images, columns)
 
     publish = staticmethod(publish)  # gives the tracker the one run per system that people compare
 
@@ -107,8 +105,8 @@ class Job:
         """Copy history.csv of a finished training to where the pipeline wants it, and to the tracker."""
         history = self.state / "history.csv"
         text = history.read_text() if history.exists() else "step,loss\n"  # nothing to train: an empty curve
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        with whole.file(path) as beside:
+            beside.write_text(text)
         self.attach(path, "history.csv")
 
     @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tessera.artifacts.folder import write_json
 from tessera.code import changes
 
 INPUTS = "inputs.json"  # what the state in a folder was made of
@@ -17,16 +18,15 @@ def folder_for(root: Path, inputs: dict[str, Any], code: dict[str, str], say: Ca
     Says of each other folder with a checkpoint why it is not resumed: a training of 30 hours should not begin anew in
     silence. They are left where they are; they go when the stage has finished.
     """
-    whole = json.loads(json.dumps({"inputs": inputs, "code": code}, default=str))
-    key = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+    named = json.loads(json.dumps({"inputs": inputs, "code": code}, default=str))
+    key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
     for other in sorted(path for path in root.glob("*") if path.is_dir() and path.name != key):
         steps = sorted(other.glob("step-*/manifest.json"))
         if steps:
             step = int(steps[-1].parent.name.removeprefix("step-"))
-            say(f"{other} holds a training up to step {step:,} that is not resumed: {_difference(other, whole)}")
+            say(f"{other} holds a training up to step {step:,} that is not resumed: {_difference(other, named)}")
     folder = root / key
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / INPUTS).write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / INPUTS, named)
     return folder
 
 

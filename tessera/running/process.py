@@ -55,6 +55,23 @@ def main(command: list[str]) -> None:
             raise
         print(f"{name} failed: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_for_want_of_memory(error) or os.environ.get("TESSERA_TRACEBACK"):
+            raise
+        first = str(error).strip().partition("\n")[0]
+        print(
+            f"{name} failed: memory was not enough ({first or 'of the host'}): lower its batch_size, or let fewer stages "
+            f"run at a time (TESSERA_PARALLEL=1), then run the same command again",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(2)
+
+
+def _is_for_want_of_memory(error: BaseException) -> bool:
+    """torch says it of the host in a RuntimeError without a class of its own, and of GPUs in one of another name."""
+    wants = "allocate memory" in str(error) or "out of memory" in str(error).lower()
+    return isinstance(error, MemoryError) or wants
 
 
 def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from tessera.artifacts import whole
+
 Item = TypeVar("Item")
 TIMINGS, CODE = Path("data/timings"), Path("data/code")
 EXPECTED = Path("docs/results/timings.json")
@@ -61,12 +63,10 @@ class History:
         return rows
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        temporary = self.path.with_suffix(".partial")
-        with temporary.open("w", newline="") as file:
+        with whole.file(self.path) as beside, beside.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        temporary.replace(self.path)
 
     def add(self, step: int, values: dict[str, float], num_images: int) -> None:
         """A row: `step` of num_steps are done; `num_images` were seen per step."""
@@ -74,7 +74,7 @@ class History:
             return
         row = {"step": str(step), **{key: f"{value:.7g}" for key, value in values.items()}}
         if set(row) <= set(self._columns):
-            with self.path.open("a", newline="") as file:
+            with whole.naming(self.path), self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns, restval="", lineterminator="\n").writerow(row)
         else:  # the first row, or one with new terms: a discriminator that starts later
             rows = self._rows() if self.path.exists() else []

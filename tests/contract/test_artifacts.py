@@ -1,15 +1,19 @@
 """What lies between stages is checked before use: damage, mix-ups and foreign formats end in a sentence naming the file."""
 
+import errno
+import os
 import pickle
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from tessera.artifacts import checkpoints, images, samples, tokens
+from tessera.artifacts import checkpoints, images, samples, tokens, whole
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
 from tessera.artifacts.samples import Samples, quotas
@@ -212,28 +216,98 @@ def test_a_new_artifact_takes_the_place_of_the_old_one_whole(tmp_path):
     assert sorted(path.name for path in artifact.check(tmp_path / "out").iterdir()) == ["b", "c", artifact.MANIFEST]
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_the_artifact_of_before(tmp_path):
-    program = f"""
-import resource
+WRITERS = """
+import resource, signal, sys
 from pathlib import Path
+import numpy as np, safetensors.torch, torch
 from tessera.artifacts import folder as artifact
-out = Path({str(tmp_path / "out")!r})
-with artifact.create(out) as place:
-    (place / "a").write_bytes(b"old")
-import signal
+from tessera.artifacts import pictures, whole
+from tessera.running.progress import History
+
+def as_artifact(write):
+    def make(path):
+        with artifact.create(path) as place:
+            write(place)
+    return make
+
+def history(path):
+    for step in range(9):
+        History(path, "a", 9, lambda *row: None, quiet=False).add(step, {"loss": 1.0}, 8)
+
+def text(path):
+    with whole.file(path) as beside:
+        beside.write_text("<html>" + "x" * 9000)
+
+rows = np.random.default_rng(0).integers(0, 255, (9, 3, 32, 32), dtype=np.uint8)
+writers = {
+    "metrics.json": lambda path: artifact.write_json(path, list(range(9000))),
+    "page.html": text,
+    "grid.png": lambda path: pictures.save_grid(path, rows, 3),
+    "history.csv": history,
+    "bytes": as_artifact(lambda place: (place / "a").write_bytes(b"x" * 9000)),
+    "array": as_artifact(lambda place: np.save(place / "a.npy", rows)),
+    "weights": as_artifact(lambda place: safetensors.torch.save_file({"a": torch.zeros(9000)}, place / "w.safetensors")),
+}
+root = Path(sys.argv[1])
+artifact.write_json(root / "metrics.json", 7)
+as_artifact(lambda place: (place / "a").write_text("old"))(root / "bytes")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    with artifact.create(out) as place:
-        (place / "a").write_bytes(b"x" * 1_000_000)
-except artifact.ArtifactError as error:
-    print(error)
-print((artifact.check(out) / "a").read_bytes(), [p.name for p in out.parent.iterdir()])
+resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))
+for name, write in writers.items():
+    try:
+        write(root / name)
+        print(name, "was written")
+    except artifact.ArtifactError as error:
+        print(str(error).replace(str(root) + "/", ""))
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+
+
+def test_what_cannot_be_written_is_one_sentence_that_names_it_and_leaves_what_was_there(tmp_path):
+    result = subprocess.run([sys.executable, "-c", WRITERS, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    names = ["metrics.json", "page.html", "grid.png", "history.csv", "bytes", "array", "weights"]
     lines = result.stdout.splitlines()
-    assert "could not be written (File too large): 100,000 bytes were there" in lines[0], result
-    assert lines[1] == "b'old' ['out']"
+    assert [line.partition(" could not be written (")[0] for line in lines] == names, result
+    assert all(line.endswith("then run the same command again") for line in lines), result
+    assert (tmp_path / "metrics.json").read_text() == "7\n" and (
+        artifact.check(tmp_path / "bytes") / "a"
+    ).read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} <= {"metrics.json", "bytes", "history.csv"}  # rows are appended
+
+
+def test_a_full_disk_is_told_with_the_bytes_that_are_free(tmp_path, monkeypatch):
+    (tmp_path / "half").write_bytes(b"x" * 40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    for reason in (OSError(errno.ENOSPC, "No space left"), OSError("8 requested and 4 written"), SafetensorError("no")):
+        (tmp_path / "half").write_bytes(b"x" * 40)
+        told = pytest.raises(ArtifactError, match=r"it needs more than the 140 bytes free in /.*; free some space")
+        with told, whole.naming(tmp_path / "out", tmp_path / "half"):
+            raise reason
+        assert not (tmp_path / "half").exists()
+    told = pytest.raises(ArtifactError, match=r"out could not be written \(Permission denied\); make it possible")
+    with told, whole.naming(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_no_file_is_written_through_a_link_into_the_cache(tmp_path, link):
+    (tmp_path / "cached").write_text("old")
+    link(tmp_path / "cached", tmp_path / "metrics.json")
+    artifact.write_json(tmp_path / "metrics.json", 7)
+    assert (tmp_path / "cached").read_text() == "old"
+    assert (tmp_path / "metrics.json").read_text() == "7\n" and not (tmp_path / "metrics.json").is_symlink()
+
+
+def test_an_artifact_holds_what_its_manifest_names_and_nothing_else(tmp_path):
+    with artifact.create(tmp_path / "out") as place:
+        (place / "a").write_text("a")
+    (tmp_path / "out/images-00001.npy").write_text("a shard more")
+    with pytest.raises(ArtifactError, match=r"out/images-00001.npy is not among the files that .*manifest.json names"):
+        artifact.check(tmp_path / "out")
+    (tmp_path / "out/images-00001.npy").unlink()
+    for manifest in ("{}", "[]", "[" * 100_000, "7"):
+        (tmp_path / "out" / artifact.MANIFEST).write_text(manifest)
+        with pytest.raises(ArtifactError, match=r"manifest.json (names no files|cannot be read)"):
+            artifact.check(tmp_path / "out")
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, image_spec):
