@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from tessera.artifacts import recorded
 from tessera.components import InvalidParams, kinds, load
 from tessera.contracts import Shown
 from tessera.evaluation import figures
@@ -244,6 +245,10 @@ def main() -> int:
     parser.add_argument("runs", nargs="*", type=Path, help="folders of metrics (default: data/metrics)")
     folders = parser.parse_args().runs or [Path("data/metrics")]
     try:
+        for folder in folders:
+            checkouts = (above for above in folder.resolve().parents if (above / recorded.LOCK).is_file())
+            if (root := next(checkouts, None)) is not None:
+                recorded.require_as_written([folder], root)
         systems = read_runs(folders)
         require_one_protocol(systems)
     except (InvalidParams, ValueError) as error:

@@ -23,8 +23,10 @@ from typing import Any
 
 from tessera import params as all_params
 from tessera.artifacts import folder as artifact
+from tessera.artifacts import recorded
 from tessera.check import images as known_images
 from tessera.check import problems
+from tessera.code import entries
 from tessera.components import PACKAGE
 from tessera.params import Pipeline
 from tessera.running import progress
@@ -81,6 +83,7 @@ def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool)
     # Params may have changed since the images were prepared. To ask takes seconds where networks are large: trainings do it
     if name.startswith("train_") and (planned := known_images.of_artifact(params, arguments["images"])) is not None:
         problems.require(params, planned, is_begin=False)
+    _require_as_written(name, params, [path for path in arguments.values() if isinstance(path, Path)])
     state = STATE / name.replace("@", "-")
     state.mkdir(parents=True, exist_ok=True)
     described = params.describe(name)._asdict()
@@ -121,6 +124,14 @@ def _require_known(stage: str, key: str = "", *, params: Pipeline) -> None:
     known = [*getattr(params, section), *(["real"] if stage == "evaluate" else [])]
     if key and key not in known:
         raise ValueError(f"{section} of params.yaml has no {key}: expected one of {', '.join(known)}")
+
+
+def _require_as_written(name: str, params: Pipeline, paths: list[Path]) -> None:
+    """Raises ArtifactError for a figure, picture or curve that is not what another entry of the pipeline wrote."""
+    if Path("dvc.yaml").is_file() and Path(recorded.LOCK).is_file():
+        graph = {entry.name for entry in entries.read(params, Path("dvc.yaml"))}
+        own = name if name in graph else name.replace("@", "_")  # evaluate@real is the entry evaluate_real
+        recorded.require_as_written(paths, Path(), but=own, among=graph)
 
 
 class _Nothing:

@@ -1,19 +1,22 @@
 """What lies between stages is checked before use: damage, mix-ups and foreign formats end in a sentence naming the file."""
 
 import errno
+import hashlib
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors import SafetensorError
 
-from tessera.artifacts import checkpoints, images, samples, tokens, whole
+from tessera.artifacts import checkpoints, images, recorded, samples, tokens, whole
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
 from tessera.artifacts.samples import Samples, quotas
@@ -308,6 +311,44 @@ def test_an_artifact_holds_what_its_manifest_names_and_nothing_else(tmp_path):
         (tmp_path / "out" / artifact.MANIFEST).write_text(manifest)
         with pytest.raises(ArtifactError, match=r"manifest.json (names no files|cannot be read)"):
             artifact.check(tmp_path / "out")
+
+
+def recorded_outputs(root, **outputs):
+    """A checkout in which each of these stages has written one file."""
+    stages = {}
+    for stage, path in outputs.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(f"figures of {stage}")
+        md5 = hashlib.md5((root / path).read_bytes()).hexdigest()
+        stages[stage] = {"cmd": "true", "outs": [{"path": path, "hash": "md5", "md5": md5}]}
+    (root / recorded.LOCK).write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
+
+
+def test_a_file_without_a_manifest_is_what_the_lock_says_that_its_stage_wrote(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorded, "PAUSE_SECONDS", 0.05)
+    recorded_outputs(tmp_path, evaluate="metrics/gan.json", train="curves/gan.csv")
+    figures, given = tmp_path / "metrics/gan.json", [tmp_path / "metrics", tmp_path / "absent"]
+    recorded.require_as_written(given, tmp_path)
+    before = figures.stat()
+    damaged = bytearray(figures.read_bytes())
+    damaged[3] ^= 1
+    figures.write_bytes(damaged)
+    os.utime(figures, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a disk would do it
+    with pytest.raises(
+        ArtifactError, match=r"metrics/gan.json is not what evaluate wrote: its md5 is .*dvc commit --force evaluate"
+    ):
+        recorded.require_as_written(given, tmp_path)
+    recorded.require_as_written([tmp_path / "curves"], tmp_path)
+    recorded.require_as_written(given, tmp_path, but="evaluate")  # which is about to write it anew
+    recorded.require_as_written(given, tmp_path, among={"train"})  # params.yaml has it no longer
+    whole_lock = (tmp_path / recorded.LOCK).read_text()
+    (tmp_path / recorded.LOCK).write_text(whole_lock[: whole_lock.index("md5: ") + 20])  # another dvc is writing it
+    writer = threading.Timer(
+        0.07, lambda: (figures.write_text("figures of evaluate"), (tmp_path / recorded.LOCK).write_text(whole_lock))
+    )
+    writer.start()
+    recorded.require_as_written(given, tmp_path)
+    writer.join()
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, image_spec):
