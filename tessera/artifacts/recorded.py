@@ -55,11 +55,12 @@ def _wrong(inputs: list[Path], root: Path, but: str, among: Collection[str] | No
 
 
 def _stages(lock: Path) -> dict[str, Any]:
-    """By name, what DVC has recorded of them; none while the file is being written."""
+    """By name, what DVC has recorded of them: less of it while the file is being written."""
     if not lock.is_file():
         return {}
     try:
         content = yaml.load(lock.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)  # noqa: S506  a safe loader, in C
     except yaml.YAMLError:
         return {}
-    return content.get("stages", {}) if isinstance(content, dict) else {}
+    stages = content.get("stages") if isinstance(content, dict) else None
+    return {stage: recorded for stage, recorded in (stages or {}).items() if isinstance(recorded, dict)}

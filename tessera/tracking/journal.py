@@ -16,12 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Literal, Self
+from urllib.parse import unquote
 
 from tessera.tracking.processes import enabled, folder_of, process_start
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 JOURNAL = "journal.jsonl"
-CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+# User name and password of an address, up to the last @ of a word; of a password with spaces, up to the first @ of the line
+CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@|(?<=://)(?!\S*?:\d+(?:[\s/?#]|$))[^/@\s]+:[^@\n]*@")
+PARAMETERS = re.compile(r"(?i)([?&;][^=&\s]*(?:token|passw|pwd|secret|key|sig|auth|cred)[^=&\s]*=)[^&#\s\"']*")
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
+SECRET_VARIABLES = re.compile(r"PASSW|SECRET|TOKEN(?!IZ)|_KEY$")
+SHORTEST_SECRET = 6  # characters: what is shorter would be found in other words
 
 
 def open_run(
@@ -260,8 +266,24 @@ def _flat(params: dict[str, Any], above: str = "") -> dict[str, str]:
 
 
 def redact(text: str) -> str:
-    """The text without the user name and password of any address in it."""
-    return CREDENTIALS.sub("", text)
+    """The text without what may not be read: user names and passwords of addresses, tokens in their queries, and the values
+    of this process's own secrets, wherever and however they stand in it."""
+    for secret in _own_secrets():
+        text = text.replace(f"{secret}@", "").replace(secret, "***")
+    return PARAMETERS.sub(r"\1***", CREDENTIALS.sub("", text))
+
+
+def _own_secrets() -> list[str]:
+    """What environment variables say in confidence, the longest first; a pattern cannot know where a password ends."""
+    found = set()
+    for name, value in os.environ.items():
+        if SECRET_VARIABLES.search(name):
+            found.add(value)
+        if ADDRESS.match(value) and "@" in value:
+            login = value.partition("://")[2].rpartition("@")[0]
+            found |= {login, login.partition(":")[2]}
+    found |= {unquote(secret) for secret in found}
+    return sorted((secret for secret in found if len(secret) >= SHORTEST_SECRET), key=len, reverse=True)
 
 
 def replace_json(path: Path, value: Any, indent: int | None = None) -> None:

@@ -151,6 +151,33 @@ def test_an_attached_file_is_copied_and_cannot_leave_its_folder(tmp_path: Path) 
             run.attach(grid, name)
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "http://a:canary1@h:5000/x did not answer about train_prior@gan",
+            "http://h:5000/x did not answer about train_prior@gan",
+        ),
+        ("http://127.0.0.1:5000 did not take train_prior@gan", "http://127.0.0.1:5000 did not take train_prior@gan"),
+        ("http://h/train_prior@gan", "http://h/train_prior@gan"),
+        ("postgresql://a:can@ary1@h/db refuses", "postgresql://h/db refuses"),
+        ("postgresql://a:can ary1@h/db refuses", "postgresql://h/db refuses"),
+        ("http://canary1@h and ftp://b:canary1@g", "http://h and ftp://g"),
+        ("https://h/x?token=canary1&page=2#end", "https://h/x?token=***&page=2#end"),
+        ("https://h/x?page=2&X-Amz-Signature=canary1 failed", "https://h/x?page=2&X-Amz-Signature=*** failed"),
+        ("h/x?api_key=canary1'", "h/x?api_key=***'"),
+        ("the server says: canary-of/my @own", "the server says: ***"),
+        ("the server says: canary-of%2Fmy%20%40own", "the server says: ***"),
+        ("canary-of-s3 is no key", "*** is no key"),
+    ],
+)
+def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch, text: str, shown: str) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://tessera:canary-of%2Fmy%20%40own@h/db")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-of-s3")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "answer")
+    assert journal_module.redact(text) == shown
+
+
 def test_passwords_in_addresses_reach_no_journal(tmp_path: Path) -> None:
     address = "https://me:canary@example.org/data"
     run = begin(tmp_path, params={"source": {"url": address}}, tags={"remote": address})
