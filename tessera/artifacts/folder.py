@@ -94,11 +94,15 @@ def part_sha256(folder: Path, part: str) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file of an artifact. Raises ArtifactError naming it."""
+    """Parse a JSON file of an artifact. Raises ArtifactError naming it; NaN and Infinity are no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}). {remedy(path.parent)}") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
 def remedy(folder: Path) -> str:

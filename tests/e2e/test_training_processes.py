@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import safetensors.numpy
+from clones import ROOT
 
 pytestmark = pytest.mark.e2e(seconds=90)
 TOKENIZER, PRIOR = "train_tokenizer@vqgan", "train_prior@vqgan-flow"
@@ -164,3 +166,25 @@ def test_two_processes_train_the_prior_that_one_process_trains(clone):
     np.testing.assert_allclose(losses[1].test_loss, losses[0].test_loss, atol=1e-4)
     for key, one in weights[0].items():
         assert np.abs(weights[1][key] - one).mean() < 1e-5, key
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_adopted", "code"),
+    [
+        (
+            {"DVC_STAGE": "train"},
+            True,
+            143,
+        ),  # dvc died while Python was starting; somebody of another group is the parent
+        ({"DVC_STAGE": "train"}, False, 0),
+        ({}, True, 0),  # by hand: nohup, setsid
+        ({"DVC_STAGE": "train", "RANK": "1"}, True, 0),  # torchrun's own
+    ],
+)
+def test_a_stage_whose_dvc_was_gone_before_it_looked_ends_at_once(environment, is_adopted, code):
+    program = "from tessera.running import parent; parent.die_with_it()"
+    inherited = {key: value for key, value in os.environ.items() if key not in ("DVC_STAGE", "RANK")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=inherited | environment, cwd=ROOT, start_new_session=is_adopted, timeout=30
+    )
+    assert done.returncode == code
