@@ -24,7 +24,7 @@ free port ($(2)); stop what uses it, or choose another: make $@ $(1)=$$(($($(1))
 .PHONY: help setup start repro test check ui studio serve plots results map stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
 
 help:  ## show this list
-	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
+	@grep -E '^[a-z0-9 -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
 
 setup: .venv/.ready  ## build .venv from the hash-locked requirements
 
@@ -42,6 +42,7 @@ repro: setup  ## run the whole pipeline, print the table of systems and where th
 	python -m flows.reproduce
 	@python -m tessera.tracking replay || true  # the tracker may be down; nothing is lost, replay later
 	@echo; cat data/comparison/comparison.md; echo; python -m tessera.running.progress data/timings
+	@echo "the whole run on one page: data/reports/report.html"
 
 # Three, though there may be two cores: many tests wait, for servers, timeouts and each other's checkout. The longest begin first
 test: setup  ## every test, on tiny data, in three processes of one thread each
@@ -51,7 +52,7 @@ check: setup  ## style, import rules and contracts, in seconds
 	ruff format --check . && ruff check . && lint-imports && pytest -q tests/contract
 
 ui: setup  ## MLflow on http://127.0.0.1:5000 with every run; another port: make ui UI_PORT=5010
-	$(call require_free,UI_PORT,if make stack runs, its MLflow is there: open that)
+	$(call require_free,UI_PORT,if make stack runs then its MLflow is there: open that)
 	@echo "systems and their figures: $$(python -m tessera.tracking view --server http://127.0.0.1:$(UI_PORT))"
 	mlflow server --workers 1 --host 127.0.0.1 --port $(UI_PORT) --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 

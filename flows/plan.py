@@ -171,14 +171,17 @@ class Plan:
         return next((code for code in codes if code), 0 if len(codes) == len(self.upstream) else 1)
 
     def report(self) -> None:
-        """Print a line per stage, once."""
+        """Print a line per stage that ran or was to, once."""
         if self.over.is_set():
             return
         self.over.set()
         width = max(len(stage) for stage in self.upstream)
-        for stage in self.upstream:
-            outcome = self.outcomes.get(stage, Outcome("not run"))
-            tell(f"{stage:<{width}}  {outcome.what:<7}  {outcome.seconds:8.1f} s")
+        found = {stage: self.outcomes.get(stage, Outcome("not run")) for stage in self.upstream}
+        for stage, outcome in found.items():
+            if outcome.what != "cached":
+                tell(f"{stage:<{width}}  {outcome.what:<7}  {outcome.seconds:8.1f} s")
+        if cached := sum(outcome.what == "cached" for outcome in found.values()):
+            tell(f"nothing changed in {cached} of the {len(found)} stages")
 
 
 def read_plan(root: Path, targets: list[str], force: bool, experiment: experiments.Experiment | None = None) -> Plan:

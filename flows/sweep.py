@@ -44,7 +44,14 @@ from flows.plan import tell
 Cells = dict[str, list[Any]] | list[dict[str, Any]]
 CELL = "reproduce/reproduce"  # the deployment of a cell, where workers share them
 POLL_SECONDS = 5.0
-COLUMNS = ("label_agreement", "precision", "recall", "test_loss")  # beside the distances, as far as they were measured
+COLUMNS = (
+    "label_agreement",
+    "precision",
+    "recall",
+    "coverage",
+    "nearest_real",
+    "copy_rate",
+)  # beside the distances, as far as they were measured
 
 
 def combinations(cells: Cells) -> list[dict[str, Any]]:

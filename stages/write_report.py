@@ -65,7 +65,11 @@ def _measured(params: Pipeline, metrics: Path) -> dict[str, Any]:
     kinds = [config.kind for config in params.evaluate.metrics.values()]
     of_parts = ("reconstruction", "codebook")
     return {
-        "main": _rows(systems, of=comparison.columns(runs, kinds, ["generation"])),
+        "main": _rows(systems, of=(shown := comparison.columns(runs, kinds, ["generation"]))),
+        "directions": {
+            direction: [key for key, column in shown.items() if column.better == direction]
+            for direction in ("lower", "higher")
+        },
         "main_of_tokenizers": _rows(tokenizers, of=comparison.columns(of_tokenizers, kinds, of_parts)),
         "warnings": trial.sentences(systems[REAL]),
         "rankings": {key: comparison.ranking(runs, key) for key in distances},
@@ -100,7 +104,8 @@ def _pictured(params: Pipeline, metrics: Path, pictures: Path, curves: Path, pri
             for name in params.systems
         },
         "edits": {
-            name: _edits(metrics / f"edits/{name}.json", pictures / f"edits/{name}.png") for name in params.systems
+            name: _edits(metrics / f"edits/{name}.json", pictures / f"edits/{name}.png", params.edits)
+            for name in params.systems
         },
     }
 
@@ -142,14 +147,14 @@ def _rows(measured: dict[str, Measured], groups: tuple[str, ...] = (), of: Itera
     return {"columns": columns, "rows": rows}
 
 
-def _edits(metrics: Path, picture: Path) -> dict[str, Any]:
+def _edits(metrics: Path, picture: Path, edits: Iterable[str]) -> dict[str, Any]:
     """What a system makes of test images: the picture, the figures of each edit above those of its baselines, refusals."""
     measured = figures.read(metrics) if metrics.is_file() else Measured(groups={}, protocols={})
     columns = list(dict.fromkeys(key for some in measured.groups.values() for key in some))
     rows = {name: [some.get(column) for column in columns] for name, some in measured.groups.items()}
     return {
         "picture": _png(picture),
-        "names": [name for name in measured.groups if "/" not in name],
+        "names": [name for name in edits if name in measured.groups],  # in the order of the picture's rows
         "figures": {"columns": columns, "rows": rows},
         "refused": measured.drawn.get("refused", {}),
     }

@@ -52,8 +52,8 @@ class Estimate(NamedTuple):
         return self._replace(trainings=now)
 
     def sentence(self) -> str:
-        """about 12 minutes and 0.9 GiB on cpu x2 (train_tokenizer@vqgan 5, train_prior@vqgan-flow 6, others 1)"""
-        parts = [f"{one.entry} {one.minutes:.0f}" for one in self.trainings] + [f"others {self.other_minutes:.0f}"]
+        """about 12 minutes and 0.9 GiB on cpu x2 (train_tokenizer@vqgan 5.2, train_prior@vqgan-flow 5.9, others 1.0)"""
+        parts = [f"{one.entry} {one.minutes:.1f}" for one in self.trainings] + [f"others {self.other_minutes:.1f}"]
         return (
             f"about {max(1, round(self.minutes))} minutes and {self.memory_bytes / 2**30:.1f} GiB on {self.device} "
             f"({', '.join(parts)})"

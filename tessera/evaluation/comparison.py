@@ -223,7 +223,8 @@ def read_runs(folders: list[Path]) -> Systems:
             measured = figures.read(path)
             if path.stem != REAL and measured in systems.get(path.stem, []):
                 raise ValueError(
-                    f"{folder} has the same {path.stem} as a folder before it: expected other runs, not copies of one"
+                    f"{folder} has the same {path.stem} as a folder before it, figure by figure: a copy, or the run made "
+                    f"again, is no second draw; leave it out"
                 )
             systems.setdefault(path.stem, []).append(measured)
     return systems
@@ -256,6 +257,8 @@ def main() -> int:
         return 2
     shown = columns(systems, kinds("metrics"), ["generation"])
     print(markdown(table(systems, {key: column.form for key, column in shown.items()}, with_errors=shown)))
+    if len(folders) > 1:
+        print(f"\nMeans over {len(folders)} runs ± their standard errors.")
     for key, column in shown.items():
         if column.ranks:
             print(f"\n{key}, from the best: {ranking(systems, key, column.better)}")

@@ -18,7 +18,7 @@ def described() -> dict[str, str]:
         changed = [name for name in tags.get("git.uncommitted", "").split(", ") if name]
         where = ", ".join(changed) if len(changed) <= 3 else f"{len(changed)} files"
         found["commit"] = commit[:10] + (f", with changes in {where}" if changed else "")
-    return found | {"on": machine(), "by": "dvc repro" if os.environ.get("DVC_STAGE") else "python -m tessera.running"}
+    return found | {"on": machine(), "by": "DVC" if os.environ.get("DVC_STAGE") else "python -m tessera.running"}
 
 
 def machine() -> str:

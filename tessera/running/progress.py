@@ -132,7 +132,7 @@ def print_timings(folder: Path) -> None:
     for name, figures in sorted(found.items(), key=lambda row: -row[1]["seconds"]):
         speed = figures.get("images_per_second")
         say(f"{figures['seconds']:8.1f}s  {name}" + (f"  {speed:,.0f} images/s" if speed else ""))
-    say(f"{sum(seconds(folder).values()):8.1f}s  in all")
+    say(f"{sum(seconds(folder).values()):8.1f}s  of work in all, in whichever order and however many at a time")
 
 
 if __name__ == "__main__":
