@@ -23,7 +23,7 @@ from typing import Any
 
 from tessera import params as all_params
 from tessera.artifacts import folder as artifact
-from tessera.artifacts import recorded
+from tessera.artifacts import recorded, whole
 from tessera.check import images as known_images
 from tessera.check import problems
 from tessera.code import entries
@@ -188,9 +188,10 @@ def _sole_owner(name: str, is_main: bool) -> Iterator[None]:
             raise ValueError(
                 f"it is already running as process {owner} in {Path.cwd()}. Wait for it, or stop it with: kill {owner}"
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with whole.naming(Path(file.name)):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         yield
 
 
