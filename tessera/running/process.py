@@ -190,8 +190,7 @@ def _sole_owner(name: str, is_main: bool) -> Iterator[None]:
             ) from None
         with whole.naming(Path(file.name)):
             file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            os.write(file.fileno(), str(os.getpid()).encode())  # not through a buffer, which would fail again at the end
         yield
 
 
