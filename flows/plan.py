@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 from flows import experiments, locks
 from flows.places import Places
 from flows.processes import StageProcesses, Stopped, dvc, search_path
 from tessera.tracking.processes import start_uploader
 
 STATE = Path(".state")
+BUSY_SECONDS = 1.0  # between attempts, while another dvc uses the files of a stage
 HAND_OVER_SECONDS = 2.0  # between the end of a stage and the request of the next one, which Prefect starts
 SMALL_BYTES = 1_000_000  # a file up to this size is compared, which is sooner done than asking dvc: that takes 2 s
 HINTS = (  # dvc gives them for each stage; its command stands in dvc.yaml
@@ -97,18 +100,6 @@ class Plan:
         return path in self.digests and _digest(path) == self.digests[path]
 
     def _run(self, stage: str, say: Callable[[str], None], places: Places) -> Outcome:
-        ran = skipped = False
-        status = 0
-
-        def listen(line: str) -> None:
-            nonlocal ran, skipped, status
-            ran = ran or line.startswith("Running stage ")
-            skipped = skipped or line.endswith("didn't change, skipping")
-            if ended := re.search(r"exited with (-?\d+)$", line):
-                status = int(ended[1])
-            if line.strip() and not line.strip().startswith(HINTS):
-                say(line)
-
         # The lock of the stage first: waiting for another run of the same stage must not occupy a device
         owner = f"{stage} in {self.root}"
         single = [self.root / STATE / "locks" / f"flow-{stage}.lock"]
@@ -129,12 +120,26 @@ class Plan:
             command = dvc("--wait-for-lock", "repro", "--single-item", stage, *(["--force"] if self.force else []))
             environment = {"DVC_NO_ANALYTICS": "true", "PATH": search_path(), **environment}
             keep = [lock.descriptor for lock in (*mine, device)]
-            code = self.processes.run(command, listen, self.root, environment, keep)
+            was_told = False
+            while True:
+                heard = _Heard(say)
+                code = self.processes.run(command, heard.line, self.root, environment, keep)
+                if not (code and heard.is_blocked()):
+                    break
+                if not was_told:
+                    say(
+                        f"{stage} waits for another dvc in this checkout, which uses its files: process {heard.blocking[0]}"
+                    )
+                was_told = True
+                self._check_going_on()
+                time.sleep(BUSY_SECONDS)
+            heard.tell_rest()
             seconds = time.monotonic() - began
         if code:
-            interrupted = (code < 0 or status < 0 or status > 128) and not self.processes.stopping.is_set()
+            ended = code < 0 or heard.status < 0 or heard.status > 128
+            interrupted = ended and not self.processes.stopping.is_set()
             return Outcome("failed", seconds, code if code > 0 else 128 - code, changed=True, interrupted=interrupted)
-        return Outcome("ran" if ran else "cached", seconds, changed=ran or not skipped)
+        return Outcome("ran" if heard.ran else "cached", seconds, changed=heard.ran or not heard.skipped)
 
     def _gives_way(self, stage: str) -> bool:
         """Whether a stage before this one waits for a place, or is about to: the first system is to be finished first."""
@@ -182,6 +187,36 @@ class Plan:
                 tell(f"{stage:<{width}}  {outcome.what:<7}  {outcome.seconds:8.1f} s")
         if cached := sum(outcome.what == "cached" for outcome in found.values()):
             tell(f"nothing changed in {cached} of the {len(found)} stages")
+
+
+class _Heard:
+    """What a dvc says of its stage, and whether another dvc was in its way."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.ran = self.skipped = False
+        self.status = 0  # of the stage
+        self.blocking: list[int] = []  # processes that read or write what this one would
+        self._kept_back: list[str] = []  # lines about them
+
+    def line(self, line: str) -> None:
+        self.ran = self.ran or line.startswith("Running stage ")
+        self.skipped = self.skipped or line.endswith("didn't change, skipping")
+        if ended := re.search(r"exited with (-?\d+)$", line):
+            self.status = int(ended[1])
+        if self._kept_back or "is busy, it is being blocked by" in line:
+            self._kept_back.append(line)
+            self.blocking += [int(number) for number in re.findall(r"\(PID (\d+)\)", line)]
+        elif line.strip() and not line.strip().startswith(HINTS):
+            self.say(line)
+
+    def is_blocked(self) -> bool:
+        """Whether to try again: one of them lives. DVC's list may name dead ones, and says what to do then."""
+        return any(psutil.pid_exists(process) for process in self.blocking)
+
+    def tell_rest(self) -> None:
+        for line in self._kept_back:
+            self.say(line)
 
 
 def read_plan(root: Path, targets: list[str], force: bool, experiment: experiments.Experiment | None = None) -> Plan:

@@ -225,7 +225,12 @@ def _run(plan: Plan, arguments: argparse.Namespace) -> int:
         print("Prefect starts its server for this run, which takes some seconds.", flush=True)
     try:
         given = arguments.preset, arguments.set, arguments.targets, arguments.force, arguments.champion
-        reproduce(*given, return_state=True)
+        state = reproduce(*given, return_state=True)
+        if not plan.settled():  # Prefect did not start them, e.g. because its server failed
+            print(
+                f"Prefect ended the run before all stages had run ({state.name}: {state.message}); run it again",
+                file=sys.stderr,
+            )
     except SystemExit:
         pass  # by `stop`
     except Exception as error:  # Prefect's own failure is reported, but the stages decide whether the run succeeded

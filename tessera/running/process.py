@@ -190,7 +190,9 @@ def _sole_owner(name: str, is_main: bool) -> Iterator[None]:
             ) from None
         with whole.naming(Path(file.name)):
             file.truncate(0)
-            os.write(file.fileno(), str(os.getpid()).encode())  # not through a buffer, which would fail again at the end
+            os.write(
+                file.fileno(), str(os.getpid()).encode()
+            )  # not through a buffer, which would fail again at the end
         yield
 
 

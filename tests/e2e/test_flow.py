@@ -281,6 +281,27 @@ def test_the_first_system_is_finished_first_though_the_second_one_asks_for_the_f
     assert ran == ["prepare", first, second]
 
 
+def test_what_another_dvc_is_using_is_waited_for(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    carry_out(plan_of(toy, monkeypatch))
+    (toy / "left.txt.how").write_text("wait")  # it reads what prepare writes
+    other = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "--single-item", "left"],
+        cwd=toy,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        wait_for("left works", (toy / "child.pid").exists, 60)
+        plan, said = plan_of(toy, monkeypatch, force=True), list[str]()
+        threading.Timer(4, (toy / "go").touch).start()
+        assert plan.reproduce("prepare", said.append, Places()).what == "ran"
+    finally:
+        (toy / "go").touch()
+        other.wait(60)
+    assert said[0] == f"prepare waits for another dvc in this checkout, which uses its files: process {other.pid}"
+    assert not [line for line in said if "is busy" in line or "PID" in line]
+
+
 @pytest.mark.parametrize(
     ("cores", "systems", "at_once", "threads"),
     [(2, 6, 2, "1"), (2, 1, 1, None), (16, 6, 6, "2"), (1, 6, 1, None), (8, 2, 2, "4")],
