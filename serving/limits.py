@@ -43,9 +43,13 @@ class OneByOne:
         if scope["type"] != "http" or (scope["method"], scope["path"]) != ("POST", self.path):
             await self.app(scope, receive, send)
             return
+        has_arrived = False
         try:
             with self._place():
-                body = await self._read(Request(scope, receive))
+                request = Request(scope, receive)
+                body = await self._read(request)
+                has_arrived = True
+                self._check(request.headers, body)
                 gone = asyncio.ensure_future(receive())  # nothing comes after the body but the end of the connection
                 try:
                     async with self._turn(gone):
@@ -60,7 +64,10 @@ class OneByOne:
         except ClientDisconnect:
             pass
         except HTTPException as error:
-            await _refusal(error)(scope, receive, send)
+            if has_arrived:
+                await _refusal(error)(scope, receive, send)
+            else:
+                await _answer_early(_refusal(error), scope, receive, send, self.limits.reading)
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[None]:
@@ -87,11 +94,13 @@ class OneByOne:
                 408,
                 f"The body did not arrive within {seconds:g} s, or is shorter than its Content-Length: send it again",
             ) from None
+        return body
+
+    def _check(self, headers: Headers, body: bytes) -> None:
         try:
-            self.check(request.headers, body)
+            self.check(headers, body)
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
-        return body
 
     @contextlib.asynccontextmanager
     async def _turn(self, gone: asyncio.Future[Message]) -> AsyncIterator[None]:
@@ -107,6 +116,20 @@ class OneByOne:
             if mine.done() and not mine.cancelled():
                 self.turn.release()
             mine.cancel()
+
+
+async def _answer_early(answer: JSONResponse, scope: Scope, receive: Receive, send: Send, seconds: float) -> None:
+    """Answer before the body has arrived, and end after it: a client that is cut off while it sends sees no answer."""
+
+    async def unended(message: Message) -> None:
+        await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
+
+    await answer(scope, receive, unended)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while (await receive()).get("more_body"):
+                pass
+    await send({"type": "http.response.body"})
 
 
 def _busy(why: str) -> HTTPException:

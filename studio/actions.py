@@ -249,8 +249,8 @@ def painted_layers(files: Sequence[bytes | Path]) -> list[Image.Image]:
     """RGBA images of one size, together no larger than an upload may be. Raises ValueError before any is decoded."""
     if len(files) > MAX_LAYERS:
         raise ValueError(f"{len(files)} layers are painted: expected at most {MAX_LAYERS}; paint on fewer")
-    with contextlib.ExitStack() as stack:
-        try:
+    try:
+        with contextlib.ExitStack() as stack:
             data = [file if isinstance(file, bytes) else file.read_bytes() for file in files]
             layers = [stack.enter_context(opened(each, edit.MAX_PIXELS)) for each in data]
             sizes = {layer.size for layer in layers}
@@ -259,10 +259,8 @@ def painted_layers(files: Sequence[bytes | Path]) -> list[Image.Image]:
             if sum(layer.width * layer.height for layer in layers) > edit.MAX_PIXELS:
                 raise Unreadable(f"have together more than {edit.MAX_PIXELS:,} pixels")
             return [layer.convert("RGBA") for layer in layers]
-        except Unreadable as reason:
-            raise ValueError(
-                f"the painted layers cannot be read ({reason}): paint them on the page, over its picture"
-            ) from None
+    except Unreadable as reason:
+        raise ValueError(f"the painted layers cannot be read ({reason}): paint on the page, over its picture") from None
 
 
 def mask_of(layers: list[Image.Image], size: tuple[int, int]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The field to paint in, and how much of a painting it takes in."""
+"""How much of a painting the studio takes in: Gradio's editor decodes and keeps all that it is sent."""
 
 import html
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 from gradio.components.base import server
 from gradio.components.image_editor import EditorDataBlobs
+from starlette.exceptions import HTTPException
 
 from studio.actions import MAX_LAYERS, painted_layers
 
@@ -14,15 +15,13 @@ MAX_PAINTINGS = 8  # sent by browsers and not used yet
 MAX_LAYER_BYTES = 2**23  # as the server reads
 
 
-class Painting(gr.ImageEditor):
-    """Gradio's editor, whose layers alone are read, and within limits: Gradio decodes and keeps all that it is sent."""
+def within_limits(editor: gr.ImageEditor) -> gr.ImageEditor:
+    """The editor, of which the layers alone are read. (Gradio writes a file beside the code of a subclass.)"""
 
-    is_template = True  # the browser shows it as its parent
-
-    def preprocess(self, payload: Any) -> dict[str, Any] | None:
+    def preprocess(payload: Any) -> dict[str, Any] | None:
         if payload is None:
             return None
-        sent = self.blob_storage.pop(payload.id, None) if payload.id is not None else payload
+        sent = editor.blob_storage.pop(payload.id, None) if payload.id is not None else payload
         files = [layer for layer in (sent.layers if sent else []) if layer is not None]
         try:
             layers = painted_layers([file if isinstance(file, bytes) else Path(file.path) for file in files])
@@ -31,19 +30,23 @@ class Painting(gr.ImageEditor):
         return {"background": None, "layers": layers, "composite": None}
 
     @server
-    def accept_blobs(self, data: Any) -> None:
+    def accept_blobs(data: Any) -> None:
         """Keep what a browser sends of a painting before the request that uses it."""
         given, (_, file) = data.data, data.files[0]
         if given["type"] != "layer":
             return
         place = str(given["index"])
         if not place.isdecimal() or int(place[:9]) >= MAX_LAYERS or len(file) > MAX_LAYER_BYTES:
-            raise gr.Error(f"a painting has at most {MAX_LAYERS} layers of {MAX_LAYER_BYTES:,} bytes: paint less")
-        painting = self.blob_storage.pop(given["id"], None) or EditorDataBlobs(
-            background=None, layers=[], composite=None
-        )
+            raise HTTPException(
+                413, f"a painting has at most {MAX_LAYERS} layers of {MAX_LAYER_BYTES:,} bytes: paint less"
+            )
+        new = EditorDataBlobs(background=None, layers=[], composite=None)
+        painting = editor.blob_storage.pop(given["id"], new)
         painting.layers += [None] * (int(place) + 1 - len(painting.layers))
         painting.layers[int(place)] = file
-        self.blob_storage[given["id"]] = painting
-        while len(self.blob_storage) > MAX_PAINTINGS:
-            del self.blob_storage[next(iter(self.blob_storage))]  # the oldest
+        editor.blob_storage[given["id"]] = painting
+        while len(editor.blob_storage) > MAX_PAINTINGS:
+            del editor.blob_storage[next(iter(editor.blob_storage))]  # the oldest
+
+    editor.preprocess, editor.accept_blobs = preprocess, accept_blobs
+    return editor

@@ -22,7 +22,7 @@ from PIL import Image  # noqa: E402
 from studio import controls, figures  # noqa: E402
 from studio.actions import KNOBS, PAINT, Studio, for_painting, mask_of, painted_below  # noqa: E402
 from studio.controls import edit_button, known, telling  # noqa: E402
-from studio.editor import Painting  # noqa: E402
+from studio.editor import within_limits  # noqa: E402
 from studio.server import serve  # noqa: E402
 
 ADDRESS = "127.0.0.1"
@@ -128,11 +128,11 @@ def _inpaint(studio: Studio, system: gr.Dropdown) -> None:
 
     with gr.Row():
         with gr.Column(scale=4):
-            editor = Painting(
+            editor = within_limits(gr.ImageEditor(
                 canvas(begin.picture), type="pil", sources=(), transforms=(), layers=False, label="Paint here",
                 brush=gr.Brush(default_size=48, colors=[PAINT], color_mode="fixed"), eraser=gr.Eraser(48),
                 height=500, elem_id="editor", elem_classes="pixels", buttons=[], canvas_size=(560, 560),
-            )  # fmt: skip
+            ))  # fmt: skip
         with gr.Column(scale=3):
             source = controls.source(studio, "inpaint", editor, begin, canvas)
             seed = controls.seed_field()

@@ -1,7 +1,9 @@
 """The studio's page: what it draws, edits and refuses, in a browser and by twenty requests at once."""
 
 import base64
+import contextlib
 import html
+import http.client
 import io
 import json
 import os
@@ -10,7 +12,7 @@ import shlex
 import socket
 import subprocess
 import sys
-import urllib.error
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,9 @@ import psutil
 import pytest
 import yaml
 from foreign_host import check_names
+from hostile_requests import JSON, hostile
 from PIL import Image, ImageDraw
+from starlette.exceptions import HTTPException
 
 from stages import encode_tokens, prepare_images, train_prior, train_tokenizer
 from studio import edit
@@ -311,7 +315,7 @@ PAINTINGS = [
     ([png((4096, 4100))] * 2, "together more than 33,554,432 pixels"),
     ([png((4, 4)), png((5, 4))], "have 2 sizes"),
     ([b"no picture"], "Pillow cannot identify it"),
-    ([png((4, 4))[:-20]], "cannot be read"),
+    ([png((4, 4), "RGB")[:-30]], "cannot be read"),
 ]
 
 
@@ -335,13 +339,12 @@ def test_names_of_strangers_and_pages_from_elsewhere_are_refused(address: str) -
     check_names(int(address.rpartition(":")[2]), "/config")
 
 
-def post(address: str, path: str, body: bytes, kind: str = "application/json") -> tuple[int, str]:
-    request = urllib.request.Request(f"{address}/gradio_api/{path}", body, {"Content-Type": kind})
-    try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answered:
-            return answered.status, answered.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+def post(address: str, path: str, body: bytes, headers: dict[str, str] = JSON) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("POST", f"/gradio_api/{path}", body, headers)
+        answered = connection.getresponse()
+        return answered.status, answered.read().decode()
 
 
 def answer_of(address: str, name: str, *values: Any) -> str:
@@ -366,7 +369,7 @@ def test_a_bomb_of_painted_layers_gets_a_sentence_and_no_memory(address: str) ->
         + png((8190, 8190))
         + b"\r\n--x--\r\n"
     )
-    code, paths = post(address, "upload", form, "multipart/form-data; boundary=x")
+    code, paths = post(address, "upload", form, {"Content-Type": "multipart/form-data; boundary=x"})
     assert code == 200, paths
     bomb = {"path": json.loads(paths)[0], "meta": {"_type": "gradio.FileData"}}
     for layers, sentence in ((1, "has 8190 x 8190 pixels"), (40, "40 layers are painted")):
@@ -381,9 +384,9 @@ def test_what_a_browser_sends_of_a_painting_is_kept_within_limits() -> None:
     from gradio.components.image_editor import EditorData
     from gradio.data_classes import DataWithFiles
 
-    from studio.editor import MAX_PAINTINGS, Painting
+    from studio.editor import MAX_PAINTINGS, within_limits
 
-    editor, layer = Painting(), png((4, 4), "RGBA")
+    editor, layer = within_limits(gr.ImageEditor()), png((4, 4), "RGBA")
 
     def send(painting: str, index: Any, file: bytes = layer, kind: str = "layer") -> None:
         form = {"type": kind, "index": index, "id": painting}
@@ -394,7 +397,7 @@ def test_what_a_browser_sends_of_a_painting_is_kept_within_limits() -> None:
         send(str(number), None, kind="composite")
     assert len(editor.blob_storage) == MAX_PAINTINGS
     for index, file in ((10**9, layer), (MAX_LAYERS, layer), (-1, layer), ("x", layer), (0, bytes(2**23 + 1))):
-        with pytest.raises(gr.Error, match="a painting has at most 4 layers of 8,388,608 bytes"):
+        with pytest.raises(HTTPException, match="413: a painting has at most 4 layers of 8,388,608 bytes"):
             send("a", index, file)
     (read,) = editor.preprocess(EditorData(id="99"))["layers"]
     assert read.size == (4, 4) and editor.preprocess(EditorData(id="99"))["layers"] == []
@@ -413,11 +416,35 @@ def test_a_request_that_is_larger_than_its_kind_needs_is_refused(address: str, p
     assert post(address, path, b" " * size)[0] == code
 
 
+def test_a_file_of_the_machine_is_no_upload(address: str, tmp_path: Path) -> None:
+    (tmp_path / "private.png").write_bytes(png((8, 8), "L"))
+    private = {"path": str(tmp_path / "private.png"), "meta": {"_type": "gradio.FileData"}}
+    painted = {"background": None, "layers": [private], "composite": None}
+    for told in (answer_of(address, "upload_vary", private), answer_of(address, "inpaint", "masked", painted, -1, 0)):
+        assert told.startswith("event: error") and "was not uploaded by a user" in told, told
+
+
+def test_no_hostile_request_to_the_studio_fails_it_or_keeps_it_waiting(address: str) -> None:
+    for name, headers, body in hostile():
+        for path in ("queue/join", "call/sample", "component_server"):
+            began = time.monotonic()
+            code, text = post(address, path, body, headers)
+            assert 400 <= code < 500 and time.monotonic() - began < 5 and len(text) < 500, (
+                path,
+                name,
+                code,
+                text[:500],
+            )
+
+
 def test_a_crowd_at_the_studio_is_bounded_and_the_next_one_is_served(address: str) -> None:
     body = json.dumps({"data": ["masked", -1, 32, 0, 1.0, 1.0, 200]}).encode()
     with ThreadPoolExecutor(50) as pool:
         codes = list(pool.map(lambda _: post(address, "call/sample", body)[0], range(200)))
     assert set(codes) == {200, 503}
+    began = time.monotonic()
+    with urllib.request.urlopen(f"{address}/gradio_api/queue/status") as told:
+        assert json.load(told)["queue_size"] <= 32 and time.monotonic() - began < 2
 
 
 def test_a_taken_port_and_an_untrained_checkout_end_with_a_sentence_and_2(root, address, tmp_path) -> None:

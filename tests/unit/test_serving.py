@@ -35,6 +35,7 @@ class Caller:
 
     def __init__(self, door: OneByOne, *parts: bytes, whole: bool = True):
         self.parts, self.whole, self.gone, self.sent = list(parts), whole, asyncio.Event(), []
+        self.unread = len(parts)  # when the answer began
         scope = {"type": "http", "method": "POST", "path": "/draw", "headers": [], "query_string": b""}
         self.task = asyncio.create_task(door(scope, self.receive, self.send))
 
@@ -46,6 +47,7 @@ class Caller:
         return {"type": "http.disconnect"}
 
     async def send(self, message: dict[str, Any]) -> None:
+        self.unread = self.unread if self.sent else len(self.parts)
         self.sent.append(message)
 
     async def status(self) -> int:
@@ -116,11 +118,13 @@ def test_a_request_whose_turn_does_not_come_in_time_is_not_begun() -> None:
     run(test)
 
 
-def test_no_more_of_a_body_is_read_than_it_may_have() -> None:
+def test_a_body_that_is_too_large_is_refused_while_it_arrives_and_the_client_is_not_cut_off() -> None:
     async def test(app: Slow, door: OneByOne) -> None:
         caller = Caller(door, *[b"x" * 60] * 10)
         assert await caller.status() == 413
-        assert len(caller.parts) == 8 and app.begun == []
+        assert (caller.unread, len(caller.parts), app.begun) == (8, 0, [])
+        endless = Caller(door, *[b"x" * 60] * 10, whole=False)
+        assert await endless.status() == 413
 
     run(test)
 
