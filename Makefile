@@ -65,8 +65,9 @@ serve: setup  ## images over HTTP on 127.0.0.1:5001 by the champion; MODEL=model
 	model="$(MODEL)"; [ "$$model" ] || model="models:/tessera-$$(python -c $(DATASET_NAME))@champion" || exit 2; \
 	echo "serving $$model"; MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR=false exec python -m serving.images "$$model" --port $(SERVE_PORT)
 
+# glibc gives large pictures back to the system when they are done with, instead of keeping their memory
 studio: setup  ## draw and edit with the trained systems, on http://127.0.0.1:7860; STUDIO_PORT chooses another port
-	@python -m studio.page --port $(STUDIO_PORT)
+	@MALLOC_MMAP_THRESHOLD_=1000000 python -m studio.page --port $(STUDIO_PORT)
 
 stack: setup  ## Prefect, MLflow and a worker in the background; what does not run is started
 	@python -m flows.stack up

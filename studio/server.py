@@ -26,7 +26,7 @@ MAX_PAINTED = 2**23 + SPARE  # of a request with a painted layer
 MAX_FORM = 2**20  # of one without files: the fields of a tab
 PAUSE = 4.0  # seconds between two parts of a body
 WAITING = 32  # requests; others are told that the queue is full
-AT_ONCE = 4  # of each button: they wait for the models, each with its pictures in memory
+AT_ONCE = 2  # of those, at a time: each may hold some pictures of the largest size
 
 
 def serve(page: gr.Blocks, address: str, port: int, theme: gr.Theme, css: str) -> None:
@@ -35,6 +35,8 @@ def serve(page: gr.Blocks, address: str, port: int, theme: gr.Theme, css: str) -
     Image.MAX_IMAGE_PIXELS = edit.MAX_PIXELS  # of whatever Gradio itself decodes
     with socket.create_server((address, port)) as listener:
         page.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE)
+        for button in page.fns.values():
+            button.concurrency_id = "all"  # else the limit is one of each button
         # Without a CORSMiddleware Gradio has one of its own, which lets pages from elsewhere read what they ask for
         app = FastAPI(
             middleware=[hosts, Middleware(LimitedBody), Middleware(CORSMiddleware)],
