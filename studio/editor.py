@@ -1,6 +1,7 @@
 """How much of a painting the studio takes in: Gradio's editor decodes and keeps all that it is sent."""
 
 import html
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ MAX_LAYER_BYTES = 2**23  # as the server reads
 
 def within_limits(editor: gr.ImageEditor) -> gr.ImageEditor:
     """The editor, of which the layers alone are read. (Gradio writes a file beside the code of a subclass.)"""
+
+    keeping = threading.Lock()
 
     def preprocess(payload: Any) -> dict[str, Any] | None:
         if payload is None:
@@ -41,12 +44,12 @@ def within_limits(editor: gr.ImageEditor) -> gr.ImageEditor:
                 413, f"a painting has at most {MAX_LAYERS} layers of {MAX_LAYER_BYTES:,} bytes: paint less"
             )
         new = EditorDataBlobs(background=None, layers=[], composite=None)
-        painting = editor.blob_storage.pop(given["id"], new)
-        painting.layers += [None] * (int(place) + 1 - len(painting.layers))
-        painting.layers[int(place)] = file
-        editor.blob_storage[given["id"]] = painting
-        while len(editor.blob_storage) > MAX_PAINTINGS:
-            del editor.blob_storage[next(iter(editor.blob_storage))]  # the oldest
+        with keeping:  # a browser sends all layers at once
+            layers = editor.blob_storage.setdefault(given["id"], new).layers
+            layers += [None] * (int(place) + 1 - len(layers))
+            layers[int(place)] = file
+            while len(editor.blob_storage) > MAX_PAINTINGS:
+                del editor.blob_storage[next(iter(editor.blob_storage))]  # the oldest
 
     editor.preprocess, editor.accept_blobs = preprocess, accept_blobs
     return editor
