@@ -54,7 +54,7 @@ check: setup  ## style, import rules and contracts, in seconds
 ui: setup  ## MLflow on http://127.0.0.1:5000 with every run; another port: make ui UI_PORT=5010
 	$(call require_free,UI_PORT,if make stack runs then its MLflow is there: open that)
 	@echo "systems and their figures: $$(python -m tessera.tracking view --server http://127.0.0.1:$(UI_PORT))"
-	mlflow server --workers 1 --host 127.0.0.1 --port $(UI_PORT) --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+	python -m serving.hosts mlflow server --workers 1 --host 127.0.0.1 --port $(UI_PORT) --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
 plots: setup  ## DVC's curves and pictures as a page that needs no internet
 	@python -m tools.plots
@@ -64,10 +64,11 @@ serve: setup  ## images over HTTP on 127.0.0.1:5001 by the champion; MODEL=model
 	@if [ -z "$$MLFLOW_TRACKING_URI" ] && [ -f .stack/env ]; then . ./.stack/env; fi; \
 	export MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}"; \
 	model="$(MODEL)"; [ "$$model" ] || model="models:/tessera-$$(python -c $(DATASET_NAME))@champion" || exit 2; \
-	echo "serving $$model"; MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR=false exec mlflow models serve -m "$$model" --env-manager local --host 127.0.0.1 --port $(SERVE_PORT)
+	echo "serving $$model"; MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR=false exec python -m serving.images "$$model" --port $(SERVE_PORT)
 
+# glibc gives large pictures back to the system when they are done with, instead of keeping their memory
 studio: setup  ## draw and edit with the trained systems, on http://127.0.0.1:7860; STUDIO_PORT chooses another port
-	@python -m studio.page --port $(STUDIO_PORT)
+	@MALLOC_MMAP_THRESHOLD_=1000000 python -m studio.page --port $(STUDIO_PORT)
 
 stack: setup  ## Prefect, MLflow and a worker in the background; what does not run is started
 	@python -m flows.stack up

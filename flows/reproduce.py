@@ -39,6 +39,7 @@ from flows import ending, experiments  # noqa: E402
 from flows.board import Board  # noqa: E402
 from flows.places import Places  # noqa: E402
 from flows.plan import Plan, opened, tell  # noqa: E402
+from flows.stack.prefect_server import start_temporary_ones  # noqa: E402
 
 INTERRUPTED = "Interrupted"
 RETRY_SECONDS = 3.0  # a process that was told to end by the death of its parent may still be saving
@@ -221,6 +222,7 @@ def _run(plan: Plan, arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     ending.watch(plan, code)
+    start_temporary_ones()
     if not os.environ.get("PREFECT_API_URL"):
         print("Prefect starts its server for this run, which takes some seconds.", flush=True)
     try:

@@ -40,6 +40,7 @@ from flows.board import METRICS, Board
 from flows.ending import is_engine, leave_later, stop_all
 from flows.places import Places
 from flows.plan import tell
+from flows.stack.prefect_server import start_temporary_ones
 
 Cells = dict[str, list[Any]] | list[dict[str, Any]]
 CELL = "reproduce/reproduce"  # the deployment of a cell, where workers share them
@@ -248,6 +249,7 @@ def main() -> int:
     except ValueError as error:
         print(f"flows.sweep: {error}", file=sys.stderr)
         return 2
+    start_temporary_ones()
     state = sweep(grid, arguments.preset, arguments.target, return_state=True)
     return 0 if state.is_completed() else 1
 

@@ -4,9 +4,11 @@ Models are used by one request at a time, and each request has a generator of it
 come in lie below .state/studio as PNG files named by their content: commands refer to them, and so run as they stand.
 """
 
+import contextlib
 import hashlib
 import io
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +26,13 @@ from tessera.artifacts.shards import spread
 from tessera.components import kinds, load, parse
 from tessera.contracts import TokenSpec
 from tessera.nn.weightless import WithoutWeights
+from tessera.sources.decoding import opened
+from tessera.sources.records import Unreadable
 from tessera.system import CannotEdit, System
 
 KEPT = Path(".state/studio")
 MAX_IMAGES = 32  # of one request
+MAX_LAYERS = 4  # of a painting; the page paints one
 MAX_SEED = 2**32 - 1
 THUMBNAILS, THUMBNAIL = 24, 96  # how many, and the longer side of each in pixels, about
 CANVAS = 560  # pixels of the longer side that a mask is painted on, about
@@ -238,6 +243,24 @@ def painted_below(size: tuple[int, int]) -> Image.Image:
     layer = Image.new("RGBA", size)
     layer.paste(PAINT, (width // 8, height // 2, width - width // 8, height - height // 8))
     return layer
+
+
+def painted_layers(files: Sequence[bytes | Path]) -> list[Image.Image]:
+    """RGBA images of one size, together no larger than an upload may be. Raises ValueError before any is decoded."""
+    if len(files) > MAX_LAYERS:
+        raise ValueError(f"{len(files)} layers are painted: expected at most {MAX_LAYERS}; paint on fewer")
+    try:
+        with contextlib.ExitStack() as stack:
+            data = [file if isinstance(file, bytes) else file.read_bytes() for file in files]
+            layers = [stack.enter_context(opened(each, edit.MAX_PIXELS)) for each in data]
+            sizes = {layer.size for layer in layers}
+            if len(sizes) > 1:
+                raise Unreadable(f"have {len(sizes)} sizes")
+            if sum(layer.width * layer.height for layer in layers) > edit.MAX_PIXELS:
+                raise Unreadable(f"have together more than {edit.MAX_PIXELS:,} pixels")
+            return [layer.convert("RGBA") for layer in layers]
+    except Unreadable as reason:
+        raise ValueError(f"the painted layers cannot be read ({reason}): paint on the page, over its picture") from None
 
 
 def mask_of(layers: list[Image.Image], size: tuple[int, int]) -> Image.Image:

@@ -7,6 +7,7 @@ checked by studio/actions.py as the shell checks them. Every mistake is a messag
 """
 
 import argparse
+import errno
 import os
 import sys
 from pathlib import Path
@@ -14,21 +15,21 @@ from typing import Any
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ["GRADIO_TEMP_DIR"] = str(Path(".state/studio/gradio").absolute())
-os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"  # gradio asks its own server whether it runs
 
 import gradio as gr  # noqa: E402  after its environment
 from PIL import Image  # noqa: E402
 
-from studio import controls, edit, figures  # noqa: E402
+from studio import controls, figures  # noqa: E402
 from studio.actions import KNOBS, PAINT, Studio, for_painting, mask_of, painted_below  # noqa: E402
 from studio.controls import edit_button, known, telling  # noqa: E402
+from studio.editor import within_limits  # noqa: E402
+from studio.server import serve  # noqa: E402
 
 ADDRESS = "127.0.0.1"
 INTRODUCTION = """# Tessera studio
 Draw and edit with the trained systems of this checkout. The command below a result makes it again, in the folder
 that this page was started in."""
 NOISE = 0.4  # standard deviation, of the damage that is shown first
-SPARE = 64 * 1024  # bytes around a file in its request
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = (
     figures.CSS
@@ -127,11 +128,11 @@ def _inpaint(studio: Studio, system: gr.Dropdown) -> None:
 
     with gr.Row():
         with gr.Column(scale=4):
-            editor = gr.ImageEditor(
+            editor = within_limits(gr.ImageEditor(
                 canvas(begin.picture), type="pil", sources=(), transforms=(), layers=False, label="Paint here",
                 brush=gr.Brush(default_size=48, colors=[PAINT], color_mode="fixed"), eraser=gr.Eraser(48),
                 height=500, elem_id="editor", elem_classes="pixels", buttons=[], canvas_size=(560, 560),
-            )  # fmt: skip
+            ))  # fmt: skip
         with gr.Column(scale=3):
             source = controls.source(studio, "inpaint", editor, begin, canvas)
             seed = controls.seed_field()
@@ -277,21 +278,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--port", type=int, default=7860)
     port = parser.parse_args(arguments).port
     try:
-        page = build(Studio())
-        Image.MAX_IMAGE_PIXELS = edit.MAX_PIXELS  # also of the painted layer, which gradio decodes
-        page.queue(max_size=200, default_concurrency_limit=8)
-        page.launch(
-            server_name=ADDRESS, server_port=port, share=False, prevent_thread_lock=True, quiet=True, footer_links=[],
-            run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, theme=THEME, css=CSS,
-            max_file_size=edit.MAX_BYTES + SPARE,
-        )  # fmt: skip
+        serve(build(Studio()), ADDRESS, port, theme=THEME, css=CSS)
     except (ValueError, OSError) as error:
-        is_taken = "empty port" in str(error)
+        is_taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         print(f"port {port} is taken: choose another, such as make studio STUDIO_PORT={port + 1}" if is_taken else error,
               file=sys.stderr)  # fmt: skip
         return 2
-    print(f"Tessera studio: http://{ADDRESS}:{port} (Ctrl-C ends it)", flush=True)
-    page.block_thread()
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
 from flows.places import devices
+from serving.hosts import for_mlflow, further_hosts
 from tessera.tracking.journal import redact
 
 # Sweeps only wait for their cells: in the pool of the cells, they would take the slots that those wait for
@@ -46,6 +47,7 @@ class Settings:
     home: str  # Prefect's
     artifacts: str  # where MLflow keeps files for its clients; "": they write below mlruns themselves
     seconds: float  # how long a member may take to come up
+    further_hosts: list[str]  # names that the servers answer to beside their own
     database: SplitResult | None = field(repr=False)
     auth_string: str = field(repr=False)  # Prefect's USER:PASSWORD, or ""
     admin: str
@@ -63,6 +65,7 @@ class Settings:
             "database": database,
             "artifacts": self.artifacts,
             "authentication": bool(self.auth_string),
+            "further hosts": self.further_hosts,
         }
 
 
@@ -106,6 +109,7 @@ def read_settings(root: Path, environ: Mapping[str, str]) -> Settings:
         home=environ.get("PREFECT_HOME") or str(root / ".prefect"),
         artifacts=environ.get("TESSERA_ARTIFACTS") or ("" if _is_loopback(host) else str(root / "mlruns")),
         seconds=float(seconds),
+        further_hosts=further_hosts(environ),
         database=_database(environ.get("DATABASE_URL", "")),
         auth_string=auth_string,
         admin=environ.get("MLFLOW_AUTH_ADMIN_USERNAME") or "admin",
@@ -159,7 +163,7 @@ def command(settings: Settings, member: str) -> list[str]:
         return line + ["--name", platform.node(), "--limit", str(slots(member))]
     address = ["--host", settings.host, "--port", str(settings.ports[member])]
     if member == "prefect":
-        return [sys.executable, "-m", "prefect", "server", "start", *address]
+        return [sys.executable, "-m", "flows.stack.prefect_server", *address]
     line = [sys.executable, "-m", "mlflow", "server", *address]
     line += ["--workers", "1" if _is_loopback(settings.host) else "4", "--uvicorn-opts", "--no-access-log"]
     if settings.artifacts:
@@ -189,8 +193,6 @@ def environment(settings: Settings, member: str, environ: Mapping[str, str]) -> 
         "DO_NOT_TRACK": "1",
     }
     if member == "prefect":
-        origins = {settings.url("prefect"), f"http://localhost:{settings.ports['prefect']}"}
-        kept.setdefault("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", ",".join(sorted(origins)))  # any page could else call it
         kept.setdefault(
             "PREFECT_SERVER_UI_V2_ENABLED", "false"
         )  # that page has the browser ask Amplitude at each visit
@@ -199,10 +201,7 @@ def environment(settings: Settings, member: str, environ: Mapping[str, str]) -> 
         kept |= _access(settings, "PREFECT_SERVER_DATABASE_CONNECTION_URL", "asyncpg")
     elif member == "mlflow":
         kept |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # nothing here uses jobs
-        if not _is_loopback(settings.host):  # of others it takes only private addresses, and only reading
-            local = f"localhost:{settings.ports['mlflow']},127.0.0.1:{settings.ports['mlflow']}"
-            kept.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", f"{settings.host}:{settings.ports['mlflow']},{local}")
-            kept.setdefault("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", settings.url("mlflow"))
+        kept |= for_mlflow(kept, "" if _is_loopback(settings.host) else settings.host)
         kept |= _access(settings, "MLFLOW_BACKEND_STORE_URI", "psycopg2")
         if settings.admin_password:
             kept |= {

@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from foreign_host import check_names
 from ports import free_ports
 
 from flows.stack import members, servers
@@ -293,6 +294,21 @@ def test_a_target_of_make_whose_port_is_taken_says_so_in_a_sentence(target: str,
     assert ends.startswith("make: ***")
 
 
+def test_further_names_of_the_servers_are_known_to_both_and_to_the_record(tmp_path: Path) -> None:
+    settings = members.read_settings(tmp_path, {"TESSERA_ALLOWED_HOSTS": "gpu7"})
+    told = members.environment(settings, "mlflow", {"TESSERA_ALLOWED_HOSTS": "gpu7"})
+    assert {"gpu7", "gpu7:*", "localhost:*"} <= set(told["MLFLOW_SERVER_ALLOWED_HOSTS"].split(","))
+    assert "https://gpu7" in told["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
+    assert (
+        members.environment(settings, "prefect", {"TESSERA_ALLOWED_HOSTS": "gpu7"})["TESSERA_ALLOWED_HOSTS"] == "gpu7"
+    )
+    assert settings.public() != members.read_settings(tmp_path, {}).public()  # so that make stack refuses to go on
+    assert (
+        members.environment(settings, "mlflow", {"MLFLOW_SERVER_ALLOWED_HOSTS": "x"})["MLFLOW_SERVER_ALLOWED_HOSTS"]
+        == "x"
+    )
+
+
 # With servers ---------------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +338,8 @@ def test_the_stack_comes_up_mends_what_was_killed_and_goes_down_without_a_trace(
         servers.ask(checkout.url("prefect", "/ui-settings"))[1]["default_ui"] == "v1"
     )  # v2 asks a server of Amplitude
     check_listeners(checkout)
+    check_names(checkout.ports["prefect"], "/api/flows/filter", "{}")
+    check_names(checkout.ports["mlflow"], "/api/2.0/mlflow/experiments/search?max_results=1")
     check_private(checkout)
     pools = [servers.ask(checkout.url("prefect", f"/api/work_pools/{name}"))[1] for name in ("gpu", "control")]
     assert [(pool["type"], pool["concurrency_limit"]) for pool in pools] == [("process", 1), ("process", 10)]
@@ -379,6 +397,59 @@ def test_the_stack_comes_up_mends_what_was_killed_and_goes_down_without_a_trace(
             ("CRASHED",)
         ]  # its slot is free again
     print({name: round(value, 1) for name, value in seconds.items()})
+
+
+def command_of_make(target: str, *variables: str) -> str:
+    """The last line that a target runs."""
+    command = ["make", "--dry-run", "--assume-old=.venv/.ready", target, *variables]
+    outside_of_make = {name: value for name, value in os.environ.items() if name not in MAKE_VARIABLES}
+    done = subprocess.run(command, cwd=REPOSITORY, env=outside_of_make, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]
+
+
+def test_make_ui_answers_to_its_own_names_alone(checkout: Checkout) -> None:
+    port = checkout.ports["mlflow"]
+    command = command_of_make("ui", f"UI_PORT={port}").replace(str(REPOSITORY), str(checkout.folder))
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "TESSERA_STACK": f"ui:{checkout.folder}"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with (checkout.folder / "ui.log").open("w") as log:
+        subprocess.Popen(
+            ["sh", "-c", command],
+            cwd=checkout.folder,
+            env={**checkout.environment, **quiet, "PATH": path},
+            stdout=log,
+            stderr=log,
+        )
+    wait_for("make ui answers", lambda: servers.ask(checkout.url("mlflow", "/health"))[0] == 200, 60)
+    check_names(port, "/")
+
+
+TEMPORARY = """
+from prefect.server.api.server import SubprocessASGIServer
+from flows.stack.prefect_server import start_temporary_ones
+start_temporary_ones()
+with SubprocessASGIServer() as server:
+    print(server.port, flush=True)
+    input()
+"""
+
+
+def test_the_server_that_a_flow_starts_for_itself_answers_to_its_own_names_alone(checkout: Checkout) -> None:
+    environment = {**checkout.environment, "PREFECT_HOME": str(checkout.folder / ".prefect"), "DO_NOT_TRACK": "1"}
+    for path in ("flows/reproduce.py", "flows/sweep.py"):  # which are too long to run here
+        assert "    start_temporary_ones()\n" in (REPOSITORY / path).read_text()
+    process = subprocess.Popen(
+        [sys.executable, "-c", TEMPORARY],
+        cwd=checkout.folder,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        check_names(int(process.stdout.readline()), "/api/flows/filter", "{}")
+    finally:
+        process.communicate("\n", timeout=30)
 
 
 DEPLOYMENTS = """

@@ -1,27 +1,36 @@
 """The studio's page: what it draws, edits and refuses, in a browser and by twenty requests at once."""
 
 import base64
+import contextlib
 import html
+import http.client
 import io
+import json
 import os
 import re
 import shlex
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
+from foreign_host import check_names
+from hostile_requests import JSON, hostile
 from PIL import Image, ImageDraw
+from starlette.exceptions import HTTPException
 
 from stages import encode_tokens, prepare_images, train_prior, train_tokenizer
 from studio import edit
-from studio.actions import KEPT, Studio, for_painting, mask_of
+from studio.actions import KEPT, MAX_LAYERS, Studio, for_painting, mask_of, painted_layers
 from studio.figures import table
 from tessera.artifacts import pictures
 from tessera.components import kinds, parse
@@ -104,7 +113,8 @@ def address(root: Path) -> Iterator[str]:
             root / "studio.log"
         ).read_text()
         yield f"http://127.0.0.1:{port}"
-        assert server.poll() is None and "Traceback" not in (root / "studio.log").read_text()
+        told = (root / "studio.log").read_text()
+        assert server.poll() is None and told.count("Traceback") == told.count("InvalidPathError: Cannot move"), told
     finally:
         server.kill()
         server.wait(10)
@@ -292,6 +302,155 @@ def test_a_painted_dot_masks_the_pixel_below_it(size: tuple[int, int]) -> None:
     assert set(np.unique(mask)) == {0, 255} and len(rows) <= 2 * pixels_a_dot + 2
     assert abs(columns.mean() - x * size[0] / shown.width) <= max(1, size[0] / shown.width)
     assert abs(rows.mean() - y * size[1] / shown.height) <= max(1, size[1] / shown.height)
+
+
+def png(size: tuple[int, int], mode: str = "1") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, "png")
+    return file.getvalue()
+
+
+PAINTINGS = [
+    ([png((4, 4))] * (MAX_LAYERS + 1), "5 layers are painted: expected at most 4"),
+    ([png((8190, 8190))], "has 8190 x 8190 pixels"),
+    ([png((4096, 4100))] * 2, "together more than 33,554,432 pixels"),
+    ([png((4, 4)), png((5, 4))], "have 2 sizes"),
+    ([b"no picture"], "Pillow cannot identify it"),
+    ([png((4, 4), "RGB")[:-30]], "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("files", "sentence"), PAINTINGS, ids=[sentence for _, sentence in PAINTINGS])
+def test_a_painting_beyond_the_limits_is_refused_with_a_sentence(files: list[bytes], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        painted_layers(files)
+
+
+def test_a_painting_within_the_limits_is_read_as_it_is() -> None:
+    layer = Image.new("RGBA", (40, 30), "#ff2d7880")
+    layer.putpixel((3, 4), (1, 2, 3, 0))
+    file = io.BytesIO()
+    layer.save(file, "png")
+    assert [np.asarray(read).tolist() for read in painted_layers([file.getvalue()] * MAX_LAYERS)] == [
+        np.asarray(layer).tolist()
+    ] * MAX_LAYERS
+
+
+def test_names_of_strangers_and_pages_from_elsewhere_are_refused(address: str) -> None:
+    check_names(int(address.rpartition(":")[2]), "/config")
+
+
+def post(address: str, path: str, body: bytes, headers: dict[str, str] = JSON) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("POST", f"/gradio_api/{path}", body, headers)
+        answered = connection.getresponse()
+        return answered.status, answered.read().decode()
+
+
+def answer_of(address: str, name: str, *values: Any) -> str:
+    """The events that Gradio answers a call with."""
+    _, called = post(address, f"call/{name}", json.dumps({"data": values}).encode())
+    with urllib.request.urlopen(f"{address}/gradio_api/call/{name}/{json.loads(called)['event_id']}") as events:
+        return events.read().decode()
+
+
+def peak_memory(address: str) -> int:
+    """Of the server, in bytes."""
+    port = address.rpartition(":")[2]
+    (server,) = [child for child in psutil.Process().children() if port in child.cmdline()]
+    (line,) = [line for line in Path(f"/proc/{server.pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def test_a_bomb_of_painted_layers_gets_a_sentence_and_no_memory(address: str) -> None:
+    before = peak_memory(address)
+    form = (
+        b"--x\r\nContent-Disposition: form-data; name=files; filename=l.png\r\n\r\n"
+        + png((8190, 8190))
+        + b"\r\n--x--\r\n"
+    )
+    code, paths = post(address, "upload", form, {"Content-Type": "multipart/form-data; boundary=x"})
+    assert code == 200, paths
+    bomb = {"path": json.loads(paths)[0], "meta": {"_type": "gradio.FileData"}}
+    for layers, sentence in ((1, "has 8190 x 8190 pixels"), (40, "40 layers are painted")):
+        painted = {"background": None, "layers": [bomb] * layers, "composite": bomb}
+        told = answer_of(address, "inpaint", "masked", painted, -1, 0)
+        assert told.startswith("event: error") and sentence in told, told
+    assert peak_memory(address) < before + 2**26  # one layer, decoded, has four times as much
+
+
+def test_what_a_browser_sends_of_a_painting_is_kept_within_limits() -> None:
+    import gradio as gr
+    from gradio.components.image_editor import EditorData
+    from gradio.data_classes import DataWithFiles
+
+    from studio.editor import MAX_PAINTINGS, within_limits
+
+    editor, layer = within_limits(gr.ImageEditor()), png((4, 4), "RGBA")
+
+    def send(painting: str, index: Any, file: bytes = layer, kind: str = "layer") -> None:
+        form = {"type": kind, "index": index, "id": painting}
+        editor.accept_blobs(DataWithFiles(data=form, files=[("layer", file)]))
+
+    for number in range(100):
+        send(str(number), "0")
+        send(str(number), None, kind="composite")
+    assert len(editor.blob_storage) == MAX_PAINTINGS
+    for index, file in ((10**9, layer), (MAX_LAYERS, layer), (-1, layer), ("x", layer), (0, bytes(2**23 + 1))):
+        with pytest.raises(HTTPException, match="413: a painting has at most 4 layers of 8,388,608 bytes"):
+            send("a", index, file)
+    with ThreadPoolExecutor(MAX_LAYERS) as pool:  # as a browser sends them
+        for number in range(200):
+            list(pool.map(lambda index, painting=f"all {number}": send(painting, str(index)), range(MAX_LAYERS)))
+            assert len(editor.preprocess(EditorData(id=f"all {number}"))["layers"]) == MAX_LAYERS
+    send("99", "0")
+    (read,) = editor.preprocess(EditorData(id="99"))["layers"]
+    assert read.size == (4, 4) and editor.preprocess(EditorData(id="99"))["layers"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "code"),
+    [
+        ("queue/join", 2**20 + 1, 413),
+        ("call/sample", 2**20 + 1, 413),
+        ("component_server", 2**23 + 2**17, 413),
+        ("upload", 2**20 + 1, 400),
+    ],
+)
+def test_a_request_that_is_larger_than_its_kind_needs_is_refused(address: str, path: str, size: int, code: int) -> None:
+    assert post(address, path, b" " * size)[0] == code
+
+
+def test_a_file_of_the_machine_is_no_upload(address: str, tmp_path: Path) -> None:
+    (tmp_path / "private.png").write_bytes(png((8, 8), "L"))
+    private = {"path": str(tmp_path / "private.png"), "meta": {"_type": "gradio.FileData"}}
+    painted = {"background": None, "layers": [private], "composite": None}
+    for told in (answer_of(address, "upload_vary", private), answer_of(address, "inpaint", "masked", painted, -1, 0)):
+        assert told.startswith("event: error") and "was not uploaded by a user" in told, told
+
+
+def test_no_hostile_request_to_the_studio_fails_it_or_keeps_it_waiting(address: str) -> None:
+    for name, headers, body in hostile():
+        for path in ("queue/join", "call/sample", "component_server"):
+            began = time.monotonic()
+            code, text = post(address, path, body, headers)
+            assert 400 <= code < 500 and time.monotonic() - began < 5 and len(text) < 500, (
+                path,
+                name,
+                code,
+                text[:500],
+            )
+
+
+def test_a_crowd_at_the_studio_is_bounded_and_the_next_one_is_served(address: str) -> None:
+    body = json.dumps({"data": ["masked", -1, 32, 0, 1.0, 1.0, 200]}).encode()
+    with ThreadPoolExecutor(50) as pool:
+        codes = list(pool.map(lambda _: post(address, "call/sample", body)[0], range(200)))
+    assert set(codes) == {200, 503}
+    began = time.monotonic()
+    with urllib.request.urlopen(f"{address}/gradio_api/queue/status") as told:
+        assert json.load(told)["queue_size"] <= 32 and time.monotonic() - began < 2
 
 
 def test_a_taken_port_and_an_untrained_checkout_end_with_a_sentence_and_2(root, address, tmp_path) -> None:
