@@ -21,6 +21,9 @@ from torch.optim import Optimizer
 from tessera.components import Params
 
 Count = Annotated[int, Field(ge=1)]
+# It becomes the name of an experiment and of a registered model, where MLflow refuses slashes, colons and the like
+DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Mean, Deviation = Annotated[float, Field(ge=-1e6, le=1e6)], Annotated[float, Field(ge=1e-7, le=1e6)]
 
 
 class ImageSpec(Params):
@@ -43,8 +46,8 @@ class TokenSpec(Params):
     index_grid: tuple[Count, Count]  # of the indices of one image: (h, w), or (h, w * q) with q indices to a code
     num_classes: Count
     class_counts: tuple[int, ...]  # of the training images: what samples are drawn in proportion to
-    latent_mean: tuple[float, ...]  # per channel, of the latents as stored; priors learn (latents - mean) / std
-    latent_std: tuple[Annotated[float, Field(gt=0)], ...]
+    latent_mean: tuple[Mean, ...]  # per channel, of the latents as stored; priors learn (latents - mean) / std
+    latent_std: tuple[Deviation, ...]
     tokenizer_fingerprint: str
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
 from tessera.components import (
     DatasetConfig,
@@ -26,6 +26,8 @@ from tessera.components import (
 
 # DVC ignores changes of keys with these names inside a section (treeverse/dvc#10296).
 KEYS_DVC_IGNORES = ("size", "nfiles")
+MOST_VALUES = 100_000
+LARGEST = 2**63 - 1  # of a whole number, where others read it too
 
 
 def _entry_name(name: str) -> str:
@@ -160,6 +162,38 @@ def _old_metrics(old: dict[str, Any]) -> dict[str, Any]:
         "kernel": kernel,
         **{kind.replace("_", "-"): {"kind": kind} for kind in others},
     }
+
+
+class _Source(Params):
+    model_config = ConfigDict(extra="ignore")
+
+    source: str
+
+
+class _Cell(Params):
+    model_config = ConfigDict(extra="ignore")
+
+    tokenizer: Name
+
+
+class Outline(Params):
+    """What is known of params without a part of theirs, and so without torch: their keys, the source, and all names.
+
+    Names are words of commands that a shell reads (dvc.yaml): whoever starts one asks for them first.
+    """
+
+    seed: Any
+    dataset: _Source
+    features: dict[Name, Any]
+    tokenizers: dict[Name, Any]
+    encode_tokens: Any
+    reference_stats: Any
+    systems: dict[Name, _Cell]
+    follow_training: Any
+    sample_images: Any
+    edits: dict[Name, Any]
+    edit_images: Any
+    evaluate: Any
 
 
 class Pipeline(Params):
@@ -332,30 +366,68 @@ class Loader(yaml.SafeLoader):
 
 
 def require_plain(value: Any, where: str = "") -> None:
-    """Raises InvalidParams, naming the key, for what YAML can say and params cannot: bytes, sets and the like."""
-    if isinstance(value, dict | list):
-        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
-            require_plain(each, f"{where}.{key}" if where else str(key))
-    elif not isinstance(value, str | int | float | None):
-        raise InvalidParams(f"{where} is of type {type(value).__name__}; expected text, a number, true, false or null")
+    """Raises InvalidParams, naming the key, for what YAML can say and params cannot: bytes, sets and the like, and aliases
+    of aliases, by which a few lines mean a billion values."""
+    waiting, num_values = [(where, value)], 0
+    while waiting:
+        path, each = waiting.pop()
+        num_values += 1
+        if num_values > MOST_VALUES:
+            raise InvalidParams(
+                f"more than {MOST_VALUES:,} values, with those that aliases repeat; expected some hundred"
+            )
+        if isinstance(each, dict | list):
+            inner = each.items() if isinstance(each, dict) else enumerate(each)
+            waiting += [(f"{path}.{key}" if path else str(key), value) for key, value in inner]
+        elif not isinstance(each, str | int | float | None):
+            raise InvalidParams(
+                f"{path} is of type {type(each).__name__}; expected text, a number, true, false or null"
+            )
+        elif isinstance(each, int) and not -LARGEST <= each <= LARGEST:
+            raise InvalidParams(f"{path} is a number of {each.bit_length():,} bits; expected at most 63")
 
 
 def read(path: Path) -> Pipeline:
-    """Read and validate a params file. Raises InvalidParams with a sentence per mistake."""
+    """Read and validate a params file. Raises InvalidParams with a sentence per mistake: first those of its outline."""
+    return parsed(_text(path), path)
+
+
+def parsed(text: str, path: Path) -> Pipeline:
+    """As `read`, of a text that is in `path`, or meant for it."""
+    value = _value(text, path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InvalidParams(f"{path} cannot be read: {error.strerror}. Run from the project's top folder") from None
-    try:
-        value = yaml.load(text, Loader)  # noqa: S506  a SafeLoader
-        require_plain(value)
-    except yaml.YAMLError as error:
-        raise InvalidParams(f"{path} is no plain YAML: {error}") from None
-    except InvalidParams as error:
-        raise InvalidParams(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise InvalidParams(f"{path}: expected a mapping with the keys {', '.join(Pipeline.model_fields)}")
-    try:
+        parse(Outline, value)
         return parse(Pipeline, value)
     except InvalidParams as error:
         raise InvalidParams(f"{path} is not valid:\n{error}") from None
+
+
+def outline(text: str, path: Path) -> Outline:
+    """The outline of params with this text, in `path` or meant for it. Raises InvalidParams with a sentence per mistake."""
+    try:
+        return parse(Outline, _value(text, path))
+    except InvalidParams as error:
+        raise InvalidParams(f"{path} is not valid:\n{error}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidParams(f"{path} cannot be read: {error.strerror}. Run from the project's top folder") from None
+    except UnicodeDecodeError as error:
+        raise InvalidParams(f"{path} is no UTF-8 ({error}): save it as such") from None
+
+
+def _value(text: str, path: Path) -> dict[str, Any]:
+    """What the YAML says, in plain data."""
+    try:
+        value = yaml.load(text, Loader)  # noqa: S506  a SafeLoader
+        require_plain(value)
+    except InvalidParams as error:
+        raise InvalidParams(f"{path}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # numbers of 5,000 digits, a thousand brackets
+        raise InvalidParams(f"{path} is no plain YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidParams(f"{path}: expected a mapping with the keys {', '.join(Pipeline.model_fields)}")
+    return value

@@ -25,7 +25,15 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """float in [-1, 1] -> uint8 in [0, 255], clipped; the inverse of `to_float` on all 256 values."""
+    """float in [-1, 1] -> uint8 in [0, 255], clipped; the inverse of `to_float` on all 256 values.
+
+    Raises ValueError unless all values are finite: NaN would become black.
+    """
+    if not images.isfinite().all():
+        raise ValueError(
+            "images hold values that are not finite, expected finite ones: look for settings beyond reason (guidance, "
+            "temperature, learning rates) and for NaN in the weights"
+        )
     return (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field
 
 from tessera.components import Params
-from tessera.contracts import Count, ImageSpec
+from tessera.contracts import Count, DatasetName, ImageSpec
 from tessera.seeding import derive
 from tessera.sources.archives import Entry, Limits, Reader, open_source
 from tessera.sources.decoding import PILLOW_MAX_PIXELS, Background, Filter, Resize, decode, pillow_warnings
@@ -35,7 +35,7 @@ CHUNK_FILES, CHUNK_BYTES = 256, 64 * 2**20  # decoded together
 class Config(Params):
     kind: Literal["image_folder"]
     source: str  # a folder, a .tar(.gz, .xz, .bz2) or a .zip
-    name: str = "image-folder"
+    name: DatasetName = "image-folder"
     root: str = ""  # the folder inside the source that holds the data, such as "archive/images"
     height: Count
     width: Count
