@@ -25,7 +25,7 @@ from PIL import Image
 
 from studio.frame import PREPROCESSING, Frame, size_text
 from tessera import params as all_params
-from tessera import seeding
+from tessera import plain_yaml, seeding
 from tessera.artifacts import pictures
 from tessera.artifacts.images import to_uint8
 from tessera.components import kinds, load, parse
@@ -282,12 +282,12 @@ def _pairs(texts: list[str]) -> dict[str, Any]:
     found = {}
     for key, _, value in (text.partition("=") for text in texts):
         try:
-            found[key] = yaml.load(value, all_params.Loader)  # noqa: S506  a SafeLoader
+            found[key] = yaml.load(value, plain_yaml.Loader)  # noqa: S506  a SafeLoader
         except (yaml.YAMLError, ValueError, RecursionError):
             raise ValueError(
                 f"{key}={value} is no value: expected text, a number, true, false, null or a whole list"
             ) from None
-    all_params.require_plain(found)
+    plain_yaml.require_plain(found)
     return found
 
 
