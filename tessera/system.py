@@ -56,6 +56,12 @@ class System:
                 f"{tokenizer} ({found[:12]}): decoded so, its samples would be noise. "
                 f"Run: dvc repro train_prior@{prior.name}"
             )
+        made, expected = ((each.codebook_size, each.latent_shape, each.index_grid) for each in (decoder, spec))
+        if made != expected:
+            raise artifact.ArtifactError(
+                f"{prior} draws tokens (codebook, latents, indices) of {expected}, expected {made} of {tokenizer}. "
+                f"{artifact.remedy(prior)}"
+            )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return cls(decoder.to(device), model.to(device), spec, load("priors", config.kind).LEARNS, name)
 
