@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checka
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -22,8 +22,6 @@ from tessera.components import Params
 
 Count = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=1, le=2**16)]  # of an image or a grid, or its channels
-# It becomes the name of an experiment and of a registered model, where MLflow refuses slashes, colons and the like
-DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Mean, Deviation = Annotated[float, Field(ge=-1e6, le=1e6)], Annotated[float, Field(ge=1e-7, le=1e6)]
 
 
@@ -37,12 +35,6 @@ class ImageSpec(Params):
     num_classes: Count  # 1: the data set has no labels, every label is 0
     class_names: tuple[str, ...]
     licence: str
-
-    @model_validator(mode="after")
-    def _names_its_classes(self) -> "ImageSpec":
-        if len(self.class_names) != self.num_classes:
-            raise ValueError(f"{len(self.class_names)} class_names were given for {self.num_classes} classes")
-        return self
 
 
 class TokenSpec(Params):
@@ -58,17 +50,6 @@ class TokenSpec(Params):
     latent_mean: tuple[Mean, ...]  # per channel, of the latents as stored; priors learn (latents - mean) / std
     latent_std: tuple[Deviation, ...]
     tokenizer_fingerprint: str
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "TokenSpec":
-        depth, height, width = self.latent_shape
-        if not len(self.latent_mean) == len(self.latent_std) == depth:
-            raise ValueError(f"latents of {depth} channels need as many latent_mean and latent_std")
-        if len(self.class_counts) != self.num_classes or not any(self.class_counts):
-            raise ValueError(f"{self.num_classes} classes need as many class_counts, and some image")
-        if self.index_grid[0] != height or self.index_grid[1] % width:
-            raise ValueError(f"the index_grid {self.index_grid} is not that of latents on {height}x{width}")
-        return self
 
 
 class Encoded(NamedTuple):

@@ -14,10 +14,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from tessera.artifacts import folder as artifact
-from tessera.artifacts.described import parsed, plain
+from tessera.artifacts.described import OfImages, OfTokens, parsed, plain
 from tessera.artifacts.folder import ArtifactError
 from tessera.components import Params, load
-from tessera.contracts import ImageSpec, TokenSpec
 from tessera.nn.weightless import WithinLimits
 
 CHOICE = "choice.json"  # in a prior's folder, where a criterion chose the weights
@@ -26,7 +25,6 @@ MOST_TENSORS = 20_000  # of a network: one of 1,000 blocks has fewer
 SPARE_VALUES, SPARE_TENSORS = 2**24, 1000  # that a constructor may make beside its weights: masks, tables, orders
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 DTYPES |= {"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-SPECS: dict[str, type[Params]] = {"tokenizers": ImageSpec, "features": ImageSpec, "priors": TokenSpec}
 
 
 def save(folder: Path, part: str, config: Params, spec: Params, model: nn.Module, code: str) -> None:
@@ -53,8 +51,15 @@ class Described(Params):
 
     part: str
     config: dict[str, Any]  # the Config of the part's kind
-    spec: dict[str, Any]
+    spec: OfImages
     code: str
+
+
+class DescribedPrior(Described):
+    spec: OfTokens
+
+
+DESCRIBED = {"tokenizers": Described, "features": Described, "priors": DescribedPrior}
 
 
 def described(folder: Path, part: str) -> tuple[Any, Any]:
@@ -66,12 +71,12 @@ def described(folder: Path, part: str) -> tuple[Any, Any]:
         raise ArtifactError(
             f"{folder} holds {reprlib.repr(found)}, expected {part!r}: another kind of artifact lies there"
         )
-    whole = parsed(path, Described, value)
+    whole = parsed(path, DESCRIBED[part], value)
     try:
         config = load(part, str(whole.config.get("kind"))).Config
     except ValueError as error:
         raise ArtifactError(f"{path}: config.kind: {error}. {artifact.remedy(Path(folder))}") from None
-    return parsed(path, config, whole.config, "config"), parsed(path, SPECS[part], whole.spec, "spec")
+    return parsed(path, config, whole.config, "config"), whole.spec
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -2,15 +2,39 @@
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator
 
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
 from tessera.components import InvalidParams, Params, parse
+from tessera.contracts import ImageSpec, TokenSpec
 
 MOST_BYTES = 16 * 2**20  # of a file: 100,000 names of classes take 2
 MOST_TOLD = 3  # mistakes, in a sentence
 P = TypeVar("P", bound=Params)
+
+
+def _names_its_classes(spec: ImageSpec) -> ImageSpec:
+    if len(spec.class_names) != spec.num_classes:
+        raise ValueError(f"{len(spec.class_names)} class_names were given for {spec.num_classes} classes")
+    return spec
+
+
+def _fits_together(spec: TokenSpec) -> TokenSpec:
+    depth, height, width = spec.latent_shape
+    if not len(spec.latent_mean) == len(spec.latent_std) == depth:
+        raise ValueError(f"latents of {depth} channels need as many latent_mean and latent_std")
+    if len(spec.class_counts) != spec.num_classes or not any(spec.class_counts):
+        raise ValueError(f"{spec.num_classes} classes need as many class_counts, and some image")
+    if spec.index_grid[0] != height or spec.index_grid[1] % width:
+        raise ValueError(f"the index_grid {spec.index_grid} is not that of latents on {height}x{width}")
+    return spec
+
+
+OfImages = Annotated[ImageSpec, AfterValidator(_names_its_classes)]  # a spec that says one thing
+OfTokens = Annotated[TokenSpec, AfterValidator(_fits_together)]
 
 
 def read(path: Path, model: type[P]) -> P:

@@ -123,7 +123,7 @@ class ImagesOnDevice:
 class Described(Params):
     """meta.json"""
 
-    spec: ImageSpec
+    spec: described.OfImages
     counts: dict[Literal["train", "test"], Annotated[int, Field(ge=0)]]  # images of each split
     source_sha256: str
 

@@ -96,7 +96,7 @@ def require_finite(latents: np.ndarray) -> None:
 class Described(Params):
     """meta.json"""
 
-    spec: TokenSpec
+    spec: described.OfTokens
     num_views: Annotated[int, Field(ge=1)]  # of a training image
 
 

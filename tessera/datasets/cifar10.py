@@ -18,8 +18,8 @@ import numpy as np
 from pydantic import Field
 
 from tessera.components import Params
-from tessera.contracts import DatasetName, ImageSpec
-from tessera.sources.records import Record, array_records, stratified_test_rows
+from tessera.contracts import ImageSpec
+from tessera.sources.records import DatasetName, Record, array_records, stratified_test_rows
 
 LICENCE = "none stated by its authors; cite Krizhevsky 2009"
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import Field
 
 from tessera.components import Params
-from tessera.contracts import Count, DatasetName, ImageSpec
-from tessera.sources.records import Record, array_records, stratified_test_rows
+from tessera.contracts import Count, ImageSpec
+from tessera.sources.records import DatasetName, Record, array_records, stratified_test_rows
 
 LICENCE = "CC BY 4.0 (UCI), shipped with scikit-learn (BSD-3-Clause)"
 

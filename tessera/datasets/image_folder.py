@@ -20,11 +20,11 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field
 
 from tessera.components import Params
-from tessera.contracts import Count, DatasetName, ImageSpec
+from tessera.contracts import Count, ImageSpec
 from tessera.seeding import derive
 from tessera.sources.archives import Entry, Limits, Reader, open_source
 from tessera.sources.decoding import PILLOW_MAX_PIXELS, Background, Filter, Resize, decode, pillow_warnings
-from tessera.sources.records import Record, Unreadable
+from tessera.sources.records import DatasetName, Record, Unreadable
 
 LICENCE = "not stated: that of the images' authors"
 TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that exists beside train/ is the test split

@@ -16,8 +16,8 @@ import numpy as np
 from pydantic import Field
 
 from tessera.components import Params
-from tessera.contracts import Count, DatasetName, ImageSpec
-from tessera.sources.records import Record, array_records
+from tessera.contracts import Count, ImageSpec
+from tessera.sources.records import DatasetName, Record, array_records
 
 LICENCE = "MNIST: CC BY-SA 3.0 (Y. LeCun, C. Cortes). Fashion-MNIST: MIT (Zalando SE)"
 SIDE = 28
