@@ -17,10 +17,13 @@ import psutil
 from flows import experiments, locks
 from flows.places import Places
 from flows.processes import StageProcesses, Stopped, dvc, search_path
+from tessera import params
+from tessera.sources.hashing import require_hashable
 from tessera.tracking.processes import start_uploader
 
 STATE = Path(".state")
 BUSY_SECONDS = 1.0  # between attempts, while another dvc uses the files of a stage
+STAGE_COMMAND = "python -m tessera.running"  # in dvc.yaml, of our stages
 HAND_OVER_SECONDS = 2.0  # between the end of a stage and the request of the next one, which Prefect starts
 SMALL_BYTES = 1_000_000  # a file up to this size is compared, which is sooner done than asking dvc: that takes 2 s
 HINTS = (  # dvc gives them for each stage; its command stands in dvc.yaml
@@ -298,6 +301,16 @@ def _recipes(order: list[Any], graph: Any) -> dict[str, str]:
     return recipes
 
 
+def require_sane(checkout: Path, text: str) -> None:
+    """Raises ValueError, before a shell or DVC sees any of it, for names in params that are none, and for a source that DVC
+    cannot hash. A pipeline without our stages has params of its own."""
+    graph = checkout / "dvc.yaml"
+    if not graph.is_file() or STAGE_COMMAND not in graph.read_text(encoding="utf-8"):
+        return
+    outline = params.outline(text, Path(experiments.PARAMS))
+    require_hashable(checkout / outline.dataset.source)
+
+
 _reading = threading.Lock()
 
 
@@ -306,6 +319,10 @@ def opened(targets: list[str], force: bool, preset: str | None, overrides: exper
     """The plan of a run: in the checkout or, with a preset or overrides, in a worktree that no other run may use meanwhile."""
     checkout = Path.cwd()
     experiment = experiments.define(checkout, preset, overrides)
+    path = checkout / experiments.PARAMS
+    require_sane(
+        checkout, experiment.params if experiment else path.read_text(encoding="utf-8") if path.is_file() else ""
+    )
     if experiment is None:
         yield read_plan(checkout, targets, force)
         return

@@ -245,7 +245,7 @@ def main() -> int:
     try:  # before anything runs
         for cell in combinations(grid):
             experiment = experiments.define(Path.cwd(), arguments.preset, cell)
-            params.parse(params.Pipeline, yaml.load(experiment.params, params.Loader))  # noqa: S506
+            params.parsed(experiment.params, Path(experiments.PARAMS))
     except ValueError as error:
         print(f"flows.sweep: {error}", file=sys.stderr)
         return 2

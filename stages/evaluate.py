@@ -31,7 +31,7 @@ def run(  # its paths are the options of its command
     picture: Path | None = None,
     neighbors: Path | None = None,
 ) -> None:
-    _, splits = image_artifact.read(images)
+    spec, splits = image_artifact.read(images)
     panel, found = Panel(params, features, reference, splits), Recorder()
     group = found.group("generation")
     if samples is None:
@@ -41,7 +41,7 @@ def run(  # its paths are the options of its command
             job.say(f"ALARM: {sentence}")
         measured.write(metrics)
     else:
-        drawn = Samples(samples, params.sample_images.num_images)
+        drawn = Samples(samples, spec, params.sample_images.num_images)
         parts = {"tokenizer": tokenizer, "prior": prior}
         _require_made_by(drawn, samples, parts)
         beside = tuple(figures.read(path) for path in (tokenizer_metrics, prior_metrics) if path is not None)

@@ -19,12 +19,12 @@ from studio import edit
 from studio.frame import Frame
 from tessera import params as all_params
 from tessera import seeding
+from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import to_uint8
 from tessera.artifacts.shards import spread
-from tessera.components import kinds, load, parse
-from tessera.contracts import TokenSpec
+from tessera.components import kinds, load
 from tessera.nn.weightless import WithoutWeights
 from tessera.sources.decoding import opened
 from tessera.sources.records import Unreadable
@@ -203,10 +203,9 @@ class Studio:
 
     def _edits_of(self, name: str) -> list[str]:
         """The edits that a system can do, asked of its prior without weights."""
-        described = artifact.read_json(self._artifacts(name)[1] / "config.json")
-        module = load("priors", described["config"]["kind"])
+        config, spec = checkpoints.described(self._artifacts(name)[1], "priors")
         with WithoutWeights():
-            prior = module.Model(parse(module.Config, described["config"]), parse(TokenSpec, described["spec"]))
+            prior = load("priors", config.kind).Model(config, spec)
         needs = {kind: getattr(load("edits", kind), "NEEDS", None) for kind in kinds("edits")}
         return [kind for kind, abilities in needs.items() if abilities is None or isinstance(prior, abilities)]
 

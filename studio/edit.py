@@ -25,7 +25,7 @@ from PIL import Image
 
 from studio.frame import PREPROCESSING, Frame, size_text
 from tessera import params as all_params
-from tessera import seeding
+from tessera import plain_yaml, seeding
 from tessera.artifacts import pictures
 from tessera.artifacts.images import to_uint8
 from tessera.components import kinds, load, parse
@@ -162,8 +162,9 @@ def draw(system: System, asked: Draw) -> tuple[torch.Tensor, np.ndarray]:
     num_classes = system.spec.num_classes
     if asked.label is not None and not 0 <= asked.label < num_classes:
         raise ValueError(f"label is {asked.label}: expected 0 to {num_classes - 1}")
-    every = torch.arange(asked.count) % num_classes
+    every = torch.from_numpy(system.labels[np.arange(asked.count) % len(system.labels)])
     labels = every if asked.label is None else torch.full((asked.count,), asked.label)
+    system.require_trained_on(labels.numpy())
     tokens = system.prior.sample(labels.to(system.device), asked.sampling, seeding.generator(asked.seed, "edit_file"))
     return tokens.cpu(), to_uint8(system.decode(tokens)).cpu().numpy()
 
@@ -194,6 +195,7 @@ def edit(
     label = system.spec.num_classes if asked.label is None else asked.label
     if not 0 <= label <= system.spec.num_classes:
         raise ValueError(f"label is {label}: expected 0 to {system.spec.num_classes - 1}")
+    system.require_trained_on([label])
     labels = torch.full((1,), label, device=system.device)
     generator = seeding.generator(asked.seed, "edit_file")
     module, given = load("edits", asked.kind), (system, asked.config, asked.sampling, generator)
@@ -280,12 +282,12 @@ def _pairs(texts: list[str]) -> dict[str, Any]:
     found = {}
     for key, _, value in (text.partition("=") for text in texts):
         try:
-            found[key] = yaml.load(value, all_params.Loader)  # noqa: S506  a SafeLoader
-        except yaml.YAMLError:
+            found[key] = yaml.load(value, plain_yaml.Loader)  # noqa: S506  a SafeLoader
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise ValueError(
                 f"{key}={value} is no value: expected text, a number, true, false, null or a whole list"
             ) from None
-    all_params.require_plain(found)
+    plain_yaml.require_plain(found)
     return found
 
 

@@ -37,8 +37,20 @@ class Frame:
         return to_float(torch.from_numpy(np.array(pixels, order="C"))[None])
 
     def mask(self, mask: Image.Image) -> torch.Tensor:
-        """(1, H, W): a pixel of the models is covered if any pixel of the picture below it is."""
-        seen = self._seen(_holes(mask), Image.Resampling.BOX, "black")
+        """(1, H, W): a pixel of the models is covered if any pixel of the picture below it is.
+
+        Raises ValueError for a mask that reaches beyond what the models see: there nothing could be drawn.
+        """
+        holes = _holes(mask)
+        left, top, right, bottom = (round(side) for side in self.box)
+        beyond = np.asarray(holes).copy()
+        beyond[max(top, 0) : bottom, max(left, 0) : right] = 0
+        if beyond.any():
+            raise ValueError(
+                f"the mask is white outside of columns {left} to {right - 1} and rows {top} to {bottom - 1}, which is all that "
+                f"the models see of {size_text(mask.size)}: expected white there alone; crop image and mask around the hole"
+            )
+        seen = self._seen(holes, Image.Resampling.BOX, "black")
         return torch.from_numpy(np.asarray(seen) > 0)[None]
 
     def put_back(self, picture: Image.Image, edited: torch.Tensor, mask: Image.Image | None = None) -> Image.Image:

@@ -7,6 +7,7 @@ retrain everything. A part's file holds its `Config`, a subclass of `Params`, an
 import difflib
 import importlib
 import json
+import reprlib
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -97,7 +98,7 @@ def _sentence(config: type[Params], value: Any, error: Any, where: str) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{path}: {message}"
-    return f"{path}: {message[:1].lower() + message[1:]}, got {error['input']!r}"
+    return f"{path}: {message[:1].lower() + message[1:]}, got {reprlib.repr(error['input'])}"
 
 
 def _near(word: Any, choices: list[str]) -> str:

@@ -21,15 +21,17 @@ from torch.optim import Optimizer
 from tessera.components import Params
 
 Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=1, le=2**16)]  # of an image or a grid, or its channels
+Mean, Deviation = Annotated[float, Field(ge=-1e6, le=1e6)], Annotated[float, Field(ge=1e-7, le=1e6)]
 
 
 class ImageSpec(Params):
     """The shape of every image of a data set, and what its labels mean."""
 
     name: str
-    channels: Count
-    height: Count
-    width: Count
+    channels: Side
+    height: Side
+    width: Side
     num_classes: Count  # 1: the data set has no labels, every label is 0
     class_names: tuple[str, ...]
     licence: str
@@ -38,13 +40,15 @@ class ImageSpec(Params):
 class TokenSpec(Params):
     """What a prior learns: the grid of one image, its alphabet, and the tokenizer that gives it meaning."""
 
-    codebook_size: Count | None  # None: latents only, there are no indices
-    latent_shape: tuple[Count, Count, Count]  # (D, h, w)
-    index_grid: tuple[Count, Count]  # of the indices of one image: (h, w), or (h, w * q) with q indices to a code
+    codebook_size: Annotated[int, Field(ge=1, le=2**31)] | None  # None: latents only, there are no indices
+    latent_shape: tuple[Side, Side, Side]  # (D, h, w)
+    index_grid: tuple[Side, Side]  # of the indices of one image: (h, w), or (h, w * q) with q indices to a code
     num_classes: Count
-    class_counts: tuple[int, ...]  # of the training images: what samples are drawn in proportion to
-    latent_mean: tuple[float, ...]  # per channel, of the latents as stored; priors learn (latents - mean) / std
-    latent_std: tuple[Annotated[float, Field(gt=0)], ...]
+    class_counts: tuple[
+        Annotated[int, Field(ge=0)], ...
+    ]  # of the training images: what samples are drawn in proportion to
+    latent_mean: tuple[Mean, ...]  # per channel, of the latents as stored; priors learn (latents - mean) / std
+    latent_std: tuple[Deviation, ...]
     tokenizer_fingerprint: str
 
 

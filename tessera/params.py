@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
+from tessera import plain_yaml
 from tessera.components import (
     DatasetConfig,
     EditConfig,
@@ -162,6 +162,38 @@ def _old_metrics(old: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class _Source(Params):
+    model_config = ConfigDict(extra="ignore")
+
+    source: str
+
+
+class _Cell(Params):
+    model_config = ConfigDict(extra="ignore")
+
+    tokenizer: Name
+
+
+class Outline(Params):
+    """What is known of params without a part of theirs, and so without torch: their keys, the source, and all names.
+
+    Names are words of commands that a shell reads (dvc.yaml): whoever starts one asks for them first.
+    """
+
+    seed: Any
+    dataset: _Source
+    features: dict[Name, Any]
+    tokenizers: dict[Name, Any]
+    encode_tokens: Any
+    reference_stats: Any
+    systems: dict[Name, _Cell]
+    follow_training: Any
+    sample_images: Any
+    edits: dict[Name, Any]
+    edit_images: Any
+    evaluate: Any
+
+
 class Pipeline(Params):
     seed: Annotated[int, Field(ge=0)]
     dataset: DatasetConfig
@@ -302,60 +334,40 @@ def _flat(value: Any, prefix: str = "", only_set: bool = False) -> dict[str, Any
     return flat
 
 
-class Loader(yaml.SafeLoader):
-    """YAML lets a repeated key win silently; here it is an error. 1e-05 is a number, as in YAML 1.2; a date is text."""
-
-    yaml_implicit_resolvers = {
-        first: [
-            *(
-                [("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"))]
-                if first in "-+0123456789"
-                else []
-            ),
-            *(one for one in known if one[0] != "tag:yaml.org,2002:timestamp"),
-        ]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int | float | None):
-                raise InvalidParams(f"line {key_node.start_mark.line + 1}: the key {key} is no text; expected a name")
-            if key in seen:
-                raise InvalidParams(
-                    f"line {key_node.start_mark.line + 1}: the key '{key}' stands there twice; keep one"
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def require_plain(value: Any, where: str = "") -> None:
-    """Raises InvalidParams, naming the key, for what YAML can say and params cannot: bytes, sets and the like."""
-    if isinstance(value, dict | list):
-        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
-            require_plain(each, f"{where}.{key}" if where else str(key))
-    elif not isinstance(value, str | int | float | None):
-        raise InvalidParams(f"{where} is of type {type(value).__name__}; expected text, a number, true, false or null")
-
-
 def read(path: Path) -> Pipeline:
-    """Read and validate a params file. Raises InvalidParams with a sentence per mistake."""
+    """Read and validate a params file. Raises InvalidParams with a sentence per mistake: first those of its outline."""
+    return parsed(_text(path), path)
+
+
+def parsed(text: str, path: Path) -> Pipeline:
+    """As `read`, of a text that is in `path`, or meant for it."""
+    value = _mapping(text, path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InvalidParams(f"{path} cannot be read: {error.strerror}. Run from the project's top folder") from None
-    try:
-        value = yaml.load(text, Loader)  # noqa: S506  a SafeLoader
-        require_plain(value)
-    except yaml.YAMLError as error:
-        raise InvalidParams(f"{path} is no plain YAML: {error}") from None
-    except InvalidParams as error:
-        raise InvalidParams(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise InvalidParams(f"{path}: expected a mapping with the keys {', '.join(Pipeline.model_fields)}")
-    try:
+        parse(Outline, value)
         return parse(Pipeline, value)
     except InvalidParams as error:
         raise InvalidParams(f"{path} is not valid:\n{error}") from None
+
+
+def outline(text: str, path: Path) -> Outline:
+    """The outline of params with this text, in `path` or meant for it. Raises InvalidParams with a sentence per mistake."""
+    try:
+        return parse(Outline, _mapping(text, path))
+    except InvalidParams as error:
+        raise InvalidParams(f"{path} is not valid:\n{error}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidParams(f"{path} cannot be read: {error.strerror}. Run from the project's top folder") from None
+    except UnicodeDecodeError as error:
+        raise InvalidParams(f"{path} is no UTF-8 ({error}): save it as such") from None
+
+
+def _mapping(text: str, path: Path) -> dict[str, Any]:
+    value = plain_yaml.read(text, path)
+    if not isinstance(value, dict):
+        raise InvalidParams(f"{path}: expected a mapping with the keys {', '.join(Pipeline.model_fields)}")
+    return value

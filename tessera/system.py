@@ -15,11 +15,16 @@ from tessera.artifacts.images import to_uint8
 from tessera.components import Params, load
 from tessera.contracts import Learns, TokenSpec
 
+MOST_NAMED = 20  # labels, in a sentence
 PROBES = 8  # pairs of random images by which the reach of tokens is measured
 
 
 class CannotEdit(ValueError):
     """The prior of this system has no means for this edit; the sentence says which priors do."""
+
+
+class CannotDraw(ValueError):
+    """The prior was never shown an image of this label; the sentence says which labels there are."""
 
 
 class System:
@@ -34,6 +39,7 @@ class System:
         self.tokenizer, self.prior, self.spec, self.learns, self.name = tokenizer, prior, spec, learns, name
         self.device = next(prior.parameters()).device
         self.grid = spec.latent_shape[1:]  # (h, w) of tokens, whatever a token is
+        self.labels = np.flatnonzero(spec.class_counts)  # those that the prior was trained on
 
     @classmethod
     def read(cls, tokenizer: Path, prior: Path, name: str = "this system") -> "System":
@@ -50,6 +56,12 @@ class System:
                 f"{tokenizer} ({found[:12]}): decoded so, its samples would be noise. "
                 f"Run: dvc repro train_prior@{prior.name}"
             )
+        made, expected = ((each.codebook_size, each.latent_shape, each.index_grid) for each in (decoder, spec))
+        if made != expected:
+            raise artifact.ArtifactError(
+                f"{prior} draws tokens (codebook, latents, indices) of {expected}, expected {made} of {tokenizer}. "
+                f"{artifact.remedy(prior)}"
+            )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return cls(decoder.to(device), model.to(device), spec, load("priors", config.kind).LEARNS, name)
 
@@ -64,7 +76,9 @@ class System:
 
         Equal labels in equal order, sampling and generator give equal bits, on one machine and number of threads. Labels
         go into the prior's `sample`: into its embedding (autoregressive, masked) or its denoiser's (flow_matching, diffusion).
+        Raises CannotDraw for a label without a training image.
         """
+        self.require_trained_on(labels)
         tokens = self.prior.sample(torch.from_numpy(labels).to(self.device), sampling, generator)
         return to_uint8(self.decode(tokens)).cpu().numpy()
 
@@ -74,6 +88,16 @@ class System:
             kind = type(self.prior).__module__.rpartition(".")[2]
             raise CannotEdit(
                 f"{self.name} cannot {edit}: its prior {kind} has no way to do so; choose a system with {means}"
+            )
+
+    def require_trained_on(self, labels: np.ndarray | list[int]) -> None:
+        """Raises CannotDraw for a label that no training image had; the null label is that of none."""
+        unknown = set(np.unique(labels).tolist()) - {*self.labels.tolist(), self.spec.num_classes}
+        if unknown:
+            known = ", ".join(map(str, self.labels[:MOST_NAMED])) + (", ..." if len(self.labels) > MOST_NAMED else "")
+            raise CannotDraw(
+                f"{self.name} was trained on no image of label {min(unknown)}: expected one of {known}, or training images of "
+                f"that class"
             )
 
     def null_labels(self, count: int) -> Tensor:

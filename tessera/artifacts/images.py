@@ -1,16 +1,18 @@
 """Images between stages: uint8 shards and labels per split, index.parquet with a row per source file, meta.json."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from tessera.artifacts import described
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
-from tessera.artifacts.shards import Shards, ShardWriter
-from tessera.components import parse
+from tessera.artifacts.shards import Shards, ShardWriter, labels_of
+from tessera.components import Params
 from tessera.contracts import ImageBatch, ImageSpec
 
 if TYPE_CHECKING:
@@ -25,7 +27,15 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """float in [-1, 1] -> uint8 in [0, 255], clipped; the inverse of `to_float` on all 256 values."""
+    """float in [-1, 1] -> uint8 in [0, 255], clipped; the inverse of `to_float` on all 256 values.
+
+    Raises ValueError unless all values are finite: NaN would become black.
+    """
+    if not images.isfinite().all():
+        raise ValueError(
+            "images hold values that are not finite, expected finite ones: look for settings beyond reason (guidance, "
+            "temperature, learning rates) and for NaN in the weights"
+        )
     return (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
@@ -69,13 +79,12 @@ class Images:
 
     def __init__(self, folder: Path, split: str, spec: ImageSpec):
         self.split, self.spec = split, spec
-        self.pixels = Shards(Path(folder) / split, "images")
-        self.labels = Shards(Path(folder) / split, "labels").all()  # (N,) int64
-        expected = (spec.channels, spec.height, spec.width)
-        if self.pixels.dtype != np.uint8 or self.pixels.row_shape != expected or len(self.labels) != len(self.pixels):
+        self.pixels = Shards(Path(folder) / split, "images", np.uint8, (spec.channels, spec.height, spec.width))
+        self.labels = labels_of(Path(folder) / split, spec.num_classes)  # (N,) int64
+        if len(self.labels) != len(self.pixels):
             raise ArtifactError(
-                f"{folder}/{split} holds {self.pixels.dtype} images {self.pixels.row_shape} and {len(self.labels)} labels; "
-                f"expected uint8 {expected} and {len(self.pixels)} labels. {artifact.remedy(folder)}"
+                f"{folder}/{split} holds {len(self.pixels)} images and {len(self.labels)} labels, expected as many. "
+                f"{artifact.remedy(folder)}"
             )
 
     def __len__(self) -> int:
@@ -111,13 +120,27 @@ class ImagesOnDevice:
         return ImageBatch(to_float(self.pixels[rows]), self.labels[rows])
 
 
+class Described(Params):
+    """meta.json"""
+
+    spec: described.OfImages
+    counts: dict[Literal["train", "test"], Annotated[int, Field(ge=0)]]  # images of each split
+    source_sha256: str
+
+
 def read_spec(folder: Path) -> ImageSpec:
     """The spec of an images artifact, unverified."""
-    return parse(ImageSpec, artifact.read_json(Path(folder) / "meta.json")["spec"], f"{folder}/meta.json")
+    return described.read(Path(folder) / "meta.json", Described).spec
 
 
 def read(folder: Path) -> tuple[ImageSpec, dict[str, Images]]:
     """Verify the artifact and open both splits."""
     artifact.check(folder)
-    spec = read_spec(folder)
-    return spec, {split: Images(folder, split, spec) for split in SPLITS}
+    meta = described.read(Path(folder) / "meta.json", Described)
+    splits = {split: Images(folder, split, meta.spec) for split in SPLITS}
+    found = {split: len(images) for split, images in splits.items()}
+    if found != meta.counts:
+        raise ArtifactError(
+            f"{folder} holds {found} images, expected {meta.counts} of its meta.json. {artifact.remedy(folder)}"
+        )
+    return meta.spec, splits

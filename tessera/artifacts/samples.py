@@ -1,26 +1,45 @@
 """Generated images between stages: uint8 shards, labels, and meta.json with how they were drawn."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from tessera import seeding
+from tessera.artifacts import described
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
-from tessera.artifacts.shards import Shards
+from tessera.artifacts.shards import Shards, labels_of
+from tessera.components import Params
+from tessera.contracts import ImageSpec
+
+
+class Described(Params):
+    """meta.json: how they were drawn, from what."""
+
+    num_images: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0)]
+    sampling: dict[str, Any]
+    weights: str
+    prior_fingerprint: str
+    tokenizer_fingerprint: str
+    choice: dict[str, Any] | None = None  # of the weights
 
 
 class Samples:
-    """A verified samples artifact, memory-mapped. `expected`: how many images were asked for; fewer are an error."""
+    """A verified samples artifact of images with this spec, memory-mapped. `expected`: how many images were asked for; fewer
+    are an error."""
 
-    def __init__(self, folder: Path, expected: int | None = None):
+    def __init__(self, folder: Path, spec: ImageSpec, expected: int | None = None):
         folder = artifact.check(folder)
-        self.pixels, self.labels = Shards(folder, "images"), Shards(folder, "labels").all()
-        self.meta: dict[str, Any] = artifact.read_json(folder / "meta.json")
-        if self.pixels.dtype != np.uint8 or len(self.pixels) != len(self.labels):
+        self.pixels = Shards(folder, "images", np.uint8, (spec.channels, spec.height, spec.width))
+        self.labels = labels_of(folder, spec.num_classes)
+        self.meta = described.read(folder / "meta.json", Described).model_dump(mode="json", exclude_unset=True)
+        if len(self.pixels) != len(self.labels) or len(self.pixels) != self.meta["num_images"]:
             raise ArtifactError(
-                f"{folder} holds {len(self.pixels)} {self.pixels.dtype} images and {len(self.labels)} labels, expected uint8"
+                f"{folder} holds {len(self.pixels)} images and {len(self.labels)} labels, expected the "
+                f"{self.meta['num_images']} of its meta.json. {artifact.remedy(folder)}"
             )
         if expected is not None and len(self.pixels) != expected:
             raise ArtifactError(

@@ -6,6 +6,7 @@ from types import TracebackType
 
 import numpy as np
 
+from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
 
 SHARD_BYTES = 256 * 2**20
@@ -54,16 +55,24 @@ class ShardWriter:
 
 
 class Shards:
-    """Read-only rows of all shards of a stem. Memory use is that of the rows asked for."""
+    """Read-only rows of all shards of a stem. Memory use is that of the rows asked for.
 
-    def __init__(self, folder: Path, stem: str):
+    Raises ArtifactError, naming the file, unless all of them hold rows of one shape in the dtype that is expected.
+    """
+
+    def __init__(self, folder: Path, stem: str, dtype: type[np.generic], row_shape: tuple[int, ...] | None = None):
+        """row_shape: None, where the first shard decides it."""
         paths = sorted(Path(folder).glob(f"{stem}-[0-9]*.npy"))
         if not paths:
             raise ArtifactError(f"{folder} has no {stem}-*.npy: it holds no rows")
-        try:
-            self.arrays = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"the shards {stem}-*.npy of {folder} cannot be read: {error}") from None
+        self.arrays = [_opened(path) for path in paths]
+        shape = self.arrays[0].shape[1:] if row_shape is None else row_shape
+        for path, array in zip(paths, self.arrays, strict=True):
+            if array.ndim == 0 or array.dtype != dtype or array.shape[1:] != shape:
+                raise ArtifactError(
+                    f"{path} holds {array.dtype} of shape {array.shape}, expected rows of {np.dtype(dtype)} {shape}. "
+                    f"{_remedy(Path(folder))}"
+                )
         self.starts = np.cumsum([0, *(len(array) for array in self.arrays)])
         self.dtype, self.row_shape = self.arrays[0].dtype, self.arrays[0].shape[1:]
 
@@ -85,6 +94,31 @@ class Shards:
     def all(self) -> np.ndarray:
         """Every row, in memory: for labels and small sets."""
         return np.concatenate(self.arrays)
+
+
+def _remedy(folder: Path) -> str:
+    return artifact.remedy(folder if (folder / artifact.MANIFEST).is_file() else folder.parent)  # a split of it
+
+
+def _opened(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # NumPy's parser of headers raises whatever a hostile one leads it to
+        raise ArtifactError(
+            f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}), expected an array of numbers as numpy.save "
+            f"writes it. {_remedy(path.parent)}"
+        ) from None
+
+
+def labels_of(folder: Path, num_classes: int) -> np.ndarray:
+    """(N,) int64, the labels of a folder, in memory. Raises ArtifactError unless they are those of classes."""
+    found = Shards(folder, "labels", np.int64, ()).all()
+    if len(found) and not (found.min() >= 0 and found.max() < num_classes):
+        raise ArtifactError(
+            f"{folder}/labels-*.npy hold {found.min()} to {found.max()}, expected 0 to {num_classes - 1}. "
+            f"{_remedy(Path(folder))}"
+        )
+    return found
 
 
 def spread(number: int, at_most: int) -> np.ndarray:

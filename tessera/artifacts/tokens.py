@@ -5,14 +5,17 @@ Latents lie as the encoder gave them; their mean and deviation per channel, in t
 
 import copy
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 
+from tessera.artifacts import described
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
-from tessera.artifacts.shards import Shards
-from tessera.components import parse
+from tessera.artifacts.shards import Shards, labels_of
+from tessera.components import Params
 from tessera.contracts import Learns, TokenBatch, Tokenizer, TokenSpec
 
 
@@ -31,9 +34,10 @@ class Tokens:
                 f"{folder} holds no indices: its tokenizer has no codebook. Use a prior that learns latents"
             )
         self.spec, self.learns, self.split = spec, learns, split
-        self.values = Shards(folder / split, learns)  # rows (V, *index_grid) or (V, D, h, w)
-        self.labels = Shards(folder / split, "labels").all()  # (N,) int64
         grid = spec.index_grid if learns == "indices" else spec.latent_shape
+        dtype = index_dtype(spec.codebook_size) if learns == "indices" else np.float32
+        self.values = Shards(folder / split, learns, dtype)  # rows (V, *index_grid) or (V, D, h, w)
+        self.labels = labels_of(folder / split, spec.num_classes)  # (N,) int64
         if self.values.row_shape[1:] != grid or len(self.labels) != len(self.values):
             raise ArtifactError(f"{folder}/{split} holds {learns} {self.values.row_shape}, expected (views, *{grid})")
         self.num_views = num_views or self.values.row_shape[0]
@@ -70,10 +74,30 @@ class Tokens:
         values = self.values.gather(self.rows[rows_])[np.arange(len(rows_)), views]
         labels = torch.from_numpy(self.labels[rows_])
         if self.learns == "latents":
+            require_finite(values)
             return TokenBatch(standardize(torch.from_numpy(values), self.spec), labels)
-        if values.max(initial=0) >= self.spec.codebook_size:
-            raise ArtifactError(f"index {values.max()} is outside the codebook of {self.spec.codebook_size} codes")
+        require_codes(values, self.spec.codebook_size)
         return TokenBatch(torch.from_numpy(values.astype(np.int64)), labels)
+
+
+def require_codes(indices: np.ndarray, codebook_size: int) -> None:
+    """Raises ArtifactError for an index that is of no code."""
+    low, high = indices.min(initial=0), indices.max(initial=0)
+    if low < 0 or high >= codebook_size:
+        raise ArtifactError(f"index {low if low < 0 else high} is outside the codebook of {codebook_size} codes")
+
+
+def require_finite(latents: np.ndarray) -> None:
+    """Raises ArtifactError unless all latents are numbers."""
+    if not np.isfinite(latents).all():
+        raise ArtifactError("the tokens hold latents that are not finite: look for NaN in the tokenizer's weights")
+
+
+class Described(Params):
+    """meta.json"""
+
+    spec: described.OfTokens
+    num_views: Annotated[int, Field(ge=1)]  # of a training image
 
 
 class TokensOnDevice:
@@ -83,11 +107,10 @@ class TokensOnDevice:
         values = tokens.values.gather(tokens.rows)
         self.tokens = tokens
         if tokens.learns == "indices":
-            if values.max(initial=0) >= tokens.spec.codebook_size:
-                raise ArtifactError(
-                    f"index {values.max()} is outside the codebook of {tokens.spec.codebook_size} codes"
-                )
+            require_codes(values, tokens.spec.codebook_size)
             values = values.astype(np.int32)  # torch gathers no uint16
+        else:
+            require_finite(values)
         self.values = torch.from_numpy(values).to(device)
         self.labels = torch.from_numpy(tokens.labels).to(device)
 
@@ -128,7 +151,7 @@ def _channels(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
 
 def read_spec(folder: Path) -> TokenSpec:
     """The spec of a tokens artifact, unverified."""
-    return parse(TokenSpec, artifact.read_json(Path(folder) / "meta.json")["spec"], f"{folder}/meta.json")
+    return described.read(Path(folder) / "meta.json", Described).spec
 
 
 def read(folder: Path, learns: Learns, num_views: int | None = None) -> tuple[TokenSpec, dict[str, Tokens]]:

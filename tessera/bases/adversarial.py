@@ -31,7 +31,7 @@ class AdversarialConfig(AutoencoderConfig):
     discriminator_start_step: Annotated[int, Field(ge=0)] = 0
     discriminator_channels: Annotated[int, Field(ge=8)] = 32
     discriminator_layers: Annotated[int, Field(ge=1)] = 2  # with stride 2, each doubles the patch
-    discriminator_learning_rate_factor: Annotated[float, Field(gt=0)] = 1.0  # times training.learning_rate
+    discriminator_learning_rate_factor: Annotated[float, Field(ge=1e-9, le=1e6)] = 1.0  # times training.learning_rate
     lecam_weight: Weight = 0.001
 
 

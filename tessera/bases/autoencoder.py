@@ -22,7 +22,7 @@ from tessera.contracts import Encoded, HasLevels, ImageSpec, Quantized
 from tessera.nn.autoencoder import Decoder, Encoder
 from tessera.nn.image_losses import Lpips, laplacian_loss, pixel_loss
 
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e4)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 

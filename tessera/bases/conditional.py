@@ -9,7 +9,7 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,7 +17,17 @@ from tessera.bases.optimization import Fraction, optimizers_for
 from tessera.components import Params
 from tessera.contracts import TokenBatch, TokenSpec
 
-Ramp = Literal["constant"] | Annotated[float, Field(gt=0)]
+
+def rising(ends: tuple[float, float]) -> tuple[float, float]:
+    """The two ends of an interval. Raises ValueError unless the first is the lower one."""
+    if not ends[0] < ends[1]:
+        raise ValueError(f"[{ends[0]:g}, {ends[1]:g}] is no interval: expected the lower end first, then a higher one")
+    return ends
+
+
+GuidanceScale = Annotated[float, Field(ge=0, le=100)]
+Ramp = Literal["constant"] | Annotated[float, Field(ge=0.01, le=100)]
+GuidanceInterval = Annotated[tuple[Fraction, Fraction], AfterValidator(rising)]  # times
 
 
 class PriorSettings(Params):

@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from tessera.components import Params
 from tessera.nn.muon import Muon
 
-Positive = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(ge=1e-8, le=10)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Training(Params):
@@ -27,14 +28,14 @@ class Training(Params):
     batch_size: Annotated[int, Field(ge=1)] = 64  # images per optimizer step, over all devices
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1  # micro-batches per step; divides batch_size
     optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: Positive = 1e-3
-    muon_learning_rate: Positive = 2e-3  # of the hidden matrices, when optimizer is muon; scaled to match AdamW's RMS
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # of matrices and kernels only
+    learning_rate: Rate = 1e-3
+    muon_learning_rate: Rate = 2e-3  # of the hidden matrices, when optimizer is muon; scaled to match AdamW's RMS
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.05  # of matrices and kernels only
     warmup_fraction: Fraction = 0.03  # of num_steps, linear from 0
     final_learning_rate_fraction: Fraction = 0.05  # the cosine ends here
-    gradient_clip: Positive = 1.0  # largest gradient norm
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998  # of the weight average that is kept; 0: the raw weights
+    gradient_clip: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0  # largest gradient norm
+    ema_decay: Decay = 0.998  # of the weight average that is kept; 0: the raw weights
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of the networks; losses and optimizer stay fp32
     compile: bool = False  # torch.compile of the networks: minutes at the start, faster steps on a GPU
     gradient_checkpointing: bool = False  # blocks are run again in the backward pass: a third slower, far less memory

@@ -10,13 +10,16 @@ names of the files, as if each could be read. `dvc repro` asks the same when it 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from tessera import params as all_params
-from tessera.check import estimate, images, problems
-from tessera.contracts import Planned
 from tessera.params import Pipeline
+from tessera.sources.hashing import require_hashable
+
+if TYPE_CHECKING:
+    from tessera.contracts import Planned  # torch, before which the params are read
 
 IMAGES, LOCK = Path("data/images"), Path("dvc.lock")
 
@@ -30,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         params = all_params.read(given.params)
+        from tessera.check import estimate, problems  # torch
+
+        require_hashable(Path(params.dataset.source))
         planned = known(params, given.params)
         found = problems.problems(params, planned)
         expected = f"; {estimate.of_run(params, planned).sentence()}" if given.minutes and not found else ""
@@ -39,12 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     if found:
         print("\n".join(found), file=sys.stderr)
         return 2
-    print(f"all is well: {sentence(params, planned)}{expected}")
+    print("\n".join([*problems.remarks(planned), f"all is well: {sentence(params, planned)}{expected}"]))
     return 0
 
 
-def known(params: Pipeline, path: Path) -> Planned:
+def known(params: Pipeline, path: Path) -> "Planned":
     """What is known of the images: by data/images if they are of this dataset, by the source otherwise."""
+    from tessera.check import images
+
     prepared = images.of_artifact(params, IMAGES) if _are_prepared(path) else None
     return prepared or images.of_source(params)
 
@@ -59,7 +67,7 @@ def _are_prepared(path: Path) -> bool:
         return False
 
 
-def sentence(params: Pipeline, planned: Planned) -> str:
+def sentence(params: Pipeline, planned: "Planned") -> str:
     spec, number = planned.spec, {split: len(labels) for split, labels in planned.labels.items()}
     classes = f"{spec.num_classes} classes" if spec.num_classes > 1 else "no classes"
     return (

@@ -8,7 +8,7 @@ import numpy as np
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import SPLITS
-from tessera.artifacts.shards import Shards
+from tessera.artifacts.shards import labels_of
 from tessera.components import load
 from tessera.contracts import ImageSpec, Planned
 from tessera.params import Pipeline
@@ -29,8 +29,9 @@ def of_artifact(params: Pipeline, images: Path) -> Planned | None:
         for name in ("meta.json", *names):
             if artifact.sha256(images / name) != artifact.file_sha256(images, name):
                 return None
-        labels = {split: Shards(images / split, "labels").all() for split in SPLITS}
-        return planned(params, image_artifact.read_spec(images), labels)
+        spec = image_artifact.read_spec(images)
+        labels = {split: labels_of(images / split, spec.num_classes) for split in SPLITS}
+        return planned(params, spec, labels)
     except (OSError, ValueError, KeyError):
         return None
 

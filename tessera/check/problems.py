@@ -25,6 +25,8 @@ from tessera.nn.weightless import WithoutWeights
 from tessera.params import Pipeline
 from tessera.training import views
 
+MOST_NAMED = 20  # classes, in a sentence
+
 
 def problems(params: Pipeline, planned: Planned, is_begin: bool = True) -> list[str]:
     """A sentence for each, beginning with the key that it is about.
@@ -35,6 +37,18 @@ def problems(params: Pipeline, planned: Planned, is_begin: bool = True) -> list[
     if is_begin:
         asked.append(f"{where}: {sentence}" for where, config in _configs(params) for sentence in _weights(config))
     return [sentence for some in asked for sentence in some]
+
+
+def remarks(planned: Planned) -> list[str]:
+    """A sentence for each thing that can be borne, but that nobody would expect."""
+    spec, counts = planned.spec, np.bincount(planned.labels["train"], minlength=planned.spec.num_classes)
+    barren = [f"{label} ({spec.class_names[label]!r})" for label in np.flatnonzero(counts == 0)]
+    if not barren:
+        return []
+    return [
+        f"class {', '.join(barren[:MOST_NAMED])}{' and others' if len(barren) > MOST_NAMED else ''} of {spec.name} has no "
+        f"training image: no prior learns it, and to draw it is refused; add images of it, or take it out"
+    ]
 
 
 def require(params: Pipeline, planned: Planned, is_begin: bool = True) -> None:

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from tessera.components import Params
 from tessera.contracts import ImageSpec
-from tessera.sources.records import Record, array_records, stratified_test_rows
+from tessera.sources.records import DatasetName, Record, array_records, stratified_test_rows
 
 LICENCE = "none stated by its authors; cite Krizhevsky 2009"
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -33,7 +33,7 @@ MAX_BATCH_BYTES = 64 * 2**20  # the published ones have 31 MB
 class Config(Params):
     kind: Literal["cifar10"]
     source: str  # a folder with data_batch_1 to 5 and test_batch, cifar-10-python.tar.gz, or an .npz with x and y
-    name: str = "cifar10"
+    name: DatasetName = "cifar10"
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of an .npz
     split_seed: int = 0  # of an .npz
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from tessera.components import Params
 from tessera.contracts import Count, ImageSpec
-from tessera.sources.records import Record, array_records, stratified_test_rows
+from tessera.sources.records import DatasetName, Record, array_records, stratified_test_rows
 
 LICENCE = "CC BY 4.0 (UCI), shipped with scikit-learn (BSD-3-Clause)"
 
@@ -20,7 +20,7 @@ LICENCE = "CC BY 4.0 (UCI), shipped with scikit-learn (BSD-3-Clause)"
 class Config(Params):
     kind: Literal["digits"]
     source: str  # the file that pins scikit-learn's version, and with it the data
-    name: str = "digits"
+    name: DatasetName = "digits"
     upsample: Count = 1  # each pixel becomes upsample x upsample pixels
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     split_seed: int = 0

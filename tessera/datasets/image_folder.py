@@ -24,7 +24,7 @@ from tessera.contracts import Count, ImageSpec
 from tessera.seeding import derive
 from tessera.sources.archives import Entry, Limits, Reader, open_source
 from tessera.sources.decoding import PILLOW_MAX_PIXELS, Background, Filter, Resize, decode, pillow_warnings
-from tessera.sources.records import Record, Unreadable
+from tessera.sources.records import DatasetName, Record, Unreadable
 
 LICENCE = "not stated: that of the images' authors"
 TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that exists beside train/ is the test split
@@ -35,7 +35,7 @@ CHUNK_FILES, CHUNK_BYTES = 256, 64 * 2**20  # decoded together
 class Config(Params):
     kind: Literal["image_folder"]
     source: str  # a folder, a .tar(.gz, .xz, .bz2) or a .zip
-    name: str = "image-folder"
+    name: DatasetName = "image-folder"
     root: str = ""  # the folder inside the source that holds the data, such as "archive/images"
     height: Count
     width: Count

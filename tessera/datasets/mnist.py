@@ -17,7 +17,7 @@ from pydantic import Field
 
 from tessera.components import Params
 from tessera.contracts import Count, ImageSpec
-from tessera.sources.records import Record, array_records
+from tessera.sources.records import DatasetName, Record, array_records
 
 LICENCE = "MNIST: CC BY-SA 3.0 (Y. LeCun, C. Cortes). Fashion-MNIST: MIT (Zalando SE)"
 SIDE = 28
@@ -28,7 +28,7 @@ PREFIXES = {"train": "train", "test": "t10k"}
 class Config(Params):
     kind: Literal["mnist"]
     source: str  # the folder of the four files; their names may have a prefix, as in mnist-train-images-idx3-ubyte.xz
-    name: str = "mnist"
+    name: DatasetName = "mnist"
     class_names: Annotated[tuple[str, ...], Field(min_length=1)] = tuple("0123456789")
     pad: Annotated[int, Field(ge=0)] = 0  # black pixels added on each side: 2 makes 28 into 32
     num_train: Count | None = None  # only the first ones; None: all

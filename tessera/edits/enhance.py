@@ -25,27 +25,32 @@ from tessera.nn.samplers import noise
 from tessera.system import System
 
 LEAST_STD = 0.02  # of a measurement's noise: with less, the steps towards it would be blind to the prior
-Positive = Annotated[float, Field(gt=0)]
+LEAST_NOISE = 0.001  # a gray level of 255 is 0.008
+NoiseStd = Annotated[float, Field(ge=0, le=10)]
+PixelStd = Annotated[float, Field(ge=0.001, le=10)]
+Trust = Annotated[float, Field(ge=0.001, le=1e4)]
 NEEDS = (Denoises, PredictsMasked)  # a prior with one of these abilities
 
 
 class Config(Params):
     kind: Literal["enhance"] = "enhance"
     damage: Literal["noise", "blur", "downsample"] = "noise"
-    noise_std: Annotated[float, Field(ge=0)] = 0.02  # of the measurement, in [-1, 1]; with damage noise, all there is
-    blur_std: Positive = 1.0  # pixels
+    noise_std: NoiseStd = 0.02  # of the measurement, in [-1, 1]; with damage noise, all there is
+    blur_std: Annotated[float, Field(ge=0.1, le=100)] = 1.0  # pixels
     factor: Annotated[int, Field(ge=1)] = 2  # downsample: means of factor x factor pixels
-    pixel_std: Positive = 0.2  # of what decoded tokens cannot explain, in [-1, 1]; masked priors
-    trust: Positive = 6.0  # weight of the measurement against a masked prior, which is only an estimate
-    correction_steps: Annotated[int, Field(ge=0)] = 20  # of Adam, at each level; diffusion and flow
-    sweeps: Annotated[int, Field(ge=1)] = 6  # in which every token is drawn again; masked priors
-    candidates: Annotated[int, Field(ge=1)] = 16  # for each token; masked priors
+    pixel_std: PixelStd = 0.2  # of what decoded tokens cannot explain, in [-1, 1]; masked priors
+    trust: Trust = 6.0  # weight of the measurement against a masked prior, which is only an estimate
+    correction_steps: Annotated[int, Field(ge=0, le=10_000)] = 20  # of Adam, at each level; diffusion and flow
+    sweeps: Annotated[int, Field(ge=1, le=1000)] = 6  # in which every token is drawn again; masked priors
+    candidates: Annotated[int, Field(ge=1, le=1000)] = 16  # for each token; masked priors
     told_label: Literal["none", "own"] = "none"
 
     @model_validator(mode="after")
     def _noise_is_some(self) -> "Config":
-        if self.damage == "noise" and not self.noise_std:
-            raise ValueError("damage noise with noise_std 0 is no damage: expected noise_std above 0, e.g. 0.2")
+        if self.damage == "noise" and self.noise_std < LEAST_NOISE:
+            raise ValueError(
+                f"damage noise with noise_std {self.noise_std:g} is no damage: expected at least {LEAST_NOISE}, e.g. 0.2"
+            )
         return self
 
 

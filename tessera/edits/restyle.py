@@ -28,13 +28,14 @@ from tessera.system import System
 
 MASKINGS = 4  # times that a masked prior judges the tokens
 SEEN_SHARE = 0.1  # of the tokens, by which it judges the others
+Candidates = Annotated[int, Field(ge=1, le=1000)]
 NEEDS = (Completes, Denoises)  # a prior with one of these abilities
 
 
 class Config(Params):
     kind: Literal["restyle"] = "restyle"
     strength: Annotated[float, Field(ge=0, le=1)] = 0.6
-    candidates: Annotated[int, Field(ge=1)] = 4  # of priors of indices: the one is kept that shows the label best
+    candidates: Candidates = 4  # of priors of indices: the one is kept that shows the label best
     target: Annotated[int, Field(ge=0)] | None = None  # the label to restyle towards; null: the image's own
 
 
@@ -44,6 +45,8 @@ def problems(config: Config, planned: Planned) -> Iterator[str]:
             f"target is {config.target}, but there are {planned.spec.num_classes} classes: write 0 to "
             f"{planned.spec.num_classes - 1}"
         )
+    elif config.target is not None and config.target not in planned.labels["train"]:
+        yield f"target is {config.target}, a class without a training image: write another one, or null"
 
 
 def edit(
@@ -65,6 +68,7 @@ def edit(
                 f"restyle.target is {config.target}, but there are {system.spec.num_classes} classes: expected 0 to "
                 f"{system.spec.num_classes - 1}"
             )
+        system.require_trained_on([config.target])
         labels = torch.full_like(labels, config.target)
     latents = system.encode_latents(images)
     if reference is not None:
@@ -151,8 +155,9 @@ def _log_probs(indices: Tensor, given: Tensor, labels: Tensor, system: System) -
 def trial(
     images: Tensor, labels: Tensor, system: System, config: Config, sampling: Any, generator: torch.Generator
 ) -> Trial:
-    """Towards the next class, or towards `target` if that is set."""
-    wanted = (labels + 1) % system.spec.num_classes
+    """Towards the next class that there are training images of, or towards `target` if that is set."""
+    known = torch.from_numpy(system.labels).to(labels)
+    wanted = known[torch.searchsorted(known, labels, right=True) % len(known)]
     if config.target is not None:
         wanted = torch.full_like(labels, config.target)
     edited = edit(images, wanted, system, config, sampling, generator)

@@ -72,9 +72,12 @@ class Judge:
 
     @torch.no_grad()
     def batches(self, pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> Iterator[Tensor]:
-        """(n, D) float32 features on the CPU of uint8 images (N, C, H, W), or of the given rows of them, in batches."""
+        """(n, D) float32 features on the CPU of uint8 images (N, C, H, W), or of the given rows of them, in batches.
+
+        Raises ValueError unless they are finite, as do all that follow.
+        """
         for batch in self._batches(pixels, rows):
-            yield self.model.features(batch).cpu()
+            yield _finite(self.model.features(batch).cpu(), "features")
 
     def summary(self, pixels: Shards | np.ndarray, max_features: int, rows: np.ndarray | None = None) -> Summary:
         """What is kept of the features of these images."""
@@ -93,18 +96,14 @@ class Judge:
 
     @torch.no_grad()
     def logits(self, pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> Tensor:
-        """(N, num_classes) on the CPU, of a network that has them. Raises ValueError unless they are finite."""
-        logits = torch.cat([self.model.logits(batch).cpu() for batch in self._batches(pixels, rows)])
-        if not logits.isfinite().all():  # argmax takes NaN for the largest: a class like another
-            raise ValueError(
-                "logits hold values that are not finite, expected finite ones: look for NaN in the images or the weights"
-            )
-        return logits
+        """(N, num_classes) on the CPU, of a network that has them."""
+        return _finite(torch.cat([self.model.logits(batch).cpu() for batch in self._batches(pixels, rows)]), "logits")
 
     @torch.no_grad()
     def class_logits(self, pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
         """(N, number of ImageNet's classes): what the Inception Score is taken of."""
-        return np.concatenate([self.model.class_logits(batch).cpu().numpy() for batch in self._batches(pixels, rows)])
+        found = [self.model.class_logits(batch).cpu() for batch in self._batches(pixels, rows)]
+        return _finite(torch.cat(found), "logits").numpy()
 
     @staticmethod
     def read(folder: Path, name: str = "") -> "Judge":
@@ -115,3 +114,12 @@ class Judge:
     def _batches(self, pixels: Shards | np.ndarray, rows: np.ndarray | None) -> Iterator[Tensor]:
         for values in in_batches(pixels, rows):
             yield to_float(torch.from_numpy(values).to(self.device))
+
+
+def _finite(values: Tensor, what: str) -> Tensor:
+    """A comparison with NaN is False, and argmax takes it for the largest: copies would be none, a class one like another."""
+    if not values.isfinite().all():
+        raise ValueError(
+            f"{what} hold values that are not finite, expected finite ones: look for NaN in the images or the weights"
+        )
+    return values

@@ -4,20 +4,24 @@ Per split: features of its images (float32 shards) and SPLIT.npz with their mean
 float64, in the layout that pytorch-fid and its kin read: other projects can judge against the same reference.
 """
 
+import math
 import zipfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from tessera.artifacts import described
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
 from tessera.artifacts.shards import Shards, spread
-from tessera.components import Params, parse
+from tessera.components import Params
 from tessera.evaluation.figures import Protocol, Setting
 from tessera.metrics.frechet import Moments
+
+HEADER_BYTES = 1024  # of an .npy
 
 
 class Split(Params):
@@ -33,7 +37,13 @@ class Described(Params):
     network: str  # the kind
     network_sha256: str  # of its weights
     resize: str
-    splits: dict[str, Split]
+    splits: dict[Literal["train", "test"], Split]
+
+    @model_validator(mode="after")
+    def _has_both_splits(self) -> "Described":
+        if len(self.splits) != 2 or any(split.num_features > split.num_images for split in self.splits.values()):
+            raise ValueError("expected splits train and test, with no more features than images")
+        return self
 
 
 class Reference:
@@ -41,23 +51,36 @@ class Reference:
 
     def __init__(self, folder: Path):
         self.folder = artifact.check(folder)
-        meta: Any = artifact.read_json(self.folder / "meta.json")
-        self.described = parse(Described, meta, f"{self.folder}/meta.json")
+        self.described = described.read(self.folder / "meta.json", Described)
 
     def moments(self, split: str) -> Moments:
-        path = self.folder / f"{split}.npz"
+        path, width = self.folder / f"{split}.npz", self._features(split).row_shape[0]
         try:
-            with np.load(path, allow_pickle=False) as file:
-                mean, covariance = torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            mean, covariance = (
+                read_moments(path, name, shape) for name, shape in (("mu", (width,)), ("sigma", (width,) * 2))
+            )
+        except Exception as error:  # a zip by a stranger, whose headers NumPy parses
             raise ArtifactError(
-                f"{path} holds no arrays mu and sigma: {error}. {artifact.remedy(self.folder)}"
+                f"{path} holds no arrays mu and sigma of {width} features ({type(error).__name__}: {str(error)[:200]}). "
+                f"{artifact.remedy(self.folder)}"
             ) from None
-        return Moments(mean, covariance, self.described.splits[split].num_images)
+        return Moments(torch.from_numpy(mean), torch.from_numpy(covariance), self.described.splits[split].num_images)
 
     def features(self, split: str) -> np.ndarray:
         """(num_features, D) float64"""
-        return Shards(self.folder, f"features-{split}").all().astype(np.float64)
+        found = self._features(split).all().astype(np.float64)
+        if not np.isfinite(found).all():
+            raise ArtifactError(f"{self.folder} holds features of the {split} images that are not finite")
+        return found
+
+    def _features(self, split: str) -> Shards:
+        found = Shards(self.folder, f"features-{split}", np.float32)
+        if len(found.row_shape) != 1 or len(found) != self.described.splits[split].num_features:
+            raise ArtifactError(
+                f"{self.folder} has {len(found)} rows {found.row_shape} of features of the {split} images, expected "
+                f"{self.described.splits[split].num_features} vectors. {artifact.remedy(self.folder)}"
+            )
+        return found
 
     def features_at(self, split: str, rows: np.ndarray) -> np.ndarray:
         """(n, D) float64 features of these images of the split. Raises ValueError if one of them was not kept."""
@@ -94,6 +117,19 @@ class Reference:
     def feature_rows(self, split: str) -> np.ndarray:
         """(num_features,) which images of the split these are of."""
         return spread(self.described.splits[split].num_images, self.described.splits[split].num_features)
+
+
+def read_moments(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One float64 array of an .npz, of this shape, read only if it claims no more bytes. Raises whatever damage leads to."""
+    with zipfile.ZipFile(path) as file:
+        claimed, most = file.getinfo(f"{name}.npy").file_size, 8 * math.prod(shape) + HEADER_BYTES
+    if claimed > most:
+        raise ValueError(f"{name} has {claimed:,} bytes, expected at most {most:,}")
+    with np.load(path, allow_pickle=False) as file:
+        found = file[name]
+    if found.dtype != np.float64 or found.shape != shape or not np.isfinite(found).all():
+        raise ValueError(f"{name} is {found.dtype} {found.shape}, expected finite float64 {shape}")
+    return found
 
 
 def write_moments(path: Path, moments: Moments) -> None:

@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tessera.bases.conditional import ConditionalConfig, ConditionalModel, ConditionalObjective, Ramp, guided, ramped
+from tessera.bases.conditional import (
+    ConditionalConfig,
+    ConditionalModel,
+    ConditionalObjective,
+    GuidanceScale,
+    Ramp,
+    guided,
+    ramped,
+)
 from tessera.bases.optimization import Fraction, Training
 from tessera.bases.transformer import TransformerConfig
 from tessera.components import Params
@@ -52,9 +60,9 @@ class Config(TransformerConfig, ConditionalConfig):
 
 
 class Sampling(Params):
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # uncond + scale * (cond - uncond); 1: off
+    guidance_scale: GuidanceScale = 1.0  # uncond + scale * (cond - uncond); 1: off
     guidance_ramp: Ramp = "constant"  # or the power of the cosine by which the scale rises from 1
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0  # keep the k likeliest indices; 0: all
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # keep the fewest indices that hold this probability; 1: all
 

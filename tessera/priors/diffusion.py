@@ -14,16 +14,30 @@ from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
-from tessera.bases.conditional import ConditionalConfig, ConditionalModel, ConditionalObjective, guided
-from tessera.bases.optimization import Fraction, Positive, Training
+from tessera.bases.conditional import (
+    ConditionalConfig,
+    ConditionalModel,
+    ConditionalObjective,
+    GuidanceInterval,
+    GuidanceScale,
+    guided,
+    rising,
+)
+from tessera.bases.optimization import Fraction, Training
 from tessera.components import DenoiserConfig, Params, load
 from tessera.contracts import Learns, TokenSpec
 from tessera.nn import noise_levels, samplers
 
 LEARNS: Learns = "latents"
+Sigma = Annotated[float, Field(ge=1e-4, le=1e4)]
+LogSigma = Annotated[float, Field(ge=-5, le=5)]
+Snr = Annotated[float, Field(ge=0.01, le=1e4)]
+LogSnr = Annotated[float, Field(ge=-10, le=10)]
+Latent = Annotated[float, Field(ge=-1e6, le=1e6)]
+Range = Annotated[tuple[Latent, Latent], AfterValidator(rising)]
 
 
 class Config(ConditionalConfig):
@@ -31,22 +45,22 @@ class Config(ConditionalConfig):
     denoiser: DenoiserConfig  # the network
     predicts: Literal["velocity", "noise", "data"] = "velocity"  # what the network's output means
     schedule: Literal["cosine", "edm"] = "edm"
-    log_snr_shift: float = 0.0  # cosine: added to the log of the signal-to-noise ratio, below 0: noisier
-    sigma_log_mean: float = -0.5  # edm: of log sigma in training; EDM's -1.2, in units of the data's std
-    sigma_log_std: Positive = 1.2
-    min_snr: Positive | None = None  # largest weight of the data's squared error; null: the velocity's weight
+    log_snr_shift: LogSnr = 0.0  # cosine: added to the log of the signal-to-noise ratio, below 0: noisier
+    sigma_log_mean: LogSigma = -0.5  # edm: of log sigma in training; EDM's -1.2, in units of the data's std
+    sigma_log_std: Annotated[float, Field(ge=0.01, le=5)] = 1.2
+    min_snr: Snr | None = None  # largest weight of the data's squared error; null: the velocity's weight
     training: Training
 
 
 class Sampling(Params):
     sampler: Literal["ancestral", "ddim", "heun", "dpm_solver"] = "dpm_solver"
-    num_steps: Annotated[int, Field(ge=1)] = 20
+    num_steps: Annotated[int, Field(ge=1, le=10_000)] = 20
     eta: Fraction = 0.0  # ddim: share of the ancestral sampler's fresh noise
-    sigma_min: Positive = 0.01  # edm: the last level before 0
-    sigma_max: Positive = 80.0  # edm: the first level
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # uncond + scale * (cond - uncond); 1: off
-    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # times within which guidance acts: 1 / (1 + sigma)
-    clip_data: tuple[float, float] | None = None  # bounds of the predicted latents, as the tokenizer gives them
+    sigma_min: Sigma = 0.01  # edm: the last level before 0
+    sigma_max: Sigma = 80.0  # edm: the first level
+    guidance_scale: GuidanceScale = 1.0  # uncond + scale * (cond - uncond); 1: off
+    guidance_interval: GuidanceInterval = (0.0, 1.0)  # times within which guidance acts: 1 / (1 + sigma)
+    clip_data: Range | None = None  # bounds of the predicted latents, as the tokenizer gives them
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "Sampling":

@@ -17,8 +17,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from tessera.bases.conditional import ConditionalConfig, ConditionalModel, ConditionalObjective, guided
-from tessera.bases.optimization import Fraction, Training
+from tessera.bases.conditional import (
+    ConditionalConfig,
+    ConditionalModel,
+    ConditionalObjective,
+    GuidanceInterval,
+    GuidanceScale,
+    guided,
+)
+from tessera.bases.optimization import Training
 from tessera.components import DenoiserConfig, Params, load
 from tessera.contracts import Learns, TokenSpec
 from tessera.nn import samplers
@@ -31,15 +38,15 @@ class Config(ConditionalConfig):
     kind: Literal["flow_matching"] = "flow_matching"
     denoiser: DenoiserConfig  # the network
     predicts: Literal["velocity", "data"] = "velocity"  # what the network's output means; the loss is the velocity's
-    time_mean: float = 0.0  # of the normal whose sigmoid is the training time
-    time_std: Annotated[float, Field(gt=0)] = 1.0
+    time_mean: Annotated[float, Field(ge=-10, le=10)] = 0.0  # of the normal whose sigmoid is the training time
+    time_std: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     training: Training
 
 
 class Sampling(Params):
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # uncond + scale * (cond - uncond); 1: off
-    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # times within which guidance acts
-    num_steps: Annotated[int, Field(ge=1)] = 20
+    guidance_scale: GuidanceScale = 1.0  # uncond + scale * (cond - uncond); 1: off
+    guidance_interval: GuidanceInterval = (0.0, 1.0)  # times within which guidance acts
+    num_steps: Annotated[int, Field(ge=1, le=10_000)] = 20
     solver: Literal["euler", "heun"] = "heun"  # Heun: two network calls a step, one in the last
 
 

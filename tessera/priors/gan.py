@@ -23,21 +23,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tessera.bases.conditional import PriorSettings
-from tessera.bases.optimization import Fraction, Training, optimizers_for
+from tessera.bases.optimization import Decay, Fraction, Training, optimizers_for
 from tessera.components import Params
 from tessera.contracts import Count, Learns, TokenBatch, TokenSpec
 from tessera.nn.adversarial_networks import Generator, Normalization, ProjectionDiscriminator, Sizes, levels_of
 from tessera.nn.augmentation import Augmentation, augmented
 
 LEARNS: Learns = "latents"
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e4)]
 
 
 class AdversarialTraining(Training):
     """Momentum harms the training against a moving opponent, so there is none by default."""
 
-    betas: tuple[Fraction, Fraction] = (0.0, 0.99)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Decay, Decay] = (0.0, 0.99)
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
 
 
 class Config(PriorSettings):
@@ -58,12 +58,12 @@ class Config(PriorSettings):
     penalty_interval: Count = 1  # steps between penalties, which count this many times as much
     augmentation: Augmentation = "none"
     augment_probability: Fraction = 0.5
-    discriminator_learning_rate_factor: Annotated[float, Field(gt=0)] = 1.0  # times training.learning_rate
+    discriminator_learning_rate_factor: Annotated[float, Field(ge=1e-9, le=1e6)] = 1.0  # times training.learning_rate
     training: AdversarialTraining
 
 
 class Sampling(Params):
-    truncation: Annotated[float, Field(gt=0)] | None = None  # noise beyond this is drawn anew; None: off
+    truncation: Annotated[float, Field(ge=0.01, le=100)] | None = None  # noise beyond this is drawn anew; None: off
 
 
 class Model(nn.Module):

@@ -21,7 +21,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tessera.bases.conditional import ConditionalConfig, ConditionalModel, ConditionalObjective, Ramp, guided, ramped
+from tessera.bases.conditional import (
+    ConditionalConfig,
+    ConditionalModel,
+    ConditionalObjective,
+    GuidanceScale,
+    Ramp,
+    guided,
+    ramped,
+)
 from tessera.bases.optimization import Fraction, Training
 from tessera.bases.transformer import TransformerConfig
 from tessera.components import Params
@@ -44,13 +52,13 @@ class Config(TransformerConfig, ConditionalConfig):
 
 
 class Sampling(Params):
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # uncond + scale * (cond - uncond); 1: off
+    guidance_scale: GuidanceScale = 1.0  # uncond + scale * (cond - uncond); 1: off
     guidance_ramp: Ramp = "constant"  # or the power of the cosine by which the scale rises from 1
-    decoding_steps: Annotated[int, Field(ge=1)] = 8
+    decoding_steps: Annotated[int, Field(ge=1, le=10_000)] = 8
     mask_schedule: MaskSchedule = "arccos"  # how many places stay masked after each step
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     order: Literal["confidence", "halton", "random"] = "confidence"  # which places are kept first
-    choice_temperature: Annotated[float, Field(ge=0)] = 2.0  # with confidence: of its noise, annealed to 0
+    choice_temperature: Annotated[float, Field(ge=0, le=1000)] = 2.0  # with confidence: of its noise, annealed to 0
 
 
 def mask_ratio(schedule: MaskSchedule, progress: Tensor) -> Tensor:

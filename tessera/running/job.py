@@ -49,7 +49,10 @@ class Job:
 
     def require_fit(self, params: Pipeline, spec: ImageSpec, labels: Mapping[str, np.ndarray]) -> None:
         """Raise ValueError, a sentence per problem, if a later stage could not work on images with these labels."""
-        problems.require(params, images.planned(params, spec, labels))
+        planned = images.planned(params, spec, labels)
+        problems.require(params, planned)
+        for remark in problems.remarks(planned):
+            self.say(remark)
 
     def track(self, items: Iterable[Item], total: int, what: str = "") -> Iterator[Item]:
         """Pass the items through, with a line every few seconds that says how many of `total` are done."""

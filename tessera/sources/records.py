@@ -2,11 +2,15 @@
 
 import hashlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from tessera.seeding import derive
+
+# It becomes the name of an experiment and of a registered model, where MLflow refuses slashes, colons and the like
+DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 
 class Record(NamedTuple):

@@ -14,12 +14,12 @@ from tessera.artifacts.shards import spread
 from tessera.datasets.image_folder import TEST_FOLDERS, Config
 from tessera.sources.archives import Entry, Limits, Reader, open_source
 from tessera.sources.decoding import opened, pillow_warnings
+from tessera.sources.hashing import require_hashable
 from tessera.sources.records import Unreadable
 
 MAX_LOOKED_AT = 3000  # files that are opened; of more, as many, evenly spread
 DRAFT = (256, 256)  # pixels that a JPEG is decoded to, at least: enough to see damage and colour
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
-STOPS_DVC = ("is a symbolic link to nothing", "is no regular file")  # which hashes the folder before any stage runs
 
 
 class Seen(NamedTuple):
@@ -69,9 +69,8 @@ def survey(source: Path, labels: str | None = None) -> Survey:
     limits = Limits(
         *(Config.model_fields[f"max_{name}"].default for name in ("file_bytes", "archive_bytes", "archive_files"))
     )
+    require_hashable(source)
     with open_source(source, limits) as (entries, read), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        if source.is_dir():
-            _require_what_dvc_can_hash(source, entries)
         entries = [entry for entry in entries if not entry.ignored]
         looked_at = [entries[row] for row in spread(len(entries), MAX_LOOKED_AT)] if entries else []
         with pillow_warnings():
@@ -98,14 +97,6 @@ def survey(source: Path, labels: str | None = None) -> Survey:
         _require_images_in_classes(source, [one.name for one in seen if one.reason], len(root) + bool(splits), counts)
     outside = len(names) - len(inside) + loose
     return Survey(source, len(entries), seen, "/".join(root), splits, dict(sorted(counts.items())), outside)
-
-
-def _require_what_dvc_can_hash(source: Path, entries: list[Entry]) -> None:
-    for entry in entries:
-        if entry.refusal.startswith(STOPS_DVC):
-            raise ValueError(f"{source}/{entry.name} {entry.refusal}, at which DVC stops: take it out of the folder")
-        if entry.place is not None and "\\x" in entry.name:
-            raise ValueError(f"{source}/{entry.name} has a name that is no UTF-8, at which DVC stops: rename it")
 
 
 def _require_images_in_classes(source: Path, unreadable: list[str], depth: int, counts: Counter[str]) -> None:

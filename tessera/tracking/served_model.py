@@ -60,10 +60,14 @@ class ServedImages(PythonModel):
 
         from tessera import seeding
         from tessera.components import parse
+        from tessera.system import CannotDraw
 
         settings = parse(self.system.sampling_schema, sampling)
-        with self.turn:
-            images = self.system.draw(np.array(labels), settings, seeding.generator(seed, "serve"))
+        try:
+            with self.turn:
+                images = self.system.draw(np.array(labels), settings, seeding.generator(seed, "serve"))
+        except CannotDraw as error:
+            raise Refused(str(error)) from None
         return {"images": [_png(one) for one in images], "seed": seed, "guidance_scale": sampling.get("guidance_scale")}
 
     def _read(self, table: Any) -> tuple[list[int], int, dict[str, Any]]:

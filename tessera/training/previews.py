@@ -43,10 +43,15 @@ class Previews:
         if elapsed < FIRST_SECONDS or (self._longest and self._spent + self._longest > SHARE * elapsed):
             return
         was_training = model.training
-        with torch.no_grad():
-            images = self._draw(model.eval())
+        try:
+            with torch.no_grad():
+                images = self._draw(model.eval())
+            self._job.preview(images, COLUMNS)
+        except (
+            ValueError
+        ) as refusal:  # of images that are not finite yet: a training does not end for want of a picture
+            self._job.say(f"no picture this time: {refusal}")
         model.train(was_training)
-        self._job.preview(images, COLUMNS)
         seconds = time.monotonic() - began
         self._spent += seconds
         self._longest = max(self._longest, seconds)
@@ -69,7 +74,8 @@ def of_prior(params: Pipeline, name: str, spec: TokenSpec, tokenizer: Path) -> D
     each time, so that two pictures differ by the weights alone."""
     learns, sampling = load("priors", params.systems[name].prior.kind).LEARNS, params.sampling(name)
     decoder, _, _ = checkpoints.load_model(tokenizer, "tokenizers")
-    labels = np.arange(COLUMNS * ROWS) % COLUMNS % spec.num_classes
+    known = np.flatnonzero(spec.class_counts)
+    labels = known[np.arange(COLUMNS * ROWS) % COLUMNS % len(known)]
 
     def draw(model: nn.Module) -> np.ndarray:
         system = System(decoder.to(next(model.parameters()).device), model, spec, learns, name)

@@ -22,6 +22,7 @@ from tessera.artifacts.folder import ArtifactError
 from tessera.artifacts.samples import Samples, quotas
 from tessera.artifacts.shards import Shards, ShardWriter
 from tessera.components import load, parse
+from tessera.contracts import ImageSpec
 
 CONFIG = {
     "kind": "vqvae",
@@ -29,6 +30,16 @@ CONFIG = {
     "channels": 8,
     "num_blocks": 1,
     "training": {"num_steps": 1},
+}
+
+TINY = ImageSpec(name="tiny", channels=1, height=16, width=8, num_classes=1, class_names=("a",), licence="none")
+DRAWN = {
+    "num_images": 4,
+    "seed": 0,
+    "sampling": {"guidance_scale": 1.5},
+    "weights": "ema",
+    "prior_fingerprint": "p" * 64,
+    "tokenizer_fingerprint": "t" * 64,
 }
 
 
@@ -54,7 +65,7 @@ def token_folder(tmp_path, token_spec):
             }.items():
                 with ShardWriter(place / split, stem) as writer:
                     writer.append(rows)
-        artifact.write_json(place / "meta.json", {"spec": token_spec.model_dump()})
+        artifact.write_json(place / "meta.json", {"spec": token_spec.model_dump(), "num_views": 1})
     return tmp_path / "tokens"
 
 
@@ -64,7 +75,7 @@ def sample_folder(tmp_path):
         with ShardWriter(place, "images") as writer, ShardWriter(place, "labels") as labels:
             writer.append(np.zeros((4, 1, 16, 8), np.uint8))
             labels.append(np.zeros(4, np.int64))
-        artifact.write_json(place / "meta.json", {"seed": 0})
+        artifact.write_json(place / "meta.json", DRAWN)
     return tmp_path / "samples"
 
 
@@ -72,7 +83,7 @@ READERS = {
     "tokenizer": lambda folder: checkpoints.load_model(folder, "tokenizers"),
     "images_copy": images.read,
     "token_folder": lambda folder: tokens.read(folder, "indices"),
-    "sample_folder": Samples,
+    "sample_folder": lambda folder: Samples(folder, TINY),
 }
 
 
@@ -365,7 +376,7 @@ def test_shards_give_the_rows_asked_for_across_files(tmp_path):
     with ShardWriter(tmp_path, "x", shard_bytes=60) as writer:
         for start in range(0, 103, 7):
             writer.append(rows[start : start + 7])
-    shards = Shards(tmp_path, "x")
+    shards = Shards(tmp_path, "x", np.uint8)
     assert len(list(tmp_path.glob("x-*.npy"))) == 11 and len(shards) == 103
     wanted = np.random.default_rng(1).integers(0, 103, 50)
     assert np.array_equal(shards.gather(wanted), rows[wanted]) and np.array_equal(shards.all(), rows)

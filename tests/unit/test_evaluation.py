@@ -40,6 +40,7 @@ from tessera.running.job import Job
 
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 600
+DRAWN = {"seed": 0, "sampling": {}, "weights": "ema", "prior_fingerprint": "", "tokenizer_fingerprint": ""}
 GOOD_STEPS, POOR_STEPS = 250, 50
 
 
@@ -127,7 +128,7 @@ class Place:
             with ShardWriter(place, "images") as images, ShardWriter(place, "labels") as numbers:
                 images.append(pixels)
                 numbers.append(labels)
-            artifact.write_json(place / "meta.json", {"seed": 0, "weights": "ema"})
+            artifact.write_json(place / "meta.json", DRAWN | {"num_images": len(pixels)})
         evaluate.run(
             self.params,
             name,
