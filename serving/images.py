@@ -22,6 +22,10 @@ from serving.limits import Limits, OneByOne
 ADDRESS = "127.0.0.1"
 LIMITS = Limits(body=64 * 1024, reading=4, waiting=32, seconds=50)  # MLflow itself answers 504 after 60 s
 EXAMPLE = '{"inputs": {"labels": [3, 5], "seed": 1}}'
+REMEDY = (
+    "Choose a champion with: python -m tessera.tracking champion --metric generation/fd_classifier --lower --threshold 0.5; "
+    "or name a version: make serve MODEL=models:/NAME/1"
+)
 FORMS = ("inputs", "instances", "dataframe_records", "dataframe_split")  # MLflow's names for a table in JSON
 
 
@@ -123,7 +127,7 @@ def main(arguments: list[str]) -> int:
         trusted_hosts()
         os.environ[scoring_server._SERVER_MODEL_PATH] = mlflow.artifacts.download_artifacts(given.model)
     except (ValueError, MlflowException) as error:
-        print(f"{given.model} cannot be served: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"{given.model} cannot be served: {str(error).splitlines()[0]}. {REMEDY}", file=sys.stderr)
         return 2
     uvicorn.run(app(), host=ADDRESS, port=given.port)
     return 0

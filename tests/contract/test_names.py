@@ -110,3 +110,12 @@ def test_every_key_of_the_kept_runs_metrics_is_in_the_glossary():
     keys = set().union(*(keys_of(json.loads(path.read_text(encoding="utf-8"))) for path in files))
     assert {"value", "standard_error", "network_sha256"} <= keys
     assert not keys - GLOSSARY, f"explain in docs/glossary.md: {sorted(keys - GLOSSARY)}"
+
+
+def test_every_promise_about_security_names_tests_that_exist():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/security.md").read_text(encoding="utf-8")))
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    defined = {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text(encoding="utf-8"))}
+    assert len(named) > 20 and named - defined == set()
+    named_files = set(re.findall(r"`(test_\w+\.py)`", (ROOT / "docs/security.md").read_text(encoding="utf-8")))
+    assert named_files - {file.name for file in files} == set()
