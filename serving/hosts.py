@@ -7,8 +7,11 @@ runs a command of MLflow, whose server answers to the same names.
 
 import os
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Mapping
+from types import FrameType
 
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -50,9 +53,22 @@ def for_mlflow(environ: Mapping[str, str], own: str = "") -> dict[str, str]:
     return {key: environ.get(key) or value for key, value in made.items()}
 
 
+def _run(command: list[str], environment: Mapping[str, str]) -> int:
+    """Until it ends, or Ctrl-C ends it without the tracebacks that each of its processes would print of a SIGINT."""
+    server = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    return max(0, server.wait())  # negative: a signal, ours
+
+
 if __name__ == "__main__":
     try:
         settings = for_mlflow(os.environ)
     except ValueError as error:
         sys.exit(str(error))
-    os.execvpe(sys.argv[1], sys.argv[1:], {**os.environ, **settings})
+    sys.exit(_run(sys.argv[1:], {**os.environ, **settings}))

@@ -24,8 +24,16 @@ CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 MOST_TENSORS = 20_000  # of a network: one of 1,000 blocks has fewer
 SPARE_VALUES, SPARE_TENSORS = 2**24, 1000  # that a constructor may make beside its weights: masks, tables, orders
 DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
 
 
