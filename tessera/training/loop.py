@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -63,11 +63,16 @@ def rows_of_step(step: int, batch_size: int, num_rows: int, seed: int) -> Tensor
     pieces, position, wanted = [], step * batch_size, batch_size
     while wanted:
         epoch, offset = divmod(position, num_rows)
-        piece = torch.randperm(num_rows, generator=seeding.generator(seed, "epoch", epoch))[offset : offset + wanted]
+        piece = _order_of_epoch(num_rows, seed, epoch)[offset : offset + wanted]
         pieces.append(piece)
         position += len(piece)
         wanted -= len(piece)
     return torch.cat(pieces)
+
+
+@lru_cache(maxsize=2)  # at the border of two epochs a step has rows of both; 10**7 rows take half a second to draw
+def _order_of_epoch(num_rows: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(num_rows, generator=seeding.generator(seed, "epoch", epoch))
 
 
 def fit(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tessera import seeding
 from tessera.artifacts import folder as artifact
 from tessera.bases.optimization import Training, learning_rate_factor, optimizers_for, update_average
 from tessera.contracts import ImageBatch
@@ -85,6 +86,17 @@ def test_rows_of_an_epoch_are_each_row_once_whatever_the_batch_size():
             assert sorted(rows[20 * epoch : 20 * (epoch + 1)].tolist()) == list(range(20))
     assert not torch.equal(rows_of_step(0, 20, 20, seed=1), rows_of_step(1, 20, 20, seed=1))
     assert not torch.equal(rows_of_step(0, 20, 20, seed=1), rows_of_step(0, 20, 20, seed=2))
+
+
+def test_the_order_of_an_epoch_is_drawn_once_and_is_that_of_its_generator(monkeypatch):
+    order = torch.randperm(50, generator=seeding.generator(9, "epoch", 1))
+    drawn = []
+    monkeypatch.setattr(
+        torch, "randperm", lambda *given, draw=torch.randperm, **how: drawn.append(given) or draw(*given, **how)
+    )
+    rows = torch.cat([rows_of_step(step, 8, 50, seed=9) for step in range(13)])  # 104: two epochs, and some of a third
+    assert torch.equal(rows[50:100], order)
+    assert drawn == [(50,)] * 3
 
 
 def test_the_schedule_warms_up_linearly_and_ends_at_its_floor():
