@@ -706,12 +706,12 @@ def test_a_failing_stage_fails_the_flow_and_then_a_dead_server_does_not(
 
 
 def servers(parent: int) -> list[int]:
-    """Prefect's own server: the child of a flow that runs uvicorn."""
+    """Prefect's own server: the child of a flow that runs it."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             parts = (entry / "stat").read_text().rpartition(")")[2].split()
-            if int(parts[1]) == parent and b"uvicorn" in (entry / "cmdline").read_bytes():
+            if int(parts[1]) == parent and b"prefect_server" in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
         except (FileNotFoundError, ProcessLookupError):
             continue
