@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from tessera.artifacts import folder as artifact
-from tessera.artifacts.described import OfImages, OfTokens, parsed, plain
+from tessera.artifacts.described import OfImages, OfTokens, parsed
 from tessera.artifacts.folder import ArtifactError
 from tessera.components import Params, load
 from tessera.nn.weightless import WithinLimits
@@ -75,7 +75,7 @@ DESCRIBED = {"tokenizers": Described, "features": Described, "priors": Described
 def described(folder: Path, part: str) -> tuple[Any, Any]:
     """The Config and the spec of a part, unverified. Raises ArtifactError for what no such part could have written."""
     path = Path(folder) / CONFIG
-    value = plain(path)
+    value = artifact.read_json(path)
     if not isinstance(value, dict) or value.get("part") != part:
         found = value.get("part") if isinstance(value, dict) else value
         raise ArtifactError(

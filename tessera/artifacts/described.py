@@ -1,6 +1,5 @@
 """The JSON files of artifacts as models: what somebody else made may say anything, also with a manifest that fits."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -11,7 +10,6 @@ from tessera.artifacts.folder import ArtifactError
 from tessera.components import InvalidParams, Params, parse
 from tessera.contracts import ImageSpec, TokenSpec
 
-MOST_BYTES = 16 * 2**20  # of a file: 100,000 names of classes take 2
 MOST_TOLD = 3  # mistakes, in a sentence
 P = TypeVar("P", bound=Params)
 
@@ -39,17 +37,7 @@ OfTokens = Annotated[TokenSpec, AfterValidator(_fits_together)]
 
 def read(path: Path, model: type[P]) -> P:
     """A JSON file of an artifact. Raises ArtifactError, naming it, for anything that the model does not say."""
-    return parsed(path, model, plain(path))
-
-
-def plain(path: Path) -> Any:
-    """What the file says, unchecked. Raises ArtifactError if it is too large, nested without end, or no JSON."""
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes, expected at most {MOST_BYTES:,}")
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}). {artifact.remedy(path.parent)}") from None
+    return parsed(path, model, artifact.read_json(path))
 
 
 def parsed(path: Path, model: type[P], value: Any, where: str = "") -> P:

@@ -16,6 +16,7 @@ from tessera.artifacts import whole
 from tessera.artifacts.whole import ArtifactError, sync
 
 MANIFEST = "manifest.json"
+MOST_BYTES = 16 * 2**20  # of a JSON file: 100,000 names of classes take 2, the hashes of 100,000 files 10
 
 
 def sha256(path: Path) -> str:
@@ -94,8 +95,11 @@ def part_sha256(folder: Path, part: str) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file of an artifact. Raises ArtifactError naming it; NaN and Infinity are no JSON."""
+    """What a JSON file says, unchecked. Raises ArtifactError, naming it, if it is too large, nested without end, or no JSON, as
+    NaN and Infinity are none."""
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, expected at most {MOST_BYTES:,}")
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}). {remedy(path.parent)}") from None

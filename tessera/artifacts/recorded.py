@@ -34,14 +34,19 @@ def require_as_written(inputs: Iterable[Path], root: Path, but: str = "", among:
     raise ArtifactError(wrong)
 
 
+def require_all_as_written(folder: Path) -> None:
+    """The same of all files below a folder, by the lock of the checkout that it lies in, if it lies in one."""
+    checkouts = (above for above in folder.resolve().parents if (above / LOCK).is_file())
+    if (root := next(checkouts, None)) is not None:
+        require_as_written([folder], root)
+
+
 def _wrong(inputs: list[Path], root: Path, but: str, among: Collection[str] | None) -> Iterator[str]:
     for stage, content in _stages(root / LOCK).items():
         if stage == but or (among is not None and stage not in among):
             continue
-        for out in content.get("outs", ()):
-            if (
-                out.get("hash") != "md5" or not {"path", "md5"} <= out.keys()
-            ):  # a folder's manifest says more; half an entry
+        for out in content.get("outs") or ():
+            if not {"path", "md5"} <= set(out or ()) or out.get("hash") != "md5":  # the rest of it is being written
                 continue
             path = root / out["path"]
             if not path.is_file() or not any(path.is_relative_to(given) for given in inputs):

@@ -247,9 +247,7 @@ def main() -> int:
     folders = parser.parse_args().runs or [Path("data/metrics")]
     try:
         for folder in folders:
-            checkouts = (above for above in folder.resolve().parents if (above / recorded.LOCK).is_file())
-            if (root := next(checkouts, None)) is not None:
-                recorded.require_as_written([folder], root)
+            recorded.require_all_as_written(folder)
         systems = read_runs(folders)
         require_one_protocol(systems)
     except (InvalidParams, ValueError) as error:

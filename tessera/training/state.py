@@ -1,6 +1,5 @@
 """The resumable state of a training: what a step needs besides its inputs, written beside and renamed."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +44,7 @@ class State:
             except ArtifactError as error:
                 say(f"passing over a damaged checkpoint: {error}")
                 continue
-            meta = json.loads((folder / "state.json").read_text())
+            meta = artifact.read_json(folder / "state.json")
             self.objective.load_state_dict(read_weights(folder / "objective.safetensors"), strict=True)
             self.average.load_state_dict(read_weights(folder / "average.safetensors"), strict=True)
             saved = {**read_weights(folder / "optimizers.safetensors"), **meta["optimizers"]}

@@ -352,6 +352,10 @@ def test_a_file_without_a_manifest_is_what_the_lock_says_that_its_stage_wrote(tm
     recorded.require_as_written([tmp_path / "curves"], tmp_path)
     recorded.require_as_written(given, tmp_path, but="evaluate")  # which is about to write it anew
     recorded.require_as_written(given, tmp_path, among={"train"})  # params.yaml has it no longer
+    (tmp_path / recorded.LOCK).write_text("stages: {train: null, evaluate: {outs: null}, other: {outs: [null]}}")
+    recorded.require_as_written(given, tmp_path)
+    recorded_outputs(tmp_path, evaluate="metrics/gan.json", train="curves/gan.csv")
+    figures.write_bytes(damaged)
     whole_lock = (tmp_path / recorded.LOCK).read_text()
     (tmp_path / recorded.LOCK).write_text(whole_lock[: whole_lock.index("md5: ") + 20])  # another dvc is writing it
     writer = threading.Timer(
