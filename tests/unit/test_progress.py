@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from tessera.artifacts.folder import write_json
+from tessera.running import process
 from tessera.running.progress import time_left
 
 STAGES = ("prepare_images", "train_prior@a", "sample_images@a", "train_prior@b", "write_report")
@@ -51,3 +54,23 @@ def test_stages_that_nobody_timed_are_counted_and_nothing_is_said_once_all_have_
     for name in STAGES:
         took(checkout, name, 1)
     assert time_left("sample_images@a", checkout) == ""
+
+
+@pytest.mark.parametrize("ask", [lambda: torch.empty(2**50), lambda: np.empty(2**46)])
+def test_want_of_memory_is_a_sentence(tmp_path, monkeypatch, capsys, ask):
+    end_of(tmp_path, monkeypatch, ask, SystemExit)
+    said = capsys.readouterr().err
+    assert said.startswith("train_prior@a failed: memory was not enough (") and said.count("\n") == 1
+    assert "lower its batch_size" in said
+
+
+def test_any_other_failure_of_torch_keeps_its_trace(tmp_path, monkeypatch):
+    end_of(tmp_path, monkeypatch, lambda: torch.zeros(2) @ torch.zeros(3), RuntimeError)
+
+
+def end_of(root: Path, monkeypatch: pytest.MonkeyPatch, stage, how: type[BaseException]) -> None:
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(process, "_parsed", lambda command: (None, "train_prior@a", {}))
+    monkeypatch.setattr(process, "_execute", lambda *given: stage())
+    with pytest.raises(how):
+        process.main([])
