@@ -13,10 +13,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
 PACKAGE = Path(__file__).parent
 P = TypeVar("P", bound="Params")
+# Ranges of settings that several parts have: beyond them nothing sensible happens
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1e4)]  # of a term of a loss
+RateFactor = Annotated[float, Field(ge=1e-9, le=1e6)]  # times a learning rate
+Steps = Annotated[int, Field(ge=1, le=10_000)]  # of a sampler
 
 
 class Params(BaseModel):

@@ -17,9 +17,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tessera.bases.autoencoder import Autoencoder, AutoencoderConfig, ReconstructionLoss, Weight
+from tessera.bases.autoencoder import Autoencoder, AutoencoderConfig, ReconstructionLoss
 from tessera.bases.diagnostics import Monitor
 from tessera.bases.optimization import optimizers_for
+from tessera.components import RateFactor, Weight
 from tessera.contracts import Diagnosis, ImageBatch, ImageSpec
 from tessera.nn.autoencoder import group_norm
 
@@ -31,7 +32,7 @@ class AdversarialConfig(AutoencoderConfig):
     discriminator_start_step: Annotated[int, Field(ge=0)] = 0
     discriminator_channels: Annotated[int, Field(ge=8)] = 32
     discriminator_layers: Annotated[int, Field(ge=1)] = 2  # with stride 2, each doubles the patch
-    discriminator_learning_rate_factor: Annotated[float, Field(ge=1e-9, le=1e6)] = 1.0  # times training.learning_rate
+    discriminator_learning_rate_factor: RateFactor = 1.0  # times training.learning_rate
     lecam_weight: Weight = 0.001
 
 

@@ -17,13 +17,10 @@ from torch import Tensor, nn
 from tessera.artifacts import weights_file
 from tessera.bases.diagnostics import Diagnostics
 from tessera.bases.optimization import Training
-from tessera.components import Params, QuantizerConfig, load
+from tessera.components import Fraction, Params, QuantizerConfig, Weight, load
 from tessera.contracts import Encoded, HasLevels, ImageSpec, Quantized
 from tessera.nn.autoencoder import Decoder, Encoder
 from tessera.nn.image_losses import Lpips, laplacian_loss, pixel_loss
-
-Weight = Annotated[float, Field(ge=0, le=1e4)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class AutoencoderConfig(Params):

@@ -13,8 +13,8 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tessera.bases.optimization import Fraction, optimizers_for
-from tessera.components import Params
+from tessera.bases.optimization import optimizers_for
+from tessera.components import Fraction, Params
 from tessera.contracts import TokenBatch, TokenSpec
 
 
@@ -25,9 +25,34 @@ def rising(ends: tuple[float, float]) -> tuple[float, float]:
     return ends
 
 
-GuidanceScale = Annotated[float, Field(ge=0, le=100)]
 Ramp = Literal["constant"] | Annotated[float, Field(ge=0.01, le=100)]
-GuidanceInterval = Annotated[tuple[Fraction, Fraction], AfterValidator(rising)]  # times
+
+
+class GuidedSampling(Params):
+    """How a conditional prior is guided."""
+
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] = 1.0  # uncond + scale * (cond - uncond); 1: off
+
+
+class RampedSampling(GuidedSampling):
+    """Of priors that draw one token after another, or some at a time."""
+
+    guidance_ramp: Ramp = "constant"  # or the power of the cosine by which the scale rises from 1
+
+    def scale_at(self, progress: float) -> float:
+        """The guidance scale when this share of the sampling is done."""
+        return ramped(self.guidance_scale, self.guidance_ramp, progress)
+
+
+class IntervalSampling(GuidedSampling):
+    """Of priors that take noise away. The interval: Kynkaanniemi et al., 2024, arXiv:2404.07724."""
+
+    # times within which guidance acts: 1 / (1 + sigma)
+    guidance_interval: Annotated[tuple[Fraction, Fraction], AfterValidator(rising)] = (0.0, 1.0)
+
+    def is_guided_at(self, time: float) -> bool:
+        low, high = self.guidance_interval
+        return self.guidance_scale != 1.0 and low <= time <= high
 
 
 class PriorSettings(Params):

@@ -13,11 +13,10 @@ from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
-from tessera.components import Params
+from tessera.components import Fraction, Params
 from tessera.nn.muon import Muon
 
 Rate = Annotated[float, Field(ge=1e-8, le=10)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -20,6 +20,7 @@ from tessera.components import Params
 from tessera.contracts import Denoises, Planned, PredictsMasked
 from tessera.editing.ancestral import denoise_along
 from tessera.editing.posterior import Measurement, expected_data, resampled
+from tessera.editing.ranges import PixelStd, Tries
 from tessera.editing.trial import Trial
 from tessera.nn.samplers import noise
 from tessera.system import System
@@ -27,7 +28,6 @@ from tessera.system import System
 LEAST_STD = 0.02  # of a measurement's noise: with less, the steps towards it would be blind to the prior
 LEAST_NOISE = 0.001  # a gray level of 255 is 0.008
 NoiseStd = Annotated[float, Field(ge=0, le=10)]
-PixelStd = Annotated[float, Field(ge=0.001, le=10)]
 Trust = Annotated[float, Field(ge=0.001, le=1e4)]
 NEEDS = (Denoises, PredictsMasked)  # a prior with one of these abilities
 
@@ -41,8 +41,8 @@ class Config(Params):
     pixel_std: PixelStd = 0.2  # of what decoded tokens cannot explain, in [-1, 1]; masked priors
     trust: Trust = 6.0  # weight of the measurement against a masked prior, which is only an estimate
     correction_steps: Annotated[int, Field(ge=0, le=10_000)] = 20  # of Adam, at each level; diffusion and flow
-    sweeps: Annotated[int, Field(ge=1, le=1000)] = 6  # in which every token is drawn again; masked priors
-    candidates: Annotated[int, Field(ge=1, le=1000)] = 16  # for each token; masked priors
+    sweeps: Tries = 6  # in which every token is drawn again; masked priors
+    candidates: Tries = 16  # for each token; masked priors
     told_label: Literal["none", "own"] = "none"
 
     @model_validator(mode="after")

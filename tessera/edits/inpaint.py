@@ -29,6 +29,7 @@ from tessera.components import Params
 from tessera.contracts import Completes, Denoises, KnowsEvidence
 from tessera.editing.ancestral import denoise_along, predictor
 from tessera.editing.label_evidence import label_log_frequencies, label_log_probs
+from tessera.editing.ranges import PixelStd, Tries
 from tessera.editing.trial import Trial
 from tessera.nn.gumbel import gumbel_noise
 from tessera.nn.membrane import close_seam
@@ -37,7 +38,6 @@ from tessera.system import System
 
 SEAM_SHARE = 1 / 8  # of the image's longer side: how far into the hole its border's correction reaches
 Share = Annotated[float, Field(ge=0, lt=1)]
-PixelStd = Annotated[float, Field(ge=0.001, le=10)]
 NEEDS = (Completes, Denoises)  # a prior with one of these abilities
 
 
@@ -46,9 +46,9 @@ class Config(Params):
     least_reach: Share = (
         0.2  # a token is drawn if it decides a covered pixel by more than this share of its largest effect
     )
-    candidates: Annotated[int, Field(ge=1, le=1000)] = 4
+    candidates: Tries = 4
     pixel_std: PixelStd = 0.25  # of the known pixels that a candidate has to explain, in [-1, 1]
-    repeats: Annotated[int, Field(ge=1, le=1000)] = 4  # of each step of diffusion and flow
+    repeats: Tries = 4  # of each step of diffusion and flow
     told_label: Literal["none", "inferred", "own"] = "inferred"  # by what is known: a draw for each candidate
     hole: Literal["bottom", "top", "left", "right", "center"] = "bottom"  # of test images: a half, or half of each side
 

@@ -23,19 +23,19 @@ from torch import Tensor
 from tessera.components import Params
 from tessera.contracts import Completes, Denoises, KnowsLikelihood, Planned, PredictsMasked, PredictsNext
 from tessera.editing.ancestral import drawn_around, num_redrawn
+from tessera.editing.ranges import Tries
 from tessera.editing.trial import Trial
 from tessera.system import System
 
 MASKINGS = 4  # times that a masked prior judges the tokens
 SEEN_SHARE = 0.1  # of the tokens, by which it judges the others
-Candidates = Annotated[int, Field(ge=1, le=1000)]
 NEEDS = (Completes, Denoises)  # a prior with one of these abilities
 
 
 class Config(Params):
     kind: Literal["restyle"] = "restyle"
     strength: Annotated[float, Field(ge=0, le=1)] = 0.6
-    candidates: Candidates = 4  # of priors of indices: the one is kept that shows the label best
+    candidates: Tries = 4  # of priors of indices: the one is kept that shows the label best
     target: Annotated[int, Field(ge=0)] | None = None  # the label to restyle towards; null: the image's own
 
 

@@ -20,18 +20,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tessera.bases.conditional import (
-    ConditionalConfig,
-    ConditionalModel,
-    ConditionalObjective,
-    GuidanceScale,
-    Ramp,
-    guided,
-    ramped,
-)
-from tessera.bases.optimization import Fraction, Training
+from tessera.bases.conditional import ConditionalConfig, ConditionalModel, ConditionalObjective, RampedSampling, guided
+from tessera.bases.optimization import Training
 from tessera.bases.transformer import TransformerConfig
-from tessera.components import Params
+from tessera.components import Fraction
 from tessera.contracts import Learns, TokenSpec
 from tessera.nn.gumbel import gumbel_noise
 from tessera.nn.transformer import Transformer
@@ -59,9 +51,7 @@ class Config(TransformerConfig, ConditionalConfig):
         return self.random_order_until[1] > 0
 
 
-class Sampling(Params):
-    guidance_scale: GuidanceScale = 1.0  # uncond + scale * (cond - uncond); 1: off
-    guidance_ramp: Ramp = "constant"  # or the power of the cosine by which the scale rises from 1
+class Sampling(RampedSampling):
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0  # keep the k likeliest indices; 0: all
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # keep the fewest indices that hold this probability; 1: all
@@ -153,7 +143,7 @@ class Model(ConditionalModel):
             logits = self.head(h[:, 0]).float()
             if is_guided:
                 conditional, unconditional = logits.chunk(2)
-                scale = ramped(sampling.guidance_scale, sampling.guidance_ramp, number / length)
+                scale = sampling.scale_at(number / length)
                 logits = guided(conditional, unconditional, scale)
             drawn = draw(logits, sampling, generator)
             indices[:, number] = torch.where(is_known[:, number], indices[:, number], drawn)

@@ -21,13 +21,12 @@ from tessera.bases.conditional import (
     ConditionalConfig,
     ConditionalModel,
     ConditionalObjective,
-    GuidanceInterval,
-    GuidanceScale,
+    IntervalSampling,
     guided,
     rising,
 )
-from tessera.bases.optimization import Fraction, Training
-from tessera.components import DenoiserConfig, Params, load
+from tessera.bases.optimization import Training
+from tessera.components import DenoiserConfig, Fraction, Steps, load
 from tessera.contracts import Learns, TokenSpec
 from tessera.nn import noise_levels, samplers
 
@@ -52,14 +51,12 @@ class Config(ConditionalConfig):
     training: Training
 
 
-class Sampling(Params):
+class Sampling(IntervalSampling):
     sampler: Literal["ancestral", "ddim", "heun", "dpm_solver"] = "dpm_solver"
-    num_steps: Annotated[int, Field(ge=1, le=10_000)] = 20
+    num_steps: Steps = 20
     eta: Fraction = 0.0  # ddim: share of the ancestral sampler's fresh noise
     sigma_min: Sigma = 0.01  # edm: the last level before 0
     sigma_max: Sigma = 80.0  # edm: the first level
-    guidance_scale: GuidanceScale = 1.0  # uncond + scale * (cond - uncond); 1: off
-    guidance_interval: GuidanceInterval = (0.0, 1.0)  # times within which guidance acts: 1 / (1 + sigma)
     clip_data: Range | None = None  # bounds of the predicted latents, as the tokenizer gives them
 
     @model_validator(mode="after")
@@ -115,8 +112,7 @@ class Model(ConditionalModel):
         levels = torch.full((len(x),), sigma, device=x.device)
         alpha, sigma_vp = (scale.view(-1, 1, 1, 1) for scale in noise_levels.variance_preserving(levels))
         x = alpha * x
-        low, high = sampling.guidance_interval
-        if sampling.guidance_scale == 1.0 or not self.config.is_conditional or not low <= 1 / (1 + sigma) <= high:
+        if not self.config.is_conditional or not sampling.is_guided_at(1 / (1 + sigma)):
             out = self(x, levels, labels)
         else:  # predictions differ by terms without the network: guiding any of them guides all
             null = self.null_labels(labels)

@@ -21,12 +21,11 @@ from tessera.bases.conditional import (
     ConditionalConfig,
     ConditionalModel,
     ConditionalObjective,
-    GuidanceInterval,
-    GuidanceScale,
+    IntervalSampling,
     guided,
 )
 from tessera.bases.optimization import Training
-from tessera.components import DenoiserConfig, Params, load
+from tessera.components import DenoiserConfig, Steps, load
 from tessera.contracts import Learns, TokenSpec
 from tessera.nn import samplers
 
@@ -43,10 +42,8 @@ class Config(ConditionalConfig):
     training: Training
 
 
-class Sampling(Params):
-    guidance_scale: GuidanceScale = 1.0  # uncond + scale * (cond - uncond); 1: off
-    guidance_interval: GuidanceInterval = (0.0, 1.0)  # times within which guidance acts
-    num_steps: Annotated[int, Field(ge=1, le=10_000)] = 20
+class Sampling(IntervalSampling):
+    num_steps: Steps = 20
     solver: Literal["euler", "heun"] = "heun"  # Heun: two network calls a step, one in the last
 
 
@@ -92,8 +89,7 @@ class Model(ConditionalModel):
     def _guided(self, x: Tensor, t: float, labels: Tensor, sampling: Sampling) -> Tensor:
         """The velocity, guided within an interval of times (Kynkaanniemi et al.)."""
         times = torch.full((len(x),), t, device=x.device)
-        low, high = sampling.guidance_interval
-        if sampling.guidance_scale == 1.0 or not self.config.is_conditional or not low <= t <= high:
+        if not self.config.is_conditional or not sampling.is_guided_at(t):
             return self(x, times, labels)
         null = self.null_labels(labels)
         both = self(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, null]))

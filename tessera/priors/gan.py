@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tessera.bases.conditional import PriorSettings
-from tessera.bases.optimization import Decay, Fraction, Training, optimizers_for
-from tessera.components import Params
+from tessera.bases.optimization import Decay, Training, optimizers_for
+from tessera.components import Fraction, Params, RateFactor, Weight
 from tessera.contracts import Count, Learns, TokenBatch, TokenSpec
 from tessera.nn.adversarial_networks import Generator, Normalization, ProjectionDiscriminator, Sizes, levels_of
 from tessera.nn.augmentation import Augmentation, augmented
 
 LEARNS: Learns = "latents"
-Weight = Annotated[float, Field(ge=0, le=1e4)]
 
 
 class AdversarialTraining(Training):
@@ -58,7 +57,7 @@ class Config(PriorSettings):
     penalty_interval: Count = 1  # steps between penalties, which count this many times as much
     augmentation: Augmentation = "none"
     augment_probability: Fraction = 0.5
-    discriminator_learning_rate_factor: Annotated[float, Field(ge=1e-9, le=1e6)] = 1.0  # times training.learning_rate
+    discriminator_learning_rate_factor: RateFactor = 1.0  # times training.learning_rate
     training: AdversarialTraining
 
 

@@ -21,18 +21,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tessera.bases.conditional import (
-    ConditionalConfig,
-    ConditionalModel,
-    ConditionalObjective,
-    GuidanceScale,
-    Ramp,
-    guided,
-    ramped,
-)
-from tessera.bases.optimization import Fraction, Training
+from tessera.bases.conditional import ConditionalConfig, ConditionalModel, ConditionalObjective, RampedSampling, guided
+from tessera.bases.optimization import Training
 from tessera.bases.transformer import TransformerConfig
-from tessera.components import Params
+from tessera.components import Fraction, Steps
 from tessera.contracts import Learns, TokenSpec
 from tessera.nn.gumbel import gumbel_noise
 from tessera.nn.transformer import Transformer
@@ -51,10 +43,8 @@ class Config(TransformerConfig, ConditionalConfig):
     training: Training
 
 
-class Sampling(Params):
-    guidance_scale: GuidanceScale = 1.0  # uncond + scale * (cond - uncond); 1: off
-    guidance_ramp: Ramp = "constant"  # or the power of the cosine by which the scale rises from 1
-    decoding_steps: Annotated[int, Field(ge=1, le=10_000)] = 8
+class Sampling(RampedSampling):
+    decoding_steps: Steps = 8
     mask_schedule: MaskSchedule = "arccos"  # how many places stay masked after each step
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     order: Literal["confidence", "halton", "random"] = "confidence"  # which places are kept first
@@ -220,7 +210,7 @@ class Model(ConditionalModel):
 
     def _guided(self, indices: Tensor, labels: Tensor, sampling: Sampling, progress: list[float]) -> Tensor:
         """(B, L, K) logits; a second pass, without the labels, only where some scale is not 1."""
-        scales = [ramped(sampling.guidance_scale, sampling.guidance_ramp, share) for share in progress]
+        scales = [sampling.scale_at(share) for share in progress]
         if not self.config.is_conditional or all(scale == 1 for scale in scales):
             return self(indices, labels).float()
         both = self(torch.cat([indices, indices]), torch.cat([labels, self.null_labels(labels)])).float()

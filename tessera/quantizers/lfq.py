@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tessera.components import Params
+from tessera.components import Params, Weight
 from tessera.contracts import Quantized
 from tessera.nn.nearest import require_others
 from tessera.nn.straight_through import straight_through
@@ -29,11 +29,11 @@ Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]
 class Config(Params):
     kind: Literal["lfq"] = "lfq"
     code_dim: Annotated[int, Field(ge=1, le=30)] = 10  # bits per token
-    entropy_weight: Annotated[float, Field(ge=0, le=1e4)] = 0.03
-    diversity_gamma: Annotated[float, Field(ge=0, le=1e4)] = 1.0  # of the batch's entropy, relative to the tokens'
+    entropy_weight: Weight = 0.03
+    diversity_gamma: Weight = 1.0  # of the batch's entropy, relative to the tokens'
     entropy_temperature: Temperature = 0.3  # of soft assignments: exp(-||z - code||^2 / temperature)
     entropy_group_bits: Annotated[int, Field(ge=1, le=20)] = 10
-    commitment_weight: Annotated[float, Field(ge=0, le=1e4)] = 0.05
+    commitment_weight: Weight = 0.05
 
     @property
     def codebook_size(self) -> int:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tessera.components import Params
+from tessera.components import Params, Weight
 from tessera.contracts import Quantized
 from tessera.nn.nearest import nearest, nearest_others
 from tessera.nn.straight_through import rotated, straight_through
@@ -26,8 +26,8 @@ class Config(Params):
     kind: Literal["simvq"] = "simvq"
     codebook_size: Annotated[int, Field(ge=2)] = 1024
     code_dim: Annotated[int, Field(ge=1)] = 8
-    commitment_weight: Annotated[float, Field(ge=0, le=1e4)] = 0.25  # beta, on the encoder's term
-    codebook_weight: Annotated[float, Field(ge=0, le=1e4)] = 1.0  # of the codes' term
+    commitment_weight: Weight = 0.25  # beta, on the encoder's term
+    codebook_weight: Weight = 1.0  # of the codes' term
     code_scale: Annotated[float, Field(ge=1e-4, le=1e4)] = 0.3  # standard deviation of a code's channel at the start
     frozen_scale: Annotated[float, Field(ge=1e-4, le=1e4)] = (
         3.0  # of the frozen codebook: how far a step moves the codes

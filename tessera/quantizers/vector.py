@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tessera.components import Params
+from tessera.components import Params, Weight
 from tessera.contracts import Quantized
 from tessera.nn.nearest import nearest, nearest_others
 from tessera.nn.straight_through import rotated, straight_through
@@ -31,8 +31,8 @@ class Config(Params):
     code_dim: Annotated[int, Field(ge=1)] = 8
     update: Literal["ema", "gradient"] = "ema"
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.95  # .99 for long trainings
-    commitment_weight: Annotated[float, Field(ge=0, le=1e4)] = 0.25  # beta, on the encoder's term
-    codebook_weight: Annotated[float, Field(ge=0, le=1e4)] = 1.0  # of the codes' term, when update is gradient
+    commitment_weight: Weight = 0.25  # beta, on the encoder's term
+    codebook_weight: Weight = 1.0  # of the codes' term, when update is gradient
     init: Literal["data", "uniform"] = "data"
     init_step: Annotated[int, Field(ge=0)] = 30  # batches that pass unquantized before init: data
     revive_below: Annotated[float, Field(ge=0, lt=1)] = 0.03  # of the mean use: a code below is dead; 0: never

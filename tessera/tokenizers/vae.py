@@ -17,7 +17,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from tessera.bases.adversarial import AdversarialAutoencoder, AdversarialConfig, AdversarialObjective
-from tessera.bases.autoencoder import Weight
+from tessera.components import Weight
 from tessera.contracts import Encoded
 
 

@@ -47,9 +47,7 @@ class Previews:
             with torch.no_grad():
                 images = self._draw(model.eval())
             self._job.preview(images, COLUMNS)
-        except (
-            ValueError
-        ) as refusal:  # of images that are not finite yet: a training does not end for want of a picture
+        except ValueError as refusal:  # of images that are not finite yet: no training ends for want of a picture
             self._job.say(f"no picture this time: {refusal}")
         model.train(was_training)
         seconds = time.monotonic() - began
