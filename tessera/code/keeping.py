@@ -59,6 +59,7 @@ def accept(root: Path, stages: list[str], why: str) -> None:
     """
     if not why.strip():
         raise ValueError("--why is empty: say in a sentence why the change of code cannot change the result")
+    by = _name_in_git(root)
     _refresh(root)
     status, lock = _status(root), changes.read_lock(root)
     found = changes.since_last_run(root, root / changes.FOLDER)
@@ -70,7 +71,6 @@ def accept(root: Path, stages: list[str], why: str) -> None:
         others = _reasons(status[stage], besides=f"{changes.FOLDER}/{stage}")
         if others:
             raise ValueError(f"{stage} is stale for more than its code ({'; '.join(others)}): run dvc repro {stage}")
-    by = _output(root, "git", "config", "user.name").strip()
     rows = []
     for stage in stages:
         before = next(dep["md5"] for dep in lock[stage]["deps"] if dep["path"] == f"{changes.FOLDER}/{stage}")
@@ -146,6 +146,14 @@ def _refresh(root: Path) -> None:
 
 def _status(root: Path) -> dict[str, list[Any]]:
     return json.loads(_output(root, sys.executable, "-m", "dvc", "status", "--json"))
+
+
+def _name_in_git(root: Path) -> str:
+    done = subprocess.run(("git", "config", "user.name"), cwd=root, capture_output=True, text=True)
+    name = done.stdout.strip()
+    if not name:
+        raise ValueError(f"git knows no name for you, and {ACCEPTED} tells who decided: git config user.name NAME")
+    return name
 
 
 def _commit(root: Path, stages: list[str]) -> None:

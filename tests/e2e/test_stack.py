@@ -444,6 +444,7 @@ with SubprocessASGIServer() as server:
 
 def test_the_server_that_a_flow_starts_for_itself_answers_to_its_own_names_alone(checkout: Checkout) -> None:
     environment = {**checkout.environment, "PREFECT_HOME": str(checkout.folder / ".prefect"), "DO_NOT_TRACK": "1"}
+    environment["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"  # as flows/reproduce.py sets it
     for path in ("flows/reproduce.py", "flows/sweep.py"):  # which are too long to run here
         assert "    start_temporary_ones()\n" in (REPOSITORY / path).read_text()
     process = subprocess.Popen(

@@ -84,6 +84,9 @@ def test_a_person_keeps_a_training_whose_code_changed_and_that_is_written_down(c
         clone, "accept", "train_prior@gan", "--why", "x", fails=True
     )
     assert "--why is empty" in code(clone, "accept", stage, "--why", " ", fails=True)
+    clone.git("config", "user.name", "")
+    assert "git config user.name NAME" in code(clone, "accept", stage, "--why", "x", fails=True)
+    clone.git("config", "user.name", "a name")
     before = clone.params()
     changed = clone.params()
     changed["systems"]["vqgan-autoregressive"]["prior"]["depth"] = 2
@@ -94,7 +97,7 @@ def test_a_person_keeps_a_training_whose_code_changed_and_that_is_written_down(c
 
     code(clone, "accept", stage, "--why", "a constant that nothing uses")
     (row,) = csv.DictReader((clone.folder / "data/accepted.csv").open())
-    assert (row["stage"], row["why"]) == (stage, "a constant that nothing uses")
+    assert (row["by"], row["stage"], row["why"]) == ("a name", stage, "a constant that nothing uses")
     assert row["changed"] == "new: tessera.priors.autoregressive.UNUSED" and row["code_before"] != row["code_now"]
     ran = every_stage_that_ran(clone.repro())
     assert "sample_images@vqgan-autoregressive" in ran and not [name for name in ran if name.startswith("train_")]
