@@ -29,7 +29,7 @@ from tessera.bases.optimization import Training, learning_rate_factor, optimizer
 from tessera.components import parse
 from tessera.contracts import ImageSpec, Quantized
 from tessera.metrics.reconstruction import psnr_db
-from tessera.training.loop import rows_of_step
+from tessera.training.reading import rows_of_step
 
 DATA = ("cifar10_lossless4000.npz", "eurosat64_5000.tar")
 OURS: dict[str, dict[str, Any]] = {

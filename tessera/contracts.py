@@ -235,10 +235,9 @@ class Objective(Protocol):
     def __call__(self, batch: Any, phase: str, step: int) -> dict[str, Tensor] | None: ...
 
     # terms to plot, among them "loss", the one to minimise; None skips this phase at this step
-
     def optimizers(self) -> dict[str, list[Optimizer]]: ...  # by phase
 
-    # An objective that diagnoses itself also has `diagnose(step) -> Diagnosis`, which is asked once after each step.
+    # One that diagnoses itself also has `observe(step)`, called after each step, and `diagnose() -> Diagnosis` of those since.
 
 
 class Job(Protocol):
@@ -279,14 +278,15 @@ class Failure(NamedTuple):
     """A failure of a training whose losses are finite, such as a collapsed codebook."""
 
     name: str  # of a figure: the step at which it was first seen
+    step: int  # how many were done when it was seen
     sentence: str  # the value found, its bound, and what to change
     is_fatal: bool  # the training ends here
 
 
 class Diagnosis(NamedTuple):
-    """What an objective diagnoses of itself after a step; the same in all processes."""
+    """What an objective diagnoses of itself; the same in all processes."""
 
-    metrics: dict[str, float]  # terms to plot
+    metrics: dict[str, float]  # terms to plot, of the newest step
     failures: list[Failure]  # those to report now
 
 

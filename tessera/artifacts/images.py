@@ -1,7 +1,7 @@
 """Images between stages: uint8 shards and labels per split, index.parquet with a row per source file, meta.json."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ SPLITS = ("train", "test")
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 in [0, 255] -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    return (images / 127.5).sub_(1)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -98,14 +98,23 @@ class Images:
         """The same images, all of them in that device's memory."""
         return ImagesOnDevice(self, device)
 
-    def batch(self, rows: Tensor, generator: torch.Generator | None = None) -> ImageBatch:
-        """The images at these rows; the generator is what augmentations would draw from."""
+    def stored(self, rows: Tensor, generator: torch.Generator | None = None) -> ImageBatch:
+        """The images at these rows, still uint8; the generator is what augmentations would draw from."""
         rows_ = rows.numpy()
-        return ImageBatch(to_float(self.uint8(rows_)), torch.from_numpy(self.labels[rows_]))
+        return ImageBatch(self.uint8(rows_), torch.from_numpy(self.labels[rows_]))
+
+    def batch_of(self, stored: ImageBatch) -> ImageBatch:
+        return ImageBatch(to_float(stored.images), stored.labels)
+
+
+class Rows(NamedTuple):
+    """What is stored of a batch where all images lie on the device already."""
+
+    rows: Tensor  # (B,) int64
 
 
 class ImagesOnDevice:
-    """All images of a split as uint8 on one device: no copy from the host per step."""
+    """All images of a split as uint8 on one device: a step copies the numbers of its rows."""
 
     def __init__(self, images: Images, device: torch.device):
         self.pixels = torch.from_numpy(images.pixels.all()).to(device)
@@ -114,10 +123,11 @@ class ImagesOnDevice:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, rows: Tensor, generator: torch.Generator | None = None) -> ImageBatch:
-        """As Images.batch, on the device."""
-        rows = rows.to(self.pixels.device)
-        return ImageBatch(to_float(self.pixels[rows]), self.labels[rows])
+    def stored(self, rows: Tensor, generator: torch.Generator | None = None) -> Rows:
+        return Rows(rows)
+
+    def batch_of(self, stored: Rows) -> ImageBatch:
+        return ImageBatch(to_float(self.pixels[stored.rows]), self.labels[stored.rows])
 
 
 class Described(Params):

@@ -4,8 +4,9 @@ Latents lie as the encoder gave them; their mean and deviation per channel, in t
 """
 
 import copy
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -67,17 +68,25 @@ class Tokens:
             return torch.zeros(number, dtype=torch.long)
         return torch.randint(self.num_views, (number,), generator=generator)
 
-    def batch(self, rows: torch.Tensor, generator: torch.Generator | None = None) -> TokenBatch:
-        """The tokens at these rows, each in a view drawn from the generator, or in the first view without one."""
+    def stored(self, rows: torch.Tensor, generator: torch.Generator | None = None) -> TokenBatch:
+        """The tokens at these rows as they are stored, each in a view drawn from the generator, or in the first without one."""
         rows_ = rows.numpy()
         views = self._views(len(rows_), generator).numpy()
         values = self.values.gather(self.rows[rows_])[np.arange(len(rows_)), views]
-        labels = torch.from_numpy(self.labels[rows_])
         if self.learns == "latents":
             require_finite(values)
-            return TokenBatch(standardize(torch.from_numpy(values), self.spec), labels)
-        require_codes(values, self.spec.codebook_size)
-        return TokenBatch(torch.from_numpy(values.astype(np.int64)), labels)
+        else:
+            require_codes(values, self.spec.codebook_size)
+            values = values.astype(np.int32)  # torch widens no uint16 on every device
+        return TokenBatch(torch.from_numpy(values), torch.from_numpy(self.labels[rows_]))
+
+    def batch_of(self, stored: TokenBatch) -> TokenBatch:
+        """As a prior learns them."""
+        return TokenBatch(_learnt(stored.tokens, self.spec, self.learns), stored.labels)
+
+    def batch(self, rows: torch.Tensor, generator: torch.Generator | None = None) -> TokenBatch:
+        """Those at these rows, as a prior learns them, on the CPU."""
+        return self.batch_of(self.stored(rows, generator))
 
 
 def require_codes(indices: np.ndarray, codebook_size: int) -> None:
@@ -100,8 +109,15 @@ class Described(Params):
     num_views: Annotated[int, Field(ge=1)]  # of a training image
 
 
+class Places(NamedTuple):
+    """What is stored of a batch where all tokens lie on the device already."""
+
+    rows: torch.Tensor  # (B,) int64
+    views: torch.Tensor  # (B,) int64
+
+
 class TokensOnDevice:
-    """A split of tokens, all views of it, on one device: no copy from the host per step."""
+    """A split of tokens, all views of it, on one device: a step copies the numbers of its rows."""
 
     def __init__(self, tokens: Tokens, device: torch.device):
         values = tokens.values.gather(tokens.rows)
@@ -117,15 +133,17 @@ class TokensOnDevice:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, rows: torch.Tensor, generator: torch.Generator | None = None) -> TokenBatch:
-        """As Tokens.batch, on the device."""
-        device = self.values.device
-        views = self.tokens._views(len(rows), generator).to(device)
-        rows = rows.to(device)
-        values = self.values[rows, views]
-        if self.tokens.learns == "latents":
-            return TokenBatch(standardize(values, self.tokens.spec), self.labels[rows])
-        return TokenBatch(values.long(), self.labels[rows])
+    def stored(self, rows: torch.Tensor, generator: torch.Generator | None = None) -> Places:
+        return Places(rows, self.tokens._views(len(rows), generator))
+
+    def batch_of(self, stored: Places) -> TokenBatch:
+        values = self.values[stored.rows, stored.views]
+        return TokenBatch(_learnt(values, self.tokens.spec, self.tokens.learns), self.labels[stored.rows])
+
+
+def _learnt(values: torch.Tensor, spec: TokenSpec, learns: Learns) -> torch.Tensor:
+    """int32 indices as int64 ones, latents standardized."""
+    return standardize(values, spec) if learns == "latents" else values.long()
 
 
 def standardize(latents: torch.Tensor, spec: TokenSpec) -> torch.Tensor:
@@ -146,7 +164,12 @@ def decode(tokens: torch.Tensor, tokenizer: Tokenizer, spec: TokenSpec, learns: 
 
 
 def _channels(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+    return _row(values, like.dtype, like.device).view(1, -1, 1, 1)
+
+
+@lru_cache(maxsize=8)  # a copy from the host in every step else
+def _row(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def read_spec(folder: Path) -> TokenSpec:

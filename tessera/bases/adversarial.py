@@ -11,7 +11,6 @@ GroupNorm in the discriminator, so that a batch of one works.
 from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from tessera.bases.optimization import optimizers_for
 from tessera.components import RateFactor, Weight
 from tessera.contracts import Diagnosis, ImageBatch, ImageSpec
 from tessera.nn.autoencoder import group_norm
+from tessera.nn.processes import over_processes
 
 
 class AdversarialConfig(AutoencoderConfig):
@@ -66,11 +66,14 @@ def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter, limit: float) -> Tensor:
     """Esser et al., equation 7: the ratio of the gradient norms of two scalars at the decoder's last layer, at most `limit`.
 
-    In float32 also under autocast.
+    In float32 also under autocast. One for all processes: the gradients are those of the whole batch.
     """
     with torch.autocast(reconstruction.device.type, enabled=False):
-        of_reconstruction = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].float().norm()
-        of_adversarial = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].float().norm()
+        gradients = [
+            torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()
+            for loss in (reconstruction, adversarial)
+        ]
+        of_reconstruction, of_adversarial = (over_processes(gradient).norm() for gradient in gradients)
         return (of_reconstruction / (of_adversarial + 1e-6)).clamp(0, limit).detach()
 
 
@@ -93,6 +96,8 @@ class AdversarialObjective(nn.Module):
         # not named monitor: the checkpoints of trainings hold its counters under this name
         steps = config.training.num_steps - config.discriminator_start_step if config.adversarial_weight else 0
         self.watch = Monitor(config.health, config.quantizer, discriminator_steps=max(0, steps))
+        self.micro_batches = 1  # MovesOncePerStep: LeCam's averages are of whole batches
+        self._logits: list[Tensor] = []  # (2,) mean logits of the micro-batches of this step
         self._pending: list[tuple[Tensor, Tensor]] = []  # images and their reconstructions, for the second phase
 
     def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -139,20 +144,27 @@ class AdversarialObjective(nn.Module):
         loss = hinge_loss(real_logits, fake_logits)
         real, fake = real_logits.mean(), fake_logits.mean()
         if self.config.lecam_weight:
-            average_real, average_fake = self.average_logits.unbind()
-            lecam = F.relu(real - average_fake).square() + F.relu(average_real - fake).square()
-            loss = loss + self.config.lecam_weight * lecam
-            means = torch.stack([real, fake]).detach()
-            if dist.is_initialized():  # each process has its share; all keep the average of the whole batch
-                dist.all_reduce(means)
-                means /= dist.get_world_size()
-            self.average_logits.lerp_(means, 0.01)
+            loss = loss + self.config.lecam_weight * self._lecam(over_processes(torch.stack([real, fake])))
         accuracy = 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())
         self.watch.note_discriminator(real - fake, accuracy)
         return {"loss": loss, "real_logits": real, "fake_logits": fake, "discriminator_accuracy": accuracy}
 
-    def diagnose(self, step: int) -> Diagnosis:
-        return self.watch.diagnose(step)
+    def _lecam(self, logits: Tensor) -> Tensor:
+        """Tseng et al., equation 5, of (2,) mean logits of images and reconstructions."""
+        average_real, average_fake = self.average_logits.unbind()
+        real, fake = logits.unbind()
+        self._logits.append(logits.detach())
+        lecam = F.relu(real - average_fake).square() + F.relu(average_real - fake).square()
+        if len(self._logits) == self.micro_batches:
+            self.average_logits.lerp_(torch.stack(self._logits).mean(dim=0), 0.01)
+            self._logits.clear()
+        return lecam
+
+    def observe(self, step: int) -> None:
+        self.watch.observe(step)
+
+    def diagnose(self) -> Diagnosis:
+        return self.watch.diagnose()
 
     def optimizers(self) -> dict[str, list[Optimizer]]:
         training = self.config.training

@@ -20,6 +20,7 @@ from tessera.bases.optimization import Training
 from tessera.components import Fraction, Params, QuantizerConfig, Weight, load
 from tessera.contracts import Encoded, HasLevels, ImageSpec, Quantized
 from tessera.nn.autoencoder import Decoder, Encoder
+from tessera.nn.draw import count
 from tessera.nn.image_losses import Lpips, laplacian_loss, pixel_loss
 
 
@@ -174,6 +175,6 @@ def codebook_terms(quantized: Quantized, codebook_size: int | None) -> dict[str,
     """To plot of a batch's indices: exp of the entropy of their histogram, which is its perplexity."""
     if quantized.indices is None or codebook_size is None:
         return {}
-    counts = torch.bincount(quantized.indices.flatten(), minlength=codebook_size).float()
+    counts = count(quantized.indices.flatten(), codebook_size)
     probs = counts / counts.sum()
     return {"codebook_perplexity": torch.exp(-(probs * probs.clamp_min(1e-12).log()).sum())}

@@ -48,8 +48,8 @@ class Monitor(nn.Module):
     """Counters of a training, in buffers: a checkpoint holds them, the model that is kept does not.
 
     `quantizer` is the quantizer's Config; discriminator_steps: how many a discriminator has (0: there is none). In each step
-    call `note_codes` and `note_discriminator` for every micro-batch, then
-    `diagnose` once.
+    call `note_codes` and `note_discriminator` for every micro-batch, then `observe` once. `diagnose` alone reads numbers from
+    the device, and judges every step that was observed since it was last called.
     """
 
     def __init__(self, settings: Diagnostics, quantizer: Params, discriminator_steps: int = 0):
@@ -66,6 +66,11 @@ class Monitor(nn.Module):
         if discriminator_steps:
             self.register_buffer("dead_steps", torch.zeros(2, dtype=torch.long))  # in a row: won, silent
         self._judgements: list[Tensor] = []  # of the micro-batches of this step
+        self._steps: list[int] = []  # observed and not diagnosed yet
+        self._codes: list[Tensor] = []  # of these steps, (2,): codes used within the window, and when the oldest was
+        self._discriminators: list[
+            Tensor | None
+        ] = []  # of these steps, (4,): gap, accuracy, steps it won, steps it was silent
         self._last_step: dict[str, int] = {}  # of a failure by name; not kept: a resumed training warns again
 
     @torch.no_grad()
@@ -79,29 +84,50 @@ class Monitor(nn.Module):
         self._judgements.append(torch.stack([gap, accuracy]).detach())
 
     @torch.no_grad()
-    def diagnose(self, step: int) -> Diagnosis:
-        """A failure is reported once, and again only after `window` steps without it."""
-        metrics: dict[str, float] = {}
-        found: list[tuple[str, str]] = []
+    def observe(self, step: int) -> None:
+        """Count what was noted in this step."""
+        self._steps.append(step)
         if self.monitors_codes:
-            found += self._codebook(step, metrics)
-        if self._judgements:
-            found += self._discriminator(step)
-        is_fatal = self.settings.action == "stop"
-        new = [Failure(name, sentence, is_fatal) for name, sentence in found if self._is_new(name, step)]
-        self._last_step |= {name: step for name, _ in found}
-        return Diagnosis(metrics, new)
+            if dist.is_initialized():  # each process has the codes of its share of the batch
+                dist.all_reduce(self.last_used, op=dist.ReduceOp.MAX)
+            num_used = (self.last_used > max(step - self.settings.window, -1)).sum()
+            self._codes.append(torch.stack([num_used, self.last_used.min()]))
+        self._discriminators.append(self._judged() if self._judgements else None)
+
+    def _judged(self) -> Tensor:
+        judgement = torch.stack(self._judgements).mean(dim=0)
+        self._judgements.clear()
+        if dist.is_initialized():
+            dist.all_reduce(judgement)
+            judgement /= dist.get_world_size()
+        gap, accuracy = judgement.unbind()
+        self.dead_steps.copy_((self.dead_steps + 1) * torch.stack([accuracy >= WON, gap.abs() < SILENT_GAP]))
+        return torch.cat([judgement.double(), self.dead_steps.double()])
+
+    def diagnose(self) -> Diagnosis:
+        """Of all steps since it was last asked: the metrics of the newest, and every failure. One is reported once, and again
+        only after `window` steps without it."""
+        metrics: dict[str, float] = {}
+        failures: list[Failure] = []
+        codes = torch.stack(self._codes).tolist() if self._codes else [None] * len(self._steps)
+        judged = iter(
+            torch.stack(seen).tolist() if (seen := [one for one in self._discriminators if one is not None]) else []
+        )
+        for step, used, discriminator in zip(self._steps, codes, self._discriminators, strict=True):
+            found = self._codebook(step, *used, metrics) if used else []
+            found += self._discriminator(step, *next(judged)) if discriminator is not None else []
+            is_fatal = self.settings.action == "stop"
+            failures += [Failure(name, step + 1, text, is_fatal) for name, text in found if self._is_new(name, step)]
+            self._last_step |= {name: step for name, _ in found}
+        self._steps, self._codes, self._discriminators = [], [], []
+        return Diagnosis(metrics, failures)
 
     def _is_new(self, name: str, step: int) -> bool:
         return name not in self._last_step or step - self._last_step[name] > self.settings.window
 
-    def _codebook(self, step: int, metrics: dict[str, float]) -> list[tuple[str, str]]:
+    def _codebook(self, step: int, used: int, oldest: int, metrics: dict[str, float]) -> list[tuple[str, str]]:
         """Adds the usage and the age of dead codes to `metrics`; names and sentences of failures."""
         settings, size = self.settings, len(self.last_used)
-        if dist.is_initialized():  # each process has the codes of its share of the batch
-            dist.all_reduce(self.last_used, op=dist.ReduceOp.MAX)
-        num_used = (self.last_used > max(step - settings.window, -1)).sum()
-        used, oldest = torch.stack([num_used, self.last_used.min()]).tolist()
         metrics |= {"codebook_usage": used / size, "dead_code_age": float(step - oldest)}
         start = settings.start_step
         late = self.quantizer.codes_start_step if isinstance(self.quantizer, StartsLate) else None
@@ -124,18 +150,11 @@ class Monitor(nn.Module):
             )
         ]
 
-    def _discriminator(self, step: int) -> list[tuple[str, str]]:
+    def _discriminator(
+        self, step: int, gap: float, accuracy: float, won: float, silent: float
+    ) -> list[tuple[str, str]]:
         """Names and sentences of failures."""
         settings = self.settings
-        judgement = torch.stack(self._judgements).mean(dim=0)
-        self._judgements.clear()
-        if dist.is_initialized():
-            dist.all_reduce(judgement)
-            judgement /= dist.get_world_size()
-        gap, accuracy = judgement
-        is_silent = gap.abs() < SILENT_GAP
-        self.dead_steps.copy_((self.dead_steps + 1) * torch.stack([accuracy >= WON, is_silent]))
-        won, silent = self.dead_steps.tolist()
         bound = self.most_dead_steps
         rule = f"health.max_dead_discriminator_steps {settings.max_dead_discriminator_steps}, or half of its steps"
         if not bound or max(won, silent) < bound:
@@ -144,7 +163,7 @@ class Monitor(nn.Module):
             return [
                 (
                     "discriminator_won",
-                    f"discriminator_accuracy is {accuracy:.4g} at step {step + 1} and was {WON} or more for {won} steps "
+                    f"discriminator_accuracy is {accuracy:.4g} at step {step + 1} and was {WON} or more for {won:.0f} steps "
                     f"({rule}): the discriminator has won and teaches nothing more; "
                     f"lower discriminator_learning_rate_factor, raise lecam_weight or adversarial_weight, or let it begin "
                     f"at a later discriminator_start_step",
@@ -153,8 +172,8 @@ class Monitor(nn.Module):
         return [
             (
                 "discriminator_silent",
-                f"real_logits minus fake_logits is {gap:.2g} at step {step + 1} and was within {SILENT_GAP} of 0 for {silent} "
-                f"steps ({rule}): the discriminator tells nothing; raise "
+                f"real_logits minus fake_logits is {gap:.2g} at step {step + 1} and was within {SILENT_GAP} of 0 for "
+                f"{silent:.0f} steps ({rule}): the discriminator tells nothing; raise "
                 f"discriminator_learning_rate_factor, lower lecam_weight or adversarial_weight, or set adversarial_weight: 0 "
                 f"where reconstructions are as good as images",
             )

@@ -37,12 +37,20 @@ class Muon(Optimizer):
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         gradients = [matrix.grad for matrix in matrices]
         averages = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        is_skipped = None if (found_inf := getattr(self, "found_inf", None)) is None else found_inf > 0
+        if (
+            is_skipped is not None
+        ):  # as in torch's fused optimizers: training/terms.py. The momentum then stays as it is
+            gradients = [torch.where(is_skipped, old, new) for old, new in zip(averages, gradients, strict=True)]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         updates = torch.stack(torch._foreach_lerp(gradients, averages, group["momentum"]))
         rows = updates.flatten(2)  # a kernel (N, M, k, k) is a matrix (N, M k^2)
         rate = 0.2 * max(rows.shape[1:]) ** 0.5 * group["lr"]
         rows = orthogonalized(rows, torch.bfloat16 if rows.is_cuda else torch.float32).to(updates.dtype)
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        kept = 1 - group["lr"] * group["weight_decay"]
+        if is_skipped is not None:
+            rows, kept = rows.masked_fill(is_skipped, 0), torch.where(is_skipped, 1.0, kept)
+        torch._foreach_mul_(matrices, kept)
         torch._foreach_add_(matrices, list(rows.view_as(updates).unbind()), alpha=-rate)
 
 

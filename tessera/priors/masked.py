@@ -58,6 +58,9 @@ def mask_ratio(schedule: MaskSchedule, progress: Tensor) -> Tensor:
     return torch.cos(progress * (math.pi / 2))
 
 
+UNMASKED = -1  # no index: in the place of what the loss leaves out
+
+
 @cache
 def placed_per_step(num_places: int, steps: int, schedule: MaskSchedule) -> tuple[int, ...]:
     """MaskGIT, section 3.2: how many masked places each step fills, at least one; there are no more steps than places."""
@@ -230,9 +233,13 @@ class Objective(ConditionalObjective):
         indices = tokens.flatten(1)  # (B, L)
         is_masked = self._masks(indices)
         logits = self.model(torch.where(is_masked, self.model.mask_index, indices), labels)
-        logits, truth = logits[is_masked].float(), indices[is_masked]
-        loss = F.cross_entropy(logits, truth, label_smoothing=self.config.label_smoothing if self.training else 0.0)
-        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == truth).float().mean()}
+        if logits.device.type == "cpu":
+            logits, truth = logits[is_masked].float(), indices[is_masked]
+        else:  # how many are masked would be waited for: the others are gone through as well, and left out
+            logits, truth = logits.float().flatten(0, 1), torch.where(is_masked, indices, UNMASKED).flatten()
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits, truth, label_smoothing=smoothing, ignore_index=UNMASKED)
+        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == truth).sum() / is_masked.sum()}
 
     def _masks(self, indices: Tensor) -> Tensor:
         """(B, L) whether a place is masked: a random number of each row, at least one."""

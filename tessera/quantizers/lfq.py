@@ -13,7 +13,6 @@ import itertools
 from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from tessera.components import Params, Weight
 from tessera.contracts import Quantized
 from tessera.nn.nearest import require_others
+from tessera.nn.processes import over_processes
 from tessera.nn.straight_through import straight_through
 
 Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]
@@ -78,7 +78,7 @@ class Quantizer(nn.Module):
             off.split(self.config.entropy_group_bits, dim=1),
             strict=True,
         )
-        of_batch = sum(_entropy(_over_processes(_mean_assignment(*group))) for group in groups)
+        of_batch = sum(_entropy(over_processes(_mean_assignment(*group))) for group in groups)
         return of_tokens, of_batch
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
@@ -115,12 +115,3 @@ def _mean_assignment(on: Tensor, off: Tensor) -> Tensor:
 
 def _entropy(probs: Tensor) -> Tensor:
     return -(probs * probs.clamp_min(1e-20).log()).sum()
-
-
-def _over_processes(probs: Tensor) -> Tensor:
-    """The mean over all processes in value. Each passes on the gradient of its own part; DDP takes their mean."""
-    if not dist.is_initialized():
-        return probs
-    total = probs.detach().clone()
-    dist.all_reduce(total)
-    return straight_through(probs, total / dist.get_world_size())

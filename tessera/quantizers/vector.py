@@ -11,17 +11,18 @@ al., 2024, arXiv:2410.06424, section 4.
 Differs from it: the averages have Laplace smoothing (as in Sonnet); the start waits `init_step` steps for useful latents.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from tessera.components import Params, Weight
 from tessera.contracts import Quantized
+from tessera.nn.draw import Draw, count
 from tessera.nn.nearest import nearest, nearest_others
+from tessera.nn.processes import all_reduce
 from tessera.nn.straight_through import rotated, straight_through
 
 
@@ -45,6 +46,8 @@ class Config(Params):
 
 
 class Quantizer(nn.Module):
+    """Its codes move once per step, by the latents of all micro-batches and processes together."""
+
     indices_per_code = 1
 
     def __init__(self, config: Config):
@@ -59,7 +62,12 @@ class Quantizer(nn.Module):
             self.register_buffer("codebook", codes)
             self.register_buffer("code_sums", codes.clone())
         self.register_buffer("code_counts", torch.ones(config.codebook_size))  # moving average of uses per batch
-        self.register_buffer("batches_seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("batches_seen", torch.zeros((), dtype=torch.long))  # those of whole steps
+        self.micro_batches = 1  # MovesOncePerStep
+        self._batches_seen: int | None = (
+            0  # the same on the host, which would else wait for the device; None: not known
+        )
+        self._step: _Step | None = None  # while it has micro-batches to come
 
     def forward(self, z: Tensor) -> Quantized:
         """z: (B, D, h, w). Distances and averages are float32 also under autocast."""
@@ -73,10 +81,10 @@ class Quantizer(nn.Module):
         if self.config.normalize_codes:
             flat = F.normalize(flat, dim=1)
         if self.training and self._passes_through():
-            self.batches_seen += 1
+            self._learn(flat.detach(), None)
             indices = torch.zeros(len(flat), dtype=torch.long, device=z.device)
             return Quantized(z, indices.view(batch, height, columns), z.new_zeros(()))
-        if self.training and self.config.init == "data" and int(self.batches_seen) == self.config.init_step:
+        if self.training and self._starts():
             self._start_from(flat.detach())
         codebook = self._codes()
         indices = nearest(flat.detach(), codebook.detach())  # (B * h * w,)
@@ -87,7 +95,6 @@ class Quantizer(nn.Module):
             loss = loss + self.config.codebook_weight * F.mse_loss(codes, flat.detach())
         if self.training:
             self._learn(flat.detach(), indices)
-            self.batches_seen += 1
         codes = rotated(flat, codes) if self.config.rotation_trick else straight_through(flat, codes)
         codes = codes.view(batch, height, columns, width).permute(0, 3, 1, 2)
         return Quantized(codes, indices.view(batch, height, columns), loss)
@@ -98,7 +105,7 @@ class Quantizer(nn.Module):
 
     def neighbors(self, indices: Tensor, count: int) -> Tensor:
         """(N,) -> (N, count) the other codes nearest to each, nearest first."""
-        if self.training and self.config.init == "data" and int(self.batches_seen) <= self.config.init_step:
+        if self.training and self.config.init == "data" and self._num_seen() <= self.config.init_step:
             return indices.unsqueeze(1).expand(-1, count)  # the last batch passed unquantized: no code to replace
         return nearest_others(self._codes().detach(), indices, count)
 
@@ -111,38 +118,65 @@ class Quantizer(nn.Module):
         return F.normalize(codebook, dim=1)
 
     def _passes_through(self) -> bool:
-        return self.config.init == "data" and int(self.batches_seen) < self.config.init_step
+        return self.config.init == "data" and self._num_seen() < self.config.init_step
+
+    def _starts(self) -> bool:
+        return self.config.init == "data" and self._num_seen() == self.config.init_step and self._step is None
+
+    def _num_seen(self) -> int:
+        if self._batches_seen is None:
+            self._batches_seen = int(self.batches_seen)
+        return self._batches_seen
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._batches_seen = None
 
     @torch.no_grad()
     def _start_from(self, flat: Tensor) -> None:
-        self.codebook.copy_(_drawn(flat, self.codebook_size))
+        """Place the codes among the latents of the first micro-batch: those after it need them."""
+        draw = Draw(self.codebook_size, flat, micro_batches=1)
+        draw.see(flat)
+        self.codebook.copy_(draw.rows())
         if self.config.update == "ema":
             self.code_sums.copy_(self.codebook)
         self.code_counts.fill_(1.0)
 
     @torch.no_grad()
-    def _learn(self, flat: Tensor, indices: Tensor) -> None:
-        """Van den Oord et al., appendix A.1, with Laplace smoothing, over the batches of all processes; then revival."""
-        counts = torch.bincount(indices, minlength=self.codebook_size).float()
-        _all_reduce(counts)
+    def _learn(self, flat: Tensor, indices: Tensor | None) -> None:
+        """See a micro-batch; after the last one of the step, move. indices None: the latents pass through unquantized."""
+        step = self._step = self._step or _Step()
+        step.micro_batches += 1
+        if indices is not None:
+            step.see(self, flat, indices)
+        if step.micro_batches < self.micro_batches:
+            return
+        self._step = None
+        self.batches_seen += 1
+        self._batches_seen = self._num_seen() + 1
+        if indices is not None:
+            self._move(step)
+
+    def _move(self, step: "_Step") -> None:
+        """Van den Oord et al., appendix A.1, with Laplace smoothing; then revival."""
+        all_reduce(step.counts)
         decay = self.config.ema_decay
-        self.code_counts.lerp_(counts, 1 - decay)
+        self.code_counts.lerp_(step.counts, 1 - decay)
         if self.config.update == "ema":
-            sums = torch.zeros_like(self.code_sums).index_add_(0, indices, flat)
-            _all_reduce(sums)
-            self.code_sums.lerp_(sums, 1 - decay)
+            all_reduce(step.sums)
+            self.code_sums.lerp_(step.sums, 1 - decay)
             total, epsilon = self.code_counts.sum(), 1e-5
             smooth = (self.code_counts + epsilon) / (total + self.codebook_size * epsilon) * total
             self.codebook.copy_(self.code_sums / smooth.unsqueeze(1))
         if self.config.revive_below:
-            self._revive(flat)
+            self._revive(step.draw)
 
-    def _revive(self, flat: Tensor) -> None:
+    def _revive(self, draw: Draw) -> None:
         """Williams et al., section 3: codes that are hardly used move onto latents of the batch."""
         mean = self.code_counts.mean()
         dead = self.code_counts < self.config.revive_below * mean  # (K,)
         # the whole codebook is drawn and only dead rows are taken: no number of dead codes has to reach the host
-        fresh = _drawn(flat, self.codebook_size)
+        fresh = draw.rows()
         self.codebook.copy_(torch.where(dead.unsqueeze(1), fresh, self.codebook))
         self.code_counts.copy_(torch.where(dead, mean, self.code_counts))
         if self.config.update == "ema":
@@ -150,18 +184,25 @@ class Quantizer(nn.Module):
             self.code_sums.copy_(torch.where(dead.unsqueeze(1), revived, self.code_sums))
 
 
-def _drawn(flat: Tensor, count: int) -> Tensor:
-    """`count` rows of flat, distinct while they last, with a trace of noise so that repeats part; equal in all processes."""
-    order = torch.cat([torch.randperm(len(flat), device=flat.device) for _ in range(-(-count // len(flat)))])[:count]
-    rows = flat[order]
-    if count > len(flat):
-        rows = rows + 1e-3 * flat.std(dim=0) * torch.randn_like(rows)
-    if dist.is_initialized():
-        rows = rows.contiguous()
-        dist.broadcast(rows, src=0)
-    return rows
+class _Step:
+    """What a codebook saw in the micro-batches of one step."""
 
+    counts: Tensor  # (K,) how often each code was chosen
+    sums: Tensor  # (K, D) of the latents that chose it; for averages
+    draw: Draw  # of latents, for codes that are to be revived
 
-def _all_reduce(tensor: Tensor) -> None:
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
+    def __init__(self) -> None:
+        self.micro_batches = 0
+
+    def see(self, quantizer: Quantizer, flat: Tensor, indices: Tensor) -> None:
+        """(M, D) latents and (M,) their codes."""
+        config, size, is_first = quantizer.config, quantizer.codebook_size, self.micro_batches == 1
+        counts = count(indices, size)
+        self.counts = counts if is_first else self.counts + counts
+        if config.update == "ema":
+            sums = torch.zeros_like(quantizer.code_sums).index_add_(0, indices, flat)
+            self.sums = sums if is_first else self.sums + sums
+        if config.revive_below:
+            if is_first:
+                self.draw = Draw(size, flat, quantizer.micro_batches)
+            self.draw.see(flat)

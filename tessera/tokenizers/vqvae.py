@@ -42,8 +42,11 @@ class Objective(nn.Module):
         terms["loss"] = terms["loss"] + quantized.loss
         return {**terms, "quantizer_loss": quantized.loss, **codebook_terms(quantized, self.model.codebook_size)}
 
-    def diagnose(self, step: int) -> Diagnosis:
-        return self.watch.diagnose(step)
+    def observe(self, step: int) -> None:
+        self.watch.observe(step)
+
+    def diagnose(self) -> Diagnosis:
+        return self.watch.diagnose()
 
     def optimizers(self) -> dict[str, list[Optimizer]]:
         return {"autoencoder": optimizers_for(self.model, self.config.training)}

@@ -5,16 +5,18 @@ equals an uninterrupted one bit for bit on the same machine and number of thread
 Accelerate's: one process on a CPU or GPU, or many with `torchrun` or `accelerate launch`.
 """
 
+import contextlib
 import copy
 import math
 import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,24 +25,19 @@ from torch.utils.checkpoint import checkpoint
 from tessera import seeding
 from tessera.bases.optimization import Training, learning_rate_factor, update_average
 from tessera.contracts import Job, Objective
+from tessera.nn.draw import MovesOncePerStep
+from tessera.training.reading import Data, Reader
 from tessera.training.state import State
+from tessera.training.terms import Diverged, Terms, summed
+
+__all__ = ["Diverged", "TrainingFailed", "fit"]
 
 HISTORY_ROWS = 200  # at most, per training, besides those of validations
 LONGEST_VALIDATION = timedelta(hours=2)  # for which other processes wait
 
 
-class Diverged(ValueError):
-    """A loss or gradient is not finite; no optimizer step was taken with it."""
-
-
 class TrainingFailed(ValueError):
     """The objective diagnosed a failure that is to end the training (tessera/bases/diagnostics.py)."""
-
-
-class Data(Protocol):
-    def __len__(self) -> int: ...
-    def batch(self, rows: Tensor, generator: torch.Generator | None) -> Any: ...  # a NamedTuple of tensors
-    def on(self, device: torch.device) -> "Data": ...  # the same data, held there; asked for by data_on_device
 
 
 class Validation(Protocol):
@@ -57,24 +54,6 @@ class Preview(Protocol):
     def show_if_due(self, model: nn.Module) -> None: ...
 
 
-def rows_of_step(step: int, batch_size: int, num_rows: int, seed: int) -> Tensor:
-    """(batch_size,) the rows of a step: consecutive pieces of one seeded permutation per epoch. A function of its
-    arguments alone, so there is no sampler state to save."""
-    pieces, position, wanted = [], step * batch_size, batch_size
-    while wanted:
-        epoch, offset = divmod(position, num_rows)
-        piece = _order_of_epoch(num_rows, seed, epoch)[offset : offset + wanted]
-        pieces.append(piece)
-        position += len(piece)
-        wanted -= len(piece)
-    return torch.cat(pieces)
-
-
-@lru_cache(maxsize=2)  # at the border of two epochs a step has rows of both; 10**7 rows take half a second to draw
-def _order_of_epoch(num_rows: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(num_rows, generator=seeding.generator(seed, "epoch", epoch))
-
-
 def fit(
     objective: Objective,
     data: Data,
@@ -87,51 +66,52 @@ def fit(
 ) -> nn.Module | None:
     """Train `objective` for settings.num_steps steps and return its averaged model on the CPU.
 
-    Writes history.csv into job.state, resumes from the newest whole checkpoint there. None in all but the main process.
-    Raises Diverged at the first loss or gradient that is not finite, before it is applied, and TrainingFailed at a failure
-    that the objective calls fatal.
+    Writes history.csv into job.state, resumes from the newest whole checkpoint there. None in all but the main process. At a
+    row of the history raises Diverged, if a loss or gradient was not finite, which is never applied, and TrainingFailed, for
+    a failure that the objective calls fatal.
     """
     accelerator = _accelerator(settings, job, is_validated=validation is not None)
-    is_main = accelerator.is_main_process
+    rank, is_main = accelerator.process_index, accelerator.is_main_process
     objective.to(accelerator.device).train()
     average = copy.deepcopy(objective.model).requires_grad_(False)
     optimizers = objective.optimizers()
-    base_rates = [group["lr"] for group in _groups(optimizers)]
     state = State(job.state, objective, average, optimizers)
     history = job.history(settings.num_steps, quiet=not is_main)
     start = state.load(job.say)
     history.resume(start)  # also from 0: a training that was killed before its first checkpoint left rows
     if validation and is_main:
         validation.begin(start)
-    data = data.on(accelerator.device) if settings.data_on_device else data
     network = _prepared(objective, settings, accelerator)
+    reader = _reader(data, settings, range(start, settings.num_steps), seed, accelerator)
+    terms = Terms(objective.phases, accelerator.device)
+    any_process = AnyProcess(accelerator)
     row_interval = max(1, math.ceil(settings.num_steps / HISTORY_ROWS))
-    began = saved = time.monotonic()
-    with job.stopping_between_steps():
-        for step in range(start, settings.num_steps):
-            rate = learning_rate_factor(step, settings)
-            _set_rates(optimizers, [rate * base for base in base_rates])
-            terms = _step(network, objective, optimizers, data, settings, accelerator, seed, step)
+    began = time.monotonic()
+    with job.stopping_between_steps(), contextlib.closing(state), contextlib.closing(iter(reader)) as batches:
+        for step, micro_batches in zip(reader.steps, batches, strict=True):
+            _set_rates(optimizers, rate := learning_rate_factor(step, settings))
+            torch.manual_seed(seeding.derive(seed, "step", step, rank))  # dropout and the like draw from this generator
+            _step(network, objective, optimizers, micro_batches, settings.gradient_clip, accelerator, terms, step)
             update_average(average, objective.model, settings.ema_decay, step)
             done = step + 1
-            if hasattr(objective, "diagnose"):
-                terms |= _diagnosed(objective, step, job, is_main)
             is_validated = bool(validation and validation.is_due(done))
             if done % row_interval == 0 or done == settings.num_steps or is_validated:
-                terms = _mean_over_processes(terms, accelerator)
-                terms["learning_rate"] = rate * settings.learning_rate
+                row = _mean_over_processes(terms.read() | _diagnosed(objective, job, is_main), accelerator)
+                row["learning_rate"] = rate * settings.learning_rate
                 if is_validated:
+                    state.wait()  # it removes the weights that no checkpoint needs
                     metrics, seconds = _validated(validation, done, average, accelerator)
-                    terms |= metrics
-                    began += seconds  # no part of the training's speed
-                history.add(done, terms, settings.batch_size)
+                    row, began = row | metrics, began + seconds  # no part of the training's speed
+                history.add(done, row, settings.batch_size)
             if preview and is_main:
                 preview.show_if_due(average)
-            stopping = _any(accelerator, job.stop_requested)
-            if is_main and (stopping or time.monotonic() - saved >= job.checkpoint_seconds):
+            stopping = any_process(job.stop_requested)
+            if is_main and (stopping or state.is_due(job.checkpoint_seconds)):
+                terms.require_finite()
+                _diagnosed(objective, job, is_main)  # whoever resumes does not see these steps again
                 state.save(done)
-                saved = time.monotonic()
             if stopping:
+                state.wait()
                 job.stop(f"stopped after step {done}; the same command continues from there")
     _report(job, accelerator, (settings.num_steps - start) * settings.batch_size, time.monotonic() - began)
     return average.cpu().eval() if is_main else None
@@ -165,11 +145,27 @@ def _accelerator(settings: Training, job: Job, is_validated: bool) -> Accelerato
 
 def _prepared(objective: Objective, settings: Training, accelerator: Accelerator) -> nn.Module:
     """The objective as it is called in a step: compiled where asked for, and averaging gradients over processes."""
+    for module in objective.modules():
+        if isinstance(module, MovesOncePerStep):
+            module.micro_batches = settings.gradient_accumulation
     if settings.gradient_checkpointing:
         recompute_activations(objective)
     if settings.compile:
         compile_networks(objective)
     return accelerator.prepare(objective)
+
+
+def _reader(data: Data, settings: Training, steps: range, seed: int, accelerator: Accelerator) -> Reader:
+    return Reader(
+        data.on(accelerator.device) if settings.data_on_device else data,
+        accelerator.device,
+        steps=steps,
+        batch_size=settings.batch_size,
+        micro_batches=settings.gradient_accumulation,
+        seed=seed,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
 
 
 def _validated(
@@ -218,78 +214,57 @@ def _step(
     network: nn.Module,
     objective: Objective,
     optimizers: dict[str, list[Optimizer]],
-    data: Data,
-    settings: Training,
+    batches: list[Any],
+    gradient_clip: float,
     accelerator: Accelerator,
-    seed: int,
+    terms: Terms,
     step: int,
-) -> dict[str, float]:
-    """One optimizer step of every phase; returns its terms as numbers."""
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    rows = rows_of_step(step, settings.batch_size, len(data), seed)
-    rows = rows.view(settings.gradient_accumulation, processes, -1)[:, rank]  # (accumulation, share)
-    torch.manual_seed(seeding.derive(seed, "step", step, rank))  # dropout and the like draw from the global generator
-    draws = seeding.generator(seed, "batch", step, rank)
-    batches = [_to(data.batch(micro, draws), accelerator.device) for micro in rows]
-    terms: dict[str, float] = {}
+) -> None:
+    """One optimizer step of every phase, over all micro-batches."""
+    terms.begin(step)
     for phase in objective.phases:
-        skipped = False
-        for batch in batches:
-            with accelerator.autocast():
-                losses = network(batch, phase, step)
-            if losses is None:
-                skipped = True
-                break
-            for name, value in losses.items():
-                key = f"{phase}_loss" if name == "loss" and phase != objective.phases[0] else name
-                number = float(value.detach())
-                if not math.isfinite(number):
-                    raise Diverged(
-                        f"{phase} term '{name}' is {number} at step {step + 1}: not applied, the last checkpoint stays. "
-                        f"Lower training.learning_rate, or use precision: fp32; rows {rows.flatten()[:8].tolist()}..."
-                    )
-                terms[key] = terms.get(key, 0.0) + number / len(batches)
-            accelerator.backward(losses["loss"] / len(batches))
-        if skipped:
+        means: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches, 1):
+            is_last = number == len(batches)
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(network):  # gradients meet once
+                with accelerator.autocast():
+                    losses = network(batch, phase, step)
+                if losses is None:
+                    break
+                means = summed(means, losses, len(batches))
+                accelerator.backward(losses["loss"] / len(batches))
+        if not means:
             continue
         parameters = [p for optimizer in optimizers[phase] for g in optimizer.param_groups for p in g["params"]]
-        norm = float(nn.utils.clip_grad_norm_(parameters, settings.gradient_clip, foreach=True))
-        if not math.isfinite(norm):
-            raise Diverged(
-                f"the gradient of phase '{phase}' is {norm} at step {step + 1}: not applied, the last checkpoint stays. "
-                f"Lower training.learning_rate, or use precision: fp32"
-            )
+        norm = nn.utils.clip_grad_norm_(parameters, gradient_clip, foreach=True)
+        terms.note(phase, means, norm)
         for optimizer in optimizers[phase]:
-            optimizer.step()
+            terms.take(optimizer)
             optimizer.zero_grad(set_to_none=True)
-    return terms
+    if hasattr(objective, "observe"):
+        objective.observe(step)
 
 
-def _diagnosed(objective: Objective, step: int, job: Job, is_main: bool) -> dict[str, float]:
+def _diagnosed(objective: Objective, job: Job, is_main: bool) -> dict[str, float]:
     """Warn of the failures that the objective diagnoses, or raise TrainingFailed; returns its metrics."""
-    metrics, failures = objective.diagnose(step)
+    if not hasattr(objective, "diagnose"):
+        return {}
+    metrics, failures = objective.diagnose()
     job.figures["num_warnings"] = job.figures.get("num_warnings", 0.0) + len(failures)
     for failure in failures:
         if failure.is_fatal:
             raise TrainingFailed(failure.sentence)
-        job.figures.setdefault(failure.name, float(step + 1))
+        job.figures.setdefault(failure.name, float(failure.step))
         if is_main:
             job.say(f"warning: {failure.sentence}")
     return metrics
 
 
-def _groups(optimizers: dict[str, list[Optimizer]]) -> list[dict[str, Any]]:
-    return [group for some in optimizers.values() for optimizer in some for group in optimizer.param_groups]
-
-
-def _set_rates(optimizers: dict[str, list[Optimizer]], rates: list[float]) -> None:
-    """The learning rate of each group of parameters, in the order of `_groups`."""
-    for group, rate in zip(_groups(optimizers), rates, strict=True):
-        group["lr"] = rate
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    return type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
+def _set_rates(optimizers: dict[str, list[Optimizer]], factor: float) -> None:
+    """The learning rate of each group of parameters: `factor` times the one that it began with."""
+    for optimizer in (one for some in optimizers.values() for one in some):
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])  # as torch's own schedulers call it
 
 
 def _mean_over_processes(terms: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
@@ -303,12 +278,23 @@ def _mean_over_processes(terms: dict[str, float], accelerator: Accelerator) -> d
     return dict(zip(terms, means, strict=True))
 
 
-def _any(accelerator: Accelerator, flag: Callable[[], bool]) -> bool:
-    """Whether the flag is up in any process: all of them must stop at the same step."""
-    here = flag()
-    if accelerator.num_processes == 1:
-        return here
-    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device)).item() > 0)
+class AnyProcess:
+    """Whether a flag is up in any process: all of them must stop at the same step.
+
+    The processes ask each other on their hosts, so that no device is waited for.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        is_alone = accelerator.num_processes == 1
+        self.group = None if is_alone else dist.new_group(backend="gloo")
+
+    def __call__(self, flag: Callable[[], bool]) -> bool:
+        here = flag()
+        if self.group is None:
+            return here
+        seen = torch.tensor(float(here))
+        dist.all_reduce(seen, group=self.group)
+        return bool(seen)
 
 
 def threads() -> str:

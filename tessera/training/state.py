@@ -1,7 +1,12 @@
-"""The resumable state of a training: what a step needs besides its inputs, written beside and renamed."""
+"""The resumable state of a training: what a step needs besides its inputs, written beside and renamed.
+
+A training waits for as long as a copy in memory takes; a thread writes that copy, syncs, hashes and renames it.
+"""
 
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +19,67 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts.checkpoints import read_weights
 from tessera.artifacts.folder import ArtifactError
 
+WORST_SHARE = 0.05  # of the time, at most, is a checkpoint being made
+
 
 class State:
     """Checkpoints of a training: safetensors and JSON, written beside and renamed, the newest two kept."""
 
     def __init__(self, folder: Path, objective: nn.Module, average: nn.Module, optimizers: dict[str, list[Optimizer]]):
         self.folder, self.objective, self.average, self.optimizers = folder, objective, average, optimizers
+        self._copies: dict[str, dict[str, Tensor]] = {}  # by file; kept, for the next one to be copied into
+        self._pool = ThreadPoolExecutor(1, "checkpoints")
+        self._writing: Future[None] | None = None
+        self._saved = time.monotonic()  # when the last checkpoint was made
+        self._seconds = 0.0  # that the last checkpoint took, from its copy to its new name
+
+    def is_due(self, seconds: float) -> bool:
+        """Whether so many seconds have passed since the last checkpoint, and more if making one takes long. 0: at every step."""
+        return time.monotonic() - self._saved >= (seconds and max(seconds, self._seconds / WORST_SHARE))
 
     def save(self, step: int) -> None:
-        with artifact.create(self.folder / f"step-{step:09d}") as place:
-            safetensors.torch.save_file(_cpu(self.objective.state_dict()), place / "objective.safetensors")
-            safetensors.torch.save_file(_cpu(self.average.state_dict()), place / "average.safetensors")
-            tensors, plain = {}, {}
-            for key, optimizer in self._flat():
-                for number, values in optimizer.state_dict()["state"].items():
-                    for name, value in values.items():
-                        target = tensors if isinstance(value, Tensor) else plain
-                        target[f"{key}/{number}/{name}"] = value
-            safetensors.torch.save_file(_cpu(tensors), place / "optimizers.safetensors")
-            artifact.write_json(place / "state.json", {"step": step, "optimizers": plain})
+        """Copy what there is after `step` steps, and have it written. Raises ArtifactError if the one before failed."""
+        self.wait()
+        began = self._saved = time.monotonic()
+        tensors, plain = {}, {}
+        for key, optimizer in self._flat():
+            for number, values in optimizer.state_dict()["state"].items():
+                for name, value in values.items():
+                    target = tensors if isinstance(value, Tensor) else plain
+                    target[f"{key}/{number}/{name}"] = value
+        self._copy("objective", self.objective.state_dict())
+        self._copy("average", self.average.state_dict())
+        self._copy("optimizers", tensors)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        self._writing = self._pool.submit(self._write, {"step": step, "optimizers": plain}, began)
+
+    def wait(self) -> None:
+        """Until the newest checkpoint is whole. Raises ArtifactError if it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def close(self) -> None:
+        """Until nothing is being written."""
+        self._pool.shutdown()
+
+    def _copy(self, file: str, state: dict[str, Tensor]) -> None:
+        """Into the memory that the copy before was in: new memory would cost as much again to come by."""
+        held = self._copies.setdefault(file, {})
+        for name, tensor in state.items():
+            if name not in held:
+                held[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            held[name].copy_(tensor, non_blocking=True)
+
+    def _write(self, meta: dict[str, Any], began: float) -> None:
+        with artifact.create(self.folder / f"step-{meta['step']:09d}") as place:
+            for file, tensors in self._copies.items():
+                safetensors.torch.save_file(tensors, place / f"{file}.safetensors")
+            artifact.write_json(place / "state.json", meta)
         for old in sorted(self.folder.glob("step-*"))[:-2]:
             shutil.rmtree(old)
+        self._seconds = time.monotonic() - began
 
     def load(self, say: Callable[[str], None]) -> int:
         """Restore the newest checkpoint whose hashes are right and return its step (0: none). It and damaged ones are named."""
@@ -73,7 +118,3 @@ def _lay_out_as_weights(optimizer: Optimizer) -> None:
         for name, value in memory.items():
             if isinstance(value, Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
                 memory[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
-
-
-def _cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

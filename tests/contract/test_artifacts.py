@@ -186,13 +186,18 @@ def test_an_index_outside_the_codebook_is_refused(token_folder, token_spec):
         tokens.Tokens(token_folder, "train", narrow, "indices").batch(torch.arange(6))
 
 
+def batch(data, rows, generator=None):
+    """As a training reads it."""
+    return data.batch_of(data.stored(rows, generator))
+
+
 @pytest.mark.parametrize("learns", ["indices", "latents"])
 def test_tokens_held_on_a_device_are_the_tokens_on_disk(token_folder, token_spec, learns):
     stored = tokens.Tokens(token_folder, "train", token_spec, learns)
     rows, held = torch.tensor([5, 0, 3, 3]), stored.on(torch.device("cpu"))
     for generator in (None, 7):
         draws = [None if generator is None else torch.Generator().manual_seed(generator) for _ in range(2)]
-        for a, b in zip(stored.batch(rows, draws[0]), held.batch(rows, draws[1]), strict=True):
+        for a, b in zip(batch(stored, rows, draws[0]), batch(held, rows, draws[1]), strict=True):
             assert a.dtype == b.dtype and torch.equal(a, b)
     assert len(held) == len(stored)
 
@@ -200,7 +205,7 @@ def test_tokens_held_on_a_device_are_the_tokens_on_disk(token_folder, token_spec
 def test_images_held_on_a_device_are_the_images_on_disk(images_folder):
     _, splits = images.read(images_folder)
     rows, held = torch.tensor([5, 0, 40]), splits["train"].on(torch.device("cpu"))
-    for a, b in zip(splits["train"].batch(rows), held.batch(rows), strict=True):
+    for a, b in zip(batch(splits["train"], rows), batch(held, rows), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
     assert held.pixels.dtype == torch.uint8 and len(held) == len(splits["train"])
 

@@ -291,8 +291,11 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.whole.labels)
 
-    def batch(self, rows, generator=None):
+    def stored(self, rows, generator=None):
         return type(self.whole)(*(tensor[rows] for tensor in self.whole))
+
+    def batch_of(self, stored):
+        return stored
 
     def on(self, device):
         return type(self)(type(self.whole)(*(tensor.to(device) for tensor in self.whole)))
@@ -311,13 +314,16 @@ class _EndsAt:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, rows, generator=None):
+    def stored(self, rows, generator=None):
+        return self.rows.stored(rows, generator)
+
+    def batch_of(self, stored):
         self.taken += 1
         if self.taken == self.number:
             if self.by is _Death:
                 raise _Death
             self.job.request_stop(signal.SIGTERM)
-        return self.rows.batch(rows, generator)
+        return self.rows.batch_of(stored)
 
 
 def _training_data(folder, kind, image_spec, token_spec):

@@ -115,7 +115,7 @@ def test_a_changed_quantizer_makes_the_tokenizers_that_use_it_stale(copy, graph,
 
 
 def test_a_changed_training_loop_makes_every_training_stale(copy, graph, fingerprints):
-    edit(copy / "tessera/training/loop.py", r"step \* batch_size", "batch_size * step")
+    edit(copy / "tessera/training/reading.py", r"step \* batch_size", "batch_size * step")
     found = stale(copy, graph, fingerprints)
     assert found == {entry.name for entry in graph if entry.stage in TRAININGS}
 

@@ -73,13 +73,13 @@ def made(tmp_path_factory, images_folder, token_spec) -> Path:
 
 def read_images(folder: Path) -> None:
     for split in images.read(folder)[1].values():
-        split.batch(torch.arange(len(split)))
+        split.stored(torch.arange(len(split)))
 
 
 def read_tokens(folder: Path) -> None:
     for learns in ("indices", "latents"):
         for split in tokens.read(folder, learns)[1].values():
-            split.batch(torch.arange(len(split)))
+            split.stored(torch.arange(len(split)))
 
 
 def read_reference(folder: Path) -> None:

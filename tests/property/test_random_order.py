@@ -203,8 +203,11 @@ def test_the_losses_of_raster_order_are_those_from_before_random_orders_were_the
         def __len__(self):
             return 16
 
-        def batch(self, chosen, generator=None):
+        def stored(self, chosen, generator=None):
             return TokenBatch(rows.tokens[chosen], rows.labels[chosen])
+
+        def batch_of(self, stored):
+            return stored
 
     job.resumable()
     fit(Objective(model, config), Data(), training, seed=0, job=job)

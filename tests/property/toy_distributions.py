@@ -33,8 +33,11 @@ class Rows:
     def __len__(self):
         return len(self.labels)
 
-    def batch(self, rows, generator=None):
+    def stored(self, rows, generator=None):
         return TokenBatch(self.tokens[rows], self.labels[rows])
+
+    def batch_of(self, stored):
+        return stored
 
 
 def known_distribution() -> Tensor:

@@ -52,11 +52,14 @@ class Digits:
     def uint8(self, rows):
         return to_uint8(self.images[rows])
 
-    def batch(self, rows, generator):
+    def stored(self, rows, generator):
+        return ImageBatch(self.images[rows], torch.zeros(len(rows), dtype=torch.long))
+
+    def batch_of(self, stored):
         self.calls += 1
         if self.on_batch:
             self.on_batch(self.calls)
-        return ImageBatch(self.images[rows], torch.zeros(len(rows), dtype=torch.long))
+        return stored
 
 
 def built(settings, seed=0):
@@ -72,6 +75,12 @@ def trained(objective, job, data=None):
     job.resumable()
     fit(objective, data or Digits(), objective.config.training, seed=0, job=job)
     return said
+
+
+def diagnosed(watch, step):
+    """As at a row of the history after every step."""
+    watch.observe(step)
+    return watch.diagnose()
 
 
 def far_away(objective, distance=100.0):
@@ -92,13 +101,13 @@ def test_ages_and_usage_are_those_counted_from_a_list_of_batches():
     for step, indices in enumerate(batches):
         for half in indices:  # two micro-batches
             watch.note_codes(half, step)
-        metrics, _ = watch.diagnose(step)
+        metrics, _ = diagnosed(watch, step)
         seen = [set(batch.flatten().tolist()) for batch in batches[: step + 1]]
         ages = [next((age for age, codes in enumerate(reversed(seen)) if k in codes), step + 1) for k in range(32)]
         assert metrics["dead_code_age"] == max(ages)
         assert metrics["codebook_usage"] == len(set().union(*seen[-4:])) / 32
     watch.note_codes(torch.arange(32), 12)
-    assert watch.diagnose(12).metrics == {"codebook_usage": 1.0, "dead_code_age": 0.0}
+    assert diagnosed(watch, 12).metrics == {"codebook_usage": 1.0, "dead_code_age": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -134,7 +143,7 @@ def test_one_code_is_a_collapse_however_small_the_codebook():
     watch = Monitor(Diagnostics(window=2, start_step=0), vector.Config(codebook_size=4, init_step=0))
     for step in range(4):
         watch.note_codes(torch.tensor([step // 3 + 1]), step)
-        found = [failure.name for failure in watch.diagnose(step).failures]
+        found = [failure.name for failure in diagnosed(watch, step).failures]
         assert found == (["codebook_collapsed"] if step == 1 else []), step
 
 
@@ -142,18 +151,18 @@ def test_a_residual_quantizer_has_collapsed_when_each_level_has_one_code_left():
     inner = vector.Config(codebook_size=4, init_step=0)
     watch = Monitor(Diagnostics(window=2, start_step=0), residual.Config(quantizer=inner, num_levels=2))
     watch.note_codes(torch.tensor([1, 4]), 5)
-    assert "2 of 8 codes" in watch.diagnose(5).failures[0].sentence
+    assert "2 of 8 codes" in diagnosed(watch, 5).failures[0].sentence
     watch.note_codes(torch.tensor([2]), 6)
-    assert watch.diagnose(10).failures  # the window is empty
+    assert diagnosed(watch, 10).failures  # the window is empty
     for step in range(20, 30):
         watch.note_codes(torch.tensor([1, 2, 4]), step)
-        assert watch.diagnose(step).failures == []
+        assert diagnosed(watch, step).failures == []
 
 
 def test_a_remedy_names_no_key_that_the_quantizer_has_not():
     watch = Monitor(Diagnostics(window=1, start_step=0), lfq.Config(code_dim=3))
     watch.note_codes(torch.tensor([0]), 0)
-    sentence = watch.diagnose(0).failures[0].sentence
+    sentence = diagnosed(watch, 0).failures[0].sentence
     assert "entropy_weight" in sentence and "revive_below" not in sentence and "codebook_size" not in sentence
 
 
@@ -162,7 +171,7 @@ def test_codes_that_have_not_started_from_data_yet_are_not_judged():
     first = None
     for step in range(10):
         watch.note_codes(torch.tensor([0]), step)
-        if watch.diagnose(step).failures:
+        if diagnosed(watch, step).failures:
             first = step
     assert first == 7  # the eighth step: six without a codebook, and a window
 
@@ -176,7 +185,7 @@ def test_a_warning_comes_again_only_after_a_window_without_it():
         codes = {0} | ({1} if step % 5 == 0 else set()) | ({2} if step % 5 == 3 else set())
         used.append({0, 1, 2, 3} if 20 <= step < 25 else codes if step < 30 else {0})
         watch.note_codes(torch.tensor(sorted(used[-1])), step)
-        said += [step for _ in watch.diagnose(step).failures]
+        said += [step for _ in diagnosed(watch, step).failures]
         ill += [step] if step >= 8 and len(set().union(*used[-4:])) < 3 else []
     assert ill[:6] == [9, 12, 14, 17, 19, 29] and said == [9, 29]
 
@@ -239,7 +248,7 @@ def test_a_discriminator_is_judged_by_its_own_steps_and_one_good_step_clears_it(
             away = 0.008 * (-1) ** step
             for part in (accuracy - away, accuracy + away):  # two micro-batches: their mean counts
                 watch.note_discriminator(torch.tensor(2.0), torch.tensor(part))
-        found += [(step, failure.name) for failure in watch.diagnose(step).failures]
+        found += [(step, failure.name) for failure in diagnosed(watch, step).failures]
     assert found == [(7, "discriminator_won")]
 
 
@@ -250,8 +259,31 @@ def test_a_gap_between_the_logits_breaks_the_silence_and_a_right_sign_alone_does
         )
         for step in range(2):
             watch.note_discriminator(torch.tensor(gap), torch.tensor(accuracy))
-            found = watch.diagnose(step).failures
+            found = diagnosed(watch, step).failures
         assert bool(found) == is_silent, (gap, accuracy)
+
+
+def test_steps_that_are_diagnosed_together_give_what_each_gives_alone():
+    """Rows of a history are hundreds of steps apart in a long training: nothing of the steps between is lost."""
+    torch.manual_seed(0)
+    settings = Diagnostics(window=3, start_step=2, min_codebook_usage=0.6, max_dead_discriminator_steps=3)
+    each, together = (Monitor(settings, lfq.Config(code_dim=2), 1000) for _ in range(2))
+    failures, later, metrics = [], [], []
+    for step in range(60):
+        codes, accuracy = torch.randint(4, (1 + step % 2,)), torch.rand(()).round()
+        for watch in (each, together):
+            watch.note_codes(codes, step)
+            if step > 20:  # the discriminator starts late
+                watch.note_discriminator(torch.tensor(1.0), accuracy)
+        found = diagnosed(each, step)
+        failures, metrics = failures + found.failures, [*metrics, found.metrics]
+        together.observe(step)
+        if step % 7 == 6 or step == 59:
+            found = together.diagnose()
+            later += found.failures
+            assert found.metrics == metrics[-1]
+    assert {failure.name for failure in failures} == {"codebook_collapsed", "discriminator_won"}
+    assert later == failures and together.diagnose() == ({}, [])
 
 
 @pytest.mark.parametrize("kind", ["vqvae", "vqgan", "vae"])
@@ -340,7 +372,7 @@ def _half_of_the_batch(rank: int, store: str, batches: torch.Tensor, out: str) -
         watch.note_codes(indices.chunk(2)[rank], step)
         # each process alone would say another thing: 1.0 and 0.984; their mean is 0.992
         watch.note_discriminator(torch.tensor(1.0 + rank), torch.tensor(1.0 - 0.016 * rank))
-        said.append(watch.diagnose(step))
+        said.append(diagnosed(watch, step))
     Path(f"{out}.{rank}").write_text(json.dumps([said, watch.last_used.tolist(), watch.dead_steps.tolist()]))
     dist.destroy_process_group()
 
@@ -354,7 +386,7 @@ def test_two_processes_say_the_same_of_the_whole_batch(tmp_path):
     for step, indices in enumerate(batches):
         whole.note_codes(indices, step)
         whole.note_discriminator(torch.tensor(1.5), torch.tensor(0.992))
-        expected.append(whole.diagnose(step))
+        expected.append(diagnosed(whole, step))
     assert any(failures for _, failures in expected)
     wanted = json.loads(json.dumps([expected, whole.last_used.tolist(), whole.dead_steps.tolist()]))
     for rank in range(2):

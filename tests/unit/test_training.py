@@ -1,20 +1,28 @@
 """The training loop: its order of rows, its averages, its schedule, its checkpoints, and what stops it."""
 
+import errno
 import signal
+import threading
+import time
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from tessera import seeding
 from tessera.artifacts import folder as artifact
+from tessera.artifacts.folder import ArtifactError
 from tessera.bases.optimization import Training, learning_rate_factor, optimizers_for, update_average
 from tessera.contracts import ImageBatch
 from tessera.nn.muon import Muon, orthogonalized
 from tessera.running.job import Job, Stopped
 from tessera.running.progress import History
 from tessera.training import loop
-from tessera.training.loop import Diverged, fit, rows_of_step
+from tessera.training.loop import Diverged, fit
+from tessera.training.reading import rows_of_step
+from tessera.training.state import State
+from tessera.training.terms import Terms
 
 
 class Toy(nn.Module):
@@ -63,11 +71,14 @@ class Data:
     def __len__(self):
         return 20
 
-    def batch(self, rows, generator):
+    def stored(self, rows, generator):
+        return ImageBatch(self.x[rows] + 0.01 * torch.randn(len(rows), 1, 2, 3, generator=generator), self.y[rows])
+
+    def batch_of(self, stored):
         self.calls += 1
         if self.on_step:
             self.on_step(self.calls)
-        return ImageBatch(self.x[rows] + 0.01 * torch.randn(len(rows), 1, 2, 3, generator=generator), self.y[rows])
+        return stored
 
 
 def settings(**changes) -> Training:
@@ -264,6 +275,35 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(job):
     assert torch.equal(objective.model.layers[0].weight, before[-1])  # that step was not taken
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_is_masked_on_the_device_changes_nothing_and_any_other_is_as_without_a_mask(optimizer):
+    config, states = settings(optimizer=optimizer), []
+    for masks in ([None] * 3, [0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0, 1.0, 0.0]):
+        torch.manual_seed(0)
+        model = Toy()
+        optimizers = optimizers_for(model, config)
+        for mask in masks:
+            gradient = torch.nan if mask else 0.1
+            for weight in model.parameters():
+                weight.grad = torch.full_like(weight, gradient) * torch.arange(weight.numel()).view_as(weight)
+            for one in optimizers:
+                one.found_inf = None if mask is None else torch.tensor(mask)
+                one.step()
+        states.append([*model.parameters(), *(t for o in optimizers for v in o.state.values() for t in v.values())])
+    for masked in states[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(states[0], masked, strict=True))
+
+
+def test_what_was_not_finite_is_told_with_its_step_however_late_it_is_asked_for():
+    terms = Terms(("a", "b"), torch.device("cpu"))
+    for step in range(6):
+        terms.begin(step)
+        terms.note("a", {"loss": torch.tensor(1.0)}, torch.tensor(1.0))
+        terms.note("b", {"loss": torch.tensor(torch.inf if step in (2, 4) else 2.0)}, torch.tensor(1.0))
+    with pytest.raises(Diverged, match="b term 'loss' is inf at step 3: not applied"):
+        terms.read()
+
+
 def test_accumulating_gradients_equals_the_whole_batch(tmp_path):
     class Still(Objective):
         def __init__(self, config):
@@ -271,7 +311,7 @@ def test_accumulating_gradients_equals_the_whole_batch(tmp_path):
             self.model.layers[2].p = 0.0
 
     class Quiet(Data):
-        def batch(self, rows, generator):
+        def stored(self, rows, generator):
             return ImageBatch(self.x[rows], self.y[rows])
 
     trained = []
@@ -297,6 +337,48 @@ def test_only_two_checkpoints_are_kept_and_both_are_whole(tmp_path):
     assert [folder.name for folder in folders] == ["step-000000011", "step-000000012"]
     for folder in folders:
         artifact.check(folder)
+
+
+def test_a_checkpoint_is_of_its_step_though_the_training_goes_on_while_it_is_written(tmp_path, monkeypatch):
+    model, average = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    state, write, may_write = State(tmp_path, model, average, {"a": [optimizer]}), State._write, threading.Event()
+    monkeypatch.setattr(State, "_write", lambda self, *of: may_write.wait(10) and write(self, *of))
+    kept = []
+    for step in (1, 2):
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        kept.append([weight.detach().clone() for weight in model.parameters()])
+        may_write.set()  # lets the one before be written, if it is still waiting
+        state.wait()
+        may_write.clear()
+        state.save(step)
+        optimizer.step()
+    may_write.set()
+    state.wait()
+    for step, weights in zip((1, 2), kept, strict=True):
+        found = safetensors.torch.load_file(artifact.check(tmp_path / f"step-{step:09d}") / "objective.safetensors")
+        assert all(torch.equal(a, b) for a, b in zip(found.values(), [weights[1], weights[0]], strict=True))
+    state.close()
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_training_with_its_sentence(job, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda tensors, path: full(path))
+    job.checkpoint_seconds = 0.0
+    with pytest.raises(ArtifactError, match="step-00000000. could not be written .No space left"):
+        run(job)
+
+
+def test_checkpoints_take_a_twentieth_of_the_time_unless_one_is_asked_for_at_every_step(tmp_path):
+    model = nn.Linear(3, 2)
+    for taken, last, is_due in ((0.5, 59, False), (0.5, 61, True), (12, 239, False), (12, 241, True)):
+        state = State(tmp_path, model, model, {})
+        state._seconds, state._saved = taken, time.monotonic() - last
+        assert state.is_due(60.0) is is_due and state.is_due(0.0)
 
 
 def test_history_has_a_row_per_interval_and_no_clock(job):
@@ -333,15 +415,15 @@ def test_only_the_main_process_cuts_the_history(tmp_path):
 
 
 @pytest.mark.parametrize("asked_elsewhere", [0.0, 1.0])
-def test_many_processes_stop_together_when_any_is_asked_to(asked_elsewhere):
+def test_many_processes_stop_together_when_any_is_asked_to(asked_elsewhere, monkeypatch):
     class Two:
-        num_processes, device = 2, torch.device("cpu")
+        num_processes = 2
 
-        def reduce(self, tensor):
-            return tensor + asked_elsewhere
-
-    assert loop._any(Two(), lambda: False) is bool(asked_elsewhere)
-    assert loop._any(Two(), lambda: True)
+    monkeypatch.setattr(loop.dist, "new_group", lambda backend: backend)
+    monkeypatch.setattr(loop.dist, "all_reduce", lambda tensor, group: tensor.add_(asked_elsewhere))
+    any_process = loop.AnyProcess(Two())
+    assert any_process(lambda: False) is bool(asked_elsewhere)
+    assert any_process(lambda: True)
 
 
 @pytest.mark.parametrize("capabilities", [{"avx2": True, "avx512_bf16": False}, {"avx2": True, "avx512_bf16": True}])

@@ -314,14 +314,14 @@ def test_a_criterion_is_of_training_images_that_are_not_trained_on_and_not_of_te
         of_test, of_validation = next(losses)
         return {"test_loss": of_test, "train_loss": 1.0, "validation_loss": of_validation}
 
-    trained_on, batch = set(), Tokens.batch
+    trained_on, stored = set(), Tokens.stored
 
     def watched(self, rows, generator=None):
         trained_on.update(self.rows[rows].tolist())
-        return batch(self, rows, generator)
+        return stored(self, rows, generator)
 
     monkeypatch.setattr(PriorValidation, "_losses", planted)
-    monkeypatch.setattr(Tokens, "batch", watched)
+    monkeypatch.setattr(Tokens, "stored", watched)
     monkeypatch.setattr(train_prior, "held_out_figures", lambda *_: figures.Recorder())
     trained = striped.train(tmp_path, "autoregressive", every=1, criterion="validation_loss", validation_share=0.25)
     assert trained.job.figures["kept_step"] == 2
