@@ -109,9 +109,8 @@ def fit(
             if is_main and (stopping or state.is_due(job.checkpoint_seconds)):
                 terms.require_finite()
                 _diagnosed(objective, job, is_main)  # whoever resumes does not see these steps again
-                state.save(done)
+                state.save(done, wait=stopping)
             if stopping:
-                state.wait()
                 job.stop(f"stopped after step {done}; the same command continues from there")
     _report(job, accelerator, (settings.num_steps - start) * settings.batch_size, time.monotonic() - began)
     return average.cpu().eval() if is_main else None

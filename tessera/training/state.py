@@ -34,11 +34,12 @@ class State:
         self._seconds = 0.0  # that the last checkpoint took, from its copy to its new name
 
     def is_due(self, seconds: float) -> bool:
-        """Whether so many seconds have passed since the last checkpoint, and more if making one takes long. 0: at every step."""
+        """Whether so many seconds have passed since the last checkpoint, or more if making one takes long. 0: at every step."""
         return time.monotonic() - self._saved >= (seconds and max(seconds, self._seconds / WORST_SHARE))
 
-    def save(self, step: int) -> None:
-        """Copy what there is after `step` steps, and have it written. Raises ArtifactError if the one before failed."""
+    def save(self, step: int, wait: bool = False) -> None:
+        """Copy what there is after `step` steps, and have it written, or wait for that. Raises ArtifactError if it fails, or the
+        one before did."""
         self.wait()
         began = self._saved = time.monotonic()
         tensors, plain = {}, {}
@@ -53,6 +54,8 @@ class State:
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         self._writing = self._pool.submit(self._write, {"step": step, "optimizers": plain}, began)
+        if wait:
+            self.wait()
 
     def wait(self) -> None:
         """Until the newest checkpoint is whole. Raises ArtifactError if it could not be written."""
