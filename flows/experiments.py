@@ -72,7 +72,7 @@ def define(checkout: Path, preset: str | None, overrides: Overrides) -> Experime
 def prepare(experiment: Experiment) -> None:
     """Make its worktree, unless an interrupted run left it: then that goes on. To be called with its lock held."""
     if not (experiment.folder / ".state" / "ready").exists():
-        with locks.one_of([experiment.checkout / RUNS / "git.lock"], experiment.name, print):  # one list of worktrees
+        with locks.some_of([experiment.checkout / RUNS / "git.lock"], experiment.name, print):  # one list of worktrees
             _make(experiment)
 
 
@@ -89,7 +89,7 @@ def keep(experiment: Experiment, targets: list[str], unversioned: list[str]) -> 
     `unversioned` are outputs that git keeps, not DVC's cache: metrics.
     """
     include = [part for path in unversioned for part in ("--include-untracked", path)]
-    with locks.one_of(
+    with locks.some_of(
         [experiment.checkout / RUNS / "git.lock"], experiment.name, print
     ):  # DVC has one set of refs for it
         command = [sys.executable, "-m", "dvc", "exp", "save", "--force", "--name", experiment.name, *include, *targets]

@@ -10,6 +10,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 POLL_SECONDS = 0.2
@@ -41,27 +42,34 @@ def take(path: Path, owner: str) -> Lock | None:
 
 
 @contextmanager
-def one_of(
-    paths: list[Path], owner: str, say: Callable[[str], None], give_up: Callable[[], None] = lambda: None
-) -> Iterator[Lock]:
-    """Hold the first lock that is free, for as long as the block lasts.
+def some_of(
+    paths: list[Path],
+    owner: str,
+    say: Callable[[str], None],
+    give_up: Callable[[], None] = lambda: None,
+    number: int = 1,
+) -> Iterator[list[Lock]]:
+    """Hold the first `number` locks that are free, for as long as the block lasts.
 
-    While none is, says once who holds them, and calls `give_up`, which may raise to end the wait.
+    While fewer are free none is held, says once who holds them, and calls `give_up`, which may raise to end the wait.
     """
     told = False
     while True:
         give_up()
-        lock = next(filter(None, (take(path, owner) for path in paths)), None)
-        if lock:
+        held = list(islice(filter(None, (take(path, owner) for path in paths)), number))
+        if len(held) == number:
             break
+        for lock in held:  # somebody else may need but these
+            lock.release()
         if not told:
             told = True
             say("waiting for " + "; ".join(f"{path.stem}, held by {_owner(path)}" for path in paths))
         time.sleep(POLL_SECONDS)
     try:
-        yield lock
+        yield held
     finally:
-        lock.release()
+        for lock in held:
+            lock.release()
 
 
 def folder() -> Path:

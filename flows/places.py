@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flows import locks
+from tessera.running import launch
 from tessera.running.progress import AT_ONCE
+
+GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 def devices() -> list[str]:
@@ -36,6 +39,7 @@ class Places:
 
     def __init__(self, systems: int = 1) -> None:
         gpus = devices()
+        self.gpus = len(gpus)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         text = os.environ.get("TESSERA_PARALLEL") or str(len(gpus) or max(1, min(cores, systems)))
         if not text.isdecimal() or int(text) == 0:
@@ -53,28 +57,45 @@ class Places:
             device, share = names[index % len(names)], index // len(names)  # shared only if more are asked for
             lock = folder / (f"{'gpu-' if gpus else ''}{device}" + (f"-share-{share + 1}" if share else "") + ".lock")
             # The index is that of nvidia-smi, whichever GPU CUDA would call the first
-            gpu = {"CUDA_VISIBLE_DEVICES": device, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+            gpu = {GPUS: device, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
             self.environments[lock] = {AT_ONCE: str(self.number), **(gpu if gpus else {})}
             if self.threads and "OMP_NUM_THREADS" not in os.environ:
                 self.environments[lock]["OMP_NUM_THREADS"] = str(self.threads)
 
-    @contextlib.contextmanager
-    def one(
-        self, owner: str, say: Callable[[str], None], give_up: Callable[[], None], gives_way: Callable[[], bool]
-    ) -> Iterator[tuple[locks.Lock, dict[str, str]]]:
-        """Hold a place: yields its lock, and what to add to the environment of the stage that runs there.
+    def wanted(self, stage: str) -> int:
+        """How many places the processes of a stage need. Raises ValueError if there are not so many GPUs."""
+        processes = launch.asked(stage.partition("@")[0], self.gpus).processes
+        if self.gpus and processes > self.gpus:
+            raise ValueError(
+                f"{stage} is to run as {processes} processes, but here are {self.gpus} GPUs: lower TESSERA_PROCESSES"
+            )
+        return min(processes, self.number)
 
-        A free place is not taken while `gives_way`, which is asked again and again, says that another stage is to have it.
+    @contextlib.contextmanager
+    def some(
+        self,
+        number: int,
+        owner: str,
+        say: Callable[[str], None],
+        give_up: Callable[[], None],
+        gives_way: Callable[[], bool],
+    ) -> Iterator[tuple[list[locks.Lock], dict[str, str]]]:
+        """Hold so many places: yields their locks, and what to add to the environment of the stage that runs there.
+
+        Free places are not taken while `gives_way`, which is asked again and again, says that another stage is to have them.
         """
         with self._change:
-            while not self._free or gives_way():
+            while self._free < number or gives_way():
                 give_up()  # an endless wait could not be cancelled
                 self._change.wait(locks.POLL_SECONDS)
-            self._free -= 1
+            self._free -= number
         try:
-            with locks.one_of(list(self.environments), owner, say, give_up) as lock:
-                yield lock, self.environments[lock.path]
+            with locks.some_of(list(self.environments), owner, say, give_up, number) as held:
+                environment = dict(self.environments[held[0].path])
+                if GPUS in environment:
+                    environment[GPUS] = ",".join(self.environments[lock.path][GPUS] for lock in held)
+                yield held, environment
         finally:
             with self._change:
-                self._free += 1
+                self._free += number
                 self._change.notify_all()

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,11 +110,12 @@ class Plan:
         if self.experiment:  # another one may be computing the same, and this one takes it from the cache
             single.append(experiments.shared_lock(self.experiment, self.recipes[stage]))
         with contextlib.ExitStack() as held:
-            mine = [held.enter_context(locks.one_of([path], owner, say, self._check_going_on)) for path in single]
+            mine = [held.enter_context(locks.some_of([path], owner, say, self._check_going_on)) for path in single]
+            wanted = places.wanted(stage)
             self._waiting.add(stage)
             try:
-                place = places.one(owner, say, self._check_going_on, lambda: self._gives_way(stage))
-                device, environment = held.enter_context(place)
+                place = places.some(wanted, owner, say, self._check_going_on, lambda: self._gives_way(stage))
+                devices, environment = held.enter_context(place)
             finally:
                 self._waiting.discard(stage)
             if self.experiment:  # its stages would start an uploader for a folder that is removed afterwards
@@ -122,7 +124,7 @@ class Plan:
             began = time.monotonic()
             command = dvc("--wait-for-lock", "repro", "--single-item", stage, *(["--force"] if self.force else []))
             environment = {"DVC_NO_ANALYTICS": "true", "PATH": search_path(), **environment}
-            keep = [lock.descriptor for lock in (*mine, device)]
+            keep = [lock.descriptor for lock in chain(*mine, devices)]
             was_told = False
             while True:
                 heard = _Heard(say)
@@ -326,7 +328,7 @@ def opened(targets: list[str], force: bool, preset: str | None, overrides: exper
     if experiment is None:
         yield read_plan(checkout, targets, force)
         return
-    with locks.one_of([experiment.lock], experiment.name, tell):
+    with locks.some_of([experiment.lock], experiment.name, tell):
         experiments.prepare(experiment)
         tell(f"{experiment.name} runs in {experiment.folder}")
         yield read_plan(experiment.folder, targets, force, experiment)

@@ -40,6 +40,7 @@ from flows.board import Board  # noqa: E402
 from flows.places import Places  # noqa: E402
 from flows.plan import Plan, opened, tell  # noqa: E402
 from flows.stack.prefect_server import start_temporary_ones  # noqa: E402
+from tessera.running.launch import SHARED  # noqa: E402
 
 INTERRUPTED = "Interrupted"
 RETRY_SECONDS = 3.0  # a process that was told to end by the death of its parent may still be saving
@@ -194,7 +195,8 @@ def main() -> int:
     from dvc.exceptions import DvcException
 
     try:
-        Places()
+        for stage in SHARED:
+            Places().wanted(stage)
         if arguments.champion:
             champions.arguments(arguments.champion)
         with contextlib.ExitStack() as stack:

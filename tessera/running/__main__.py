@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import signal
 import sys
 
 from tessera.running import parent
@@ -35,3 +36,6 @@ if __name__ == "__main__":
     except BaseException as error:
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
         raise
+    finally:  # whoever is asked to end now is ending; a second exception would only be printed
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)

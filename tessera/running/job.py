@@ -35,8 +35,9 @@ class Stopped(SystemExit):
 class Job:
     """What a running stage has around it: a name, a private folder for resumable state, someone to report to."""
 
-    def __init__(self, name: str, state: Path, run: journal.Run | None = None):
-        self.name, self.run = name, run
+    def __init__(self, name: str, state: Path, run: journal.Run | None = None, is_main: bool = True):
+        """is_main: whether this process is the first of those that share the stage, which speaks and writes for all."""
+        self.name, self.run, self.is_main = name, run, is_main
         self.state = state  # replaced by `resumable` with a folder of its own for each set of inputs
         self.figures: dict[str, float] = {}  # about this execution (speed, memory): never part of an artifact
         self.checkpoint_seconds = float(os.environ.get("TESSERA_CHECKPOINT_SECONDS", "60"))
@@ -45,7 +46,8 @@ class Job:
         self._has_preview = False
 
     def say(self, line: str) -> None:
-        progress.say(f"{self.name}  {line}")
+        if self.is_main:
+            progress.say(f"{self.name}  {line}")
 
     def require_fit(self, params: Pipeline, spec: ImageSpec, labels: Mapping[str, np.ndarray]) -> None:
         """Raise ValueError, a sentence per problem, if a later stage could not work on images with these labels."""
@@ -88,7 +90,7 @@ class Job:
         """The state folder for exactly these inputs (params, JSON values, fingerprints of artifacts, by what they are) and
         the code of the stage and of the parts: others never resume from it. Says what lies there and fits nothing."""
         named = {key: entries.plain(value) for key, value in (inputs or {}).items()}
-        self.state = leftover.folder_for(self._state_root, named, self._code(parts), self.say)
+        self.state = leftover.folder_for(self._state_root, named, self._code(parts), self.say, is_made=self.is_main)
         return self.state
 
     def code_of(self, config: Params) -> str:

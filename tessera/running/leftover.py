@@ -12,8 +12,10 @@ from tessera.code import changes
 INPUTS = "inputs.json"  # what the state in a folder was made of
 
 
-def folder_for(root: Path, inputs: dict[str, Any], code: dict[str, str], say: Callable[[str], None]) -> Path:
-    """The folder below `root` of exactly these inputs and this code, made if need be.
+def folder_for(
+    root: Path, inputs: dict[str, Any], code: dict[str, str], say: Callable[[str], None], is_made: bool = True
+) -> Path:
+    """The folder below `root` of exactly these inputs and this code. is_made: it is made, and says what it is of.
 
     Says of each other folder with a checkpoint why it is not resumed: a training of 30 hours should not begin anew in
     silence. They are left where they are; they go when the stage has finished.
@@ -26,7 +28,8 @@ def folder_for(root: Path, inputs: dict[str, Any], code: dict[str, str], say: Ca
             step = int(steps[-1].parent.name.removeprefix("step-"))
             say(f"{other} holds a training up to step {step:,} that is not resumed: {_difference(other, named)}")
     folder = root / key
-    write_json(folder / INPUTS, named)
+    if is_made:
+        write_json(folder / INPUTS, named)
     return folder
 
 

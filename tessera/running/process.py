@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from tessera import params as all_params
 from tessera.artifacts import folder as artifact
@@ -29,7 +29,7 @@ from tessera.check import problems
 from tessera.code import entries
 from tessera.components import PACKAGE
 from tessera.params import Pipeline
-from tessera.running import progress
+from tessera.running import launch, progress
 from tessera.running.job import STOP_SIGNALS, Job, Stopped
 from tessera.running.publish import ROOT, track_dataset
 from tessera.tracking import journal, processes
@@ -48,26 +48,35 @@ SECTIONS = {  # of params.yaml, that the key of a stage is looked up in; of all 
 def main(command: list[str]) -> None:
     """Run the stage that the first word names, with what the others give it, and exit."""
     run, name, arguments = _parsed(command)
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = launch.rank() == 0
     try:
+        params = _required(name, arguments)
+        wanted = launch.asked(name.partition("@")[0])
+        if not wanted.is_one:
+            sys.exit(launch.launch(name, command, wanted))
         with _sole_owner(name, is_main):
-            _execute(run, name, arguments, is_main)
+            _execute(run, name, params, arguments, is_main)
     except (ValueError, OSError) as error:
-        if os.environ.get("TESSERA_TRACEBACK"):
-            raise
-        print(f"{name} failed: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _fail(name, str(error), error)
     except (MemoryError, RuntimeError) as error:
-        if not _is_for_want_of_memory(error) or os.environ.get("TESSERA_TRACEBACK"):
+        if launch.is_lost(error):
+            _fail(name, launch.LOST, error)
+        if not _is_for_want_of_memory(error):
             raise
         first = str(error).strip().partition("\n")[0]
-        print(
-            f"{name} failed: memory was not enough ({first or 'of the host'}): lower its batch_size, or let fewer stages "
-            f"run at a time (TESSERA_PARALLEL=1), then run the same command again",
-            file=sys.stderr,
-            flush=True,
+        sentence = (
+            f"memory was not enough ({first or 'of the host'}): lower its batch_size, or let fewer stages "
+            f"run at a time (TESSERA_PARALLEL=1), then run the same command again"
         )
-        sys.exit(2)
+        _fail(name, sentence, error)
+
+
+def _fail(name: str, sentence: str, error: BaseException) -> NoReturn:
+    if os.environ.get("TESSERA_TRACEBACK"):
+        raise error
+    if not launch.record(sentence):
+        print(f"{name} failed: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def _is_for_want_of_memory(error: BaseException) -> bool:
@@ -76,14 +85,21 @@ def _is_for_want_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or wants
 
 
-def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool) -> None:
-    began = time.monotonic()
+def _required(name: str, arguments: dict[str, Any]) -> Pipeline:
+    """The params. Raises ValueError for what can be known to be wrong before the stage begins."""
     params = all_params.read(Path("params.yaml"))
+    if launch.LAUNCHED in os.environ:  # asked already, once for all processes
+        return params
     _require_known(*name.split("@"), params=params)
     # Params may have changed since the images were prepared. To ask takes seconds where networks are large: trainings do it
     if name.startswith("train_") and (planned := known_images.of_artifact(params, arguments["images"])) is not None:
         problems.require(params, planned, is_begin=False)
     _require_as_written(name, params, [path for path in arguments.values() if isinstance(path, Path)])
+    return params
+
+
+def _execute(run: Callable, name: str, params: Pipeline, arguments: dict[str, Any], is_main: bool) -> None:
+    began = time.monotonic()
     state = STATE / name.replace("@", "-")
     state.mkdir(parents=True, exist_ok=True)
     described = params.describe(name)._asdict()
@@ -96,7 +112,7 @@ def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool)
             processes.start_uploader(ROOT)
             if "images" in arguments and (arguments["images"] / artifact.MANIFEST).is_file():
                 track_dataset(tracked, params.dataset.name, arguments["images"], name.split("@")[0])
-        job = Job(name, state, tracked)
+        job = Job(name, state, tracked, is_main=is_main)
         for number in STOP_SIGNALS:
             signal.signal(number, _end)
         gc.enable()  # everything is imported
@@ -112,6 +128,8 @@ def _execute(run: Callable, name: str, arguments: dict[str, Any], is_main: bool)
         timing = {key: round(value, 3) for key, value in figures.items()}
         if torch := sys.modules.get("torch"):
             timing["threads"] = torch.get_num_threads()  # the bits of a training on a CPU depend on it
+            if launch.is_rank():
+                timing["processes"] = torch.distributed.get_world_size()
         artifact.write_json(progress.TIMINGS / f"{stage}.json", timing)
     _remove_state(state)
     speed = figures.get("images_per_second")

@@ -10,13 +10,12 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable
+import warnings
 from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -26,6 +25,7 @@ from tessera import seeding
 from tessera.bases.optimization import Training, learning_rate_factor, update_average
 from tessera.contracts import Job, Objective
 from tessera.nn.draw import MovesOncePerStep
+from tessera.training.processes import Processes
 from tessera.training.reading import Data, Reader
 from tessera.training.state import State
 from tessera.training.terms import Diverged, Terms, summed
@@ -77,14 +77,13 @@ def fit(
     optimizers = objective.optimizers()
     state = State(job.state, objective, average, optimizers)
     history = job.history(settings.num_steps, quiet=not is_main)
-    start = state.load(job.say)
+    start = state.load(job.say, processes := Processes(accelerator.num_processes))
     history.resume(start)  # also from 0: a training that was killed before its first checkpoint left rows
     if validation and is_main:
         validation.begin(start)
     network = _prepared(objective, settings, accelerator)
     reader = _reader(data, settings, range(start, settings.num_steps), seed, accelerator)
     terms = Terms(objective.phases, accelerator.device)
-    any_process = AnyProcess(accelerator)
     row_interval = max(1, math.ceil(settings.num_steps / HISTORY_ROWS))
     began = time.monotonic()
     with job.stopping_between_steps(), contextlib.closing(state), contextlib.closing(iter(reader)) as batches:
@@ -105,7 +104,7 @@ def fit(
                 history.add(done, row, settings.batch_size)
             if preview and is_main:
                 preview.show_if_due(average)
-            stopping = any_process(job.stop_requested)
+            stopping = processes.any(job.stop_requested)
             if is_main and (stopping or state.is_due(job.checkpoint_seconds)):
                 terms.require_finite()
                 _diagnosed(objective, job, is_main)  # whoever resumes does not see these steps again
@@ -151,6 +150,8 @@ def _prepared(objective: Objective, settings: Training, accelerator: Accelerator
         recompute_activations(objective)
     if settings.compile:
         compile_networks(objective)
+    for harmless in ("`broadcast_buffers` is deprecated", "Grad strides do not match bucket view strides"):
+        warnings.filterwarnings("ignore", harmless)  # each process would print them; channels last is what is wanted
     return accelerator.prepare(objective)
 
 
@@ -275,25 +276,6 @@ def _mean_over_processes(terms: dict[str, float], accelerator: Accelerator) -> d
     )
     means = accelerator.reduce(values.to(accelerator.device), reduction="mean").tolist()
     return dict(zip(terms, means, strict=True))
-
-
-class AnyProcess:
-    """Whether a flag is up in any process: all of them must stop at the same step.
-
-    The processes ask each other on their hosts, so that no device is waited for.
-    """
-
-    def __init__(self, accelerator: Accelerator):
-        is_alone = accelerator.num_processes == 1
-        self.group = None if is_alone else dist.new_group(backend="gloo")
-
-    def __call__(self, flag: Callable[[], bool]) -> bool:
-        here = flag()
-        if self.group is None:
-            return here
-        seen = torch.tensor(float(here))
-        dist.all_reduce(seen, group=self.group)
-        return bool(seen)
 
 
 def threads() -> str:

@@ -18,7 +18,9 @@ from torch.optim import Optimizer
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.checkpoints import read_weights
 from tessera.artifacts.folder import ArtifactError
+from tessera.training.processes import Processes
 
+FILES = ("objective", "average", "optimizers")
 WORST_SHARE = 0.05  # of the time, at most, is a checkpoint being made
 
 
@@ -38,8 +40,10 @@ class State:
         return time.monotonic() - self._saved >= (seconds and max(seconds, self._seconds / WORST_SHARE))
 
     def save(self, step: int, wait: bool = False) -> None:
-        """Copy what there is after `step` steps, and have it written, or wait for that. Raises ArtifactError if it fails, or the
-        one before did."""
+        """Copy what there is after `step` steps, and have it written, or wait for that.
+
+        Raises ArtifactError if that fails, or failed for the one before.
+        """
         self.wait()
         began = self._saved = time.monotonic()
         tensors, plain = {}, {}
@@ -48,9 +52,8 @@ class State:
                 for name, value in values.items():
                     target = tensors if isinstance(value, Tensor) else plain
                     target[f"{key}/{number}/{name}"] = value
-        self._copy("objective", self.objective.state_dict())
-        self._copy("average", self.average.state_dict())
-        self._copy("optimizers", tensors)
+        for file, state in zip(FILES, (self.objective.state_dict(), self.average.state_dict(), tensors), strict=True):
+            self._copy(file, state)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         self._writing = self._pool.submit(self._write, {"step": step, "optimizers": plain}, began)
@@ -84,29 +87,41 @@ class State:
             shutil.rmtree(old)
         self._seconds = time.monotonic() - began
 
-    def load(self, say: Callable[[str], None]) -> int:
-        """Restore the newest checkpoint whose hashes are right and return its step (0: none). It and damaged ones are named."""
+    def load(self, say: Callable[[str], None], processes: Processes) -> int:
+        """Restore the newest checkpoint whose hashes are right and return its step (0: none). It and damaged ones are named.
+
+        The first process reads it for all: another machine may have no state of this training, or an older one.
+        """
+        meta, files = self._read(say) if processes.is_main else ({}, {})
+        meta = processes.from_main(meta)
+        if not meta:
+            return 0
+        objective, average, tensors = (processes.tensors_from_main(files.get(file, {})) for file in FILES)
+        self.objective.load_state_dict(objective, strict=True)
+        self.average.load_state_dict(average, strict=True)
+        saved = {**tensors, **meta["optimizers"]}
+        for key, optimizer in self._flat():
+            restored: dict[int, dict[str, Any]] = {}
+            for path, value in saved.items():
+                if path.startswith(f"{key}/"):
+                    _, _, number, name = path.split("/")
+                    restored.setdefault(int(number), {})[name] = value
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
+            _lay_out_as_weights(optimizer)
+        say(f"resumed step {meta['step']}")
+        return int(meta["step"])
+
+    def _read(self, say: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """state.json and the tensors of each file of the newest whole checkpoint; empty if there is none."""
         for folder in sorted(self.folder.glob("step-*"), reverse=True):
             try:
                 artifact.check(folder)
             except ArtifactError as error:
                 say(f"passing over a damaged checkpoint: {error}")
                 continue
-            meta = artifact.read_json(folder / "state.json")
-            self.objective.load_state_dict(read_weights(folder / "objective.safetensors"), strict=True)
-            self.average.load_state_dict(read_weights(folder / "average.safetensors"), strict=True)
-            saved = {**read_weights(folder / "optimizers.safetensors"), **meta["optimizers"]}
-            for key, optimizer in self._flat():
-                restored: dict[int, dict[str, Any]] = {}
-                for path, value in saved.items():
-                    if path.startswith(f"{key}/"):
-                        _, _, number, name = path.split("/")
-                        restored.setdefault(int(number), {})[name] = value
-                optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
-                _lay_out_as_weights(optimizer)
-            say(f"resumed step {meta['step']}")
-            return int(meta["step"])
-        return 0
+            files = {file: read_weights(folder / f"{file}.safetensors") for file in FILES}
+            return artifact.read_json(folder / "state.json"), files
+        return {}, {}
 
     def _flat(self) -> list[tuple[str, Optimizer]]:
         return [(f"{phase}/{i}", one) for phase, some in self.optimizers.items() for i, one in enumerate(some)]

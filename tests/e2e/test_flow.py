@@ -364,6 +364,31 @@ def test_each_stage_has_a_gpu_of_its_own_with_one_lock_whatever_it_is_called(
     assert places.number == turns
 
 
+def test_a_stage_of_several_processes_has_as_many_devices_at_once_or_none(device_locks, monkeypatch) -> None:
+    monkeypatch.setattr("flows.places.devices", lambda: ["0", "1", "2"])
+    monkeypatch.delenv("TESSERA_PARALLEL", raising=False)
+    monkeypatch.setenv("TESSERA_PROCESSES", "2")
+    monkeypatch.setenv("TESSERA_PROCESSES_TRAIN_TOKENIZER", "auto")
+    places, said = Places(), []
+    stages = ("train_prior@a", "train_tokenizer@b", "sample_images@a", "prepare_images")
+    assert [places.wanted(stage) for stage in stages] == [2, 3, 1, 1]
+    asked = iter(range(2))
+
+    def give_up() -> None:
+        if next(asked) == 1:
+            raise processes.Stopped
+
+    with places.some(2, "one", said.append, lambda: None, lambda: False) as (held, environment):
+        assert len(held) == 2 and environment["CUDA_VISIBLE_DEVICES"] == "0,1"
+        with pytest.raises(processes.Stopped), Places().some(2, "two", said.append, give_up, lambda: False):
+            raise AssertionError("three devices are four")
+        assert locks.take(device_locks / "gpu-2.lock", "a third").release() is None  # nobody holds on to it
+        assert len(said) == 1 and "gpu-1, held by process" in said[0]
+    monkeypatch.setenv("TESSERA_PROCESSES", "4")
+    with pytest.raises(ValueError, match="train_prior@a is to run as 4 processes, but here are 3 GPUs: lower TESSERA"):
+        places.wanted("train_prior@a")
+
+
 HOLDER = """
 import os, subprocess, sys
 from pathlib import Path
@@ -406,13 +431,13 @@ def test_who_waits_for_a_device_hears_whom_for_and_can_be_stopped(device_locks: 
 
     with (
         pytest.raises(processes.Stopped),
-        locks.one_of([device_locks / "cpu.lock"], "another", said.append, give_up),
+        locks.some_of([device_locks / "cpu.lock"], "another", said.append, give_up),
     ):
         raise AssertionError("two have it")
     assert said == [f"waiting for cpu, held by process {os.getpid()}: train_prior@toy in /somewhere"]
     assert lock is not None
     lock.release()
-    with locks.one_of([device_locks / "cpu.lock"], "another", said.append):
+    with locks.some_of([device_locks / "cpu.lock"], "another", said.append):
         assert locks.take(device_locks / "cpu.lock", "a third") is None
     assert len(said) == 1
 

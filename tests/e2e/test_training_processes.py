@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import safetensors.numpy
 from clones import ROOT
+from ports import free_ports
 
 pytestmark = pytest.mark.e2e(seconds=90)
 TOKENIZER, PRIOR = "train_tokenizer@vqgan", "train_prior@vqgan-flow"
@@ -141,7 +143,7 @@ def test_samples_are_not_decoded_by_another_tokenizer(clone):
 
 
 def test_two_processes_train_the_prior_that_one_process_trains(clone):
-    """torchrun with gloo, the same global batch, no dropout: equal up to the order of additions."""
+    """With gloo, the same global batch, no dropout: equal up to the order of additions. As dvc.yaml has the command."""
     params = clone.params()
     name = "vqgan-autoregressive"
     params["encode_tokens"]["warps"] = 0  # each process draws the views of its own share
@@ -152,20 +154,59 @@ def test_two_processes_train_the_prior_that_one_process_trains(clone):
     clone.repro("encode_tokens@vqgan")
     out, history = clone.folder / f"data/priors/{name}", clone.folder / f"data/curves/priors/{name}.csv"
     command = clone.command_of(f"train_prior@{name}")
-    many = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2", *command[1:]]
     losses, weights = [], []
-    for launched in (command, many):
-        result = clone.run(*map(str, launched))
+    for number in ("1", "2"):
+        result = clone.run(*command, TESSERA_PROCESSES=number)
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
         losses.append(pd.read_csv(history)[["loss", "test_loss", "follow_fd_test"]])
         weights.append(safetensors.numpy.load_file(out / "weights.safetensors"))
-    assert "2 processes" in result.stdout
+    assert "2 processes" in result.stdout and result.stdout.count("M parameters") == 1  # one of them speaks
     np.testing.assert_allclose(losses[1].loss, losses[0].loss, atol=1e-5)
     for curves in losses:
         assert curves.index[curves.follow_fd_test.notna()].tolist() == [3, 7, 9]  # steps 4, 8 and 10
     np.testing.assert_allclose(losses[1].test_loss, losses[0].test_loss, atol=1e-4)
     for key, one in weights[0].items():
         assert np.abs(weights[1][key] - one).mean() < 1e-5, key
+
+
+def test_one_of_two_processes_that_is_killed_ends_both_and_any_number_goes_on_from_there(clone):
+    out, whole = "data/tokenizers/vqgan", clone.hashes("data/tokenizers/vqgan")
+    command, state = clone.command_of(TOKENIZER), clone.folder / ".state/train_tokenizer-vqgan"
+    shutil.rmtree(clone.folder / out)
+    both = clone.start(*command, TESSERA_PROCESSES="2", TESSERA_CHECKPOINT_SECONDS="0")
+    try:
+        wait_for(lambda: any(state.glob("*/step-*[3-9]/manifest.json")), both)
+        ranks = psutil.Process(both.pid).children()
+        assert len(ranks) == 2
+        ranks[-1].kill()
+        output, _ = both.communicate(timeout=60)
+    finally:
+        if both.poll() is None:
+            os.killpg(both.pid, signal.SIGKILL)
+    assert both.returncode == 137 and "of 2 was ended by SIGKILL" in output and "Traceback" not in output
+    assert not any(rank.is_running() for rank in ranks)
+    alone = clone.run(*command)
+    assert alone.returncode == 0 and "resumed step" in alone.stdout
+    assert clone.hashes(out).keys() == whole.keys()
+
+
+def test_two_machines_train_one_tokenizer_though_only_the_first_has_its_state(clone, tmp_path):
+    """Each with a checkout of its own; the second has no state, and makes nothing but its share of each step."""
+    other, command = clone.copy(tmp_path / "other"), clone.command_of(TOKENIZER)
+    (port,) = free_ports(1)
+    for folder in (clone.folder, other.folder):
+        shutil.rmtree(folder / "data/tokenizers/vqgan")
+    meeting = {"TESSERA_NODES": "2", "TESSERA_RENDEZVOUS": f"127.0.0.1:{port}", "TESSERA_CHECKPOINT_SECONDS": "0"}
+    for turn in range(2):
+        one, two = (each.start(*command, **meeting, TESSERA_NODE=str(node)) for node, each in enumerate((clone, other)))
+        if not turn:
+            wait_for(lambda: any(clone.folder.glob(".state/train_tokenizer-vqgan/*/step-*[3-9]/manifest.json")), one)
+            one.terminate()
+        outputs = [each.communicate(timeout=200)[0] for each in (one, two)]
+        assert [each.returncode for each in (one, two)] == ([143, 143] if not turn else [0, 0]), outputs
+    assert "resumed step" in outputs[0] and "1 of" not in outputs[1]
+    assert clone.hashes("data/tokenizers/vqgan") and not (other.folder / "data/tokenizers/vqgan").exists()
+    assert not any(other.folder.glob(".state/train_tokenizer-vqgan/*/step-*"))
 
 
 @pytest.mark.parametrize(

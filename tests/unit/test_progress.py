@@ -71,6 +71,7 @@ def test_any_other_failure_of_torch_keeps_its_trace(tmp_path, monkeypatch):
 def end_of(root: Path, monkeypatch: pytest.MonkeyPatch, stage, how: type[BaseException]) -> None:
     monkeypatch.chdir(root)
     monkeypatch.setattr(process, "_parsed", lambda command: (None, "train_prior@a", {}))
+    monkeypatch.setattr(process, "_required", lambda *given: None)
     monkeypatch.setattr(process, "_execute", lambda *given: stage())
     with pytest.raises(how):
         process.main([])

@@ -18,7 +18,7 @@ from tessera.contracts import ImageBatch
 from tessera.nn.muon import Muon, orthogonalized
 from tessera.running.job import Job, Stopped
 from tessera.running.progress import History
-from tessera.training import loop
+from tessera.training import processes
 from tessera.training.loop import Diverged, fit
 from tessera.training.reading import rows_of_step
 from tessera.training.state import State
@@ -416,14 +416,12 @@ def test_only_the_main_process_cuts_the_history(tmp_path):
 
 @pytest.mark.parametrize("asked_elsewhere", [0.0, 1.0])
 def test_many_processes_stop_together_when_any_is_asked_to(asked_elsewhere, monkeypatch):
-    class Two:
-        num_processes = 2
-
-    monkeypatch.setattr(loop.dist, "new_group", lambda backend: backend)
-    monkeypatch.setattr(loop.dist, "all_reduce", lambda tensor, group: tensor.add_(asked_elsewhere))
-    any_process = loop.AnyProcess(Two())
-    assert any_process(lambda: False) is bool(asked_elsewhere)
-    assert any_process(lambda: True)
+    monkeypatch.setattr(processes.dist, "new_group", lambda backend: backend)
+    monkeypatch.setattr(processes.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(processes.dist, "all_reduce", lambda tensor, group: tensor.add_(asked_elsewhere))
+    both = processes.Processes(2)
+    assert both.any(lambda: False) is bool(asked_elsewhere)
+    assert both.any(lambda: True)
 
 
 @pytest.mark.parametrize("capabilities", [{"avx2": True, "avx512_bf16": False}, {"avx2": True, "avx512_bf16": True}])
