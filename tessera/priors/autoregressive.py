@@ -108,7 +108,7 @@ class Model(ConditionalModel):
         return self(flat, labels).float().log_softmax(dim=2).gather(2, flat.unsqueeze(2)).view(indices.shape)
 
     def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-        """(B,) labels -> (B, *index_grid) indices. The generator is a CPU one: the same draws on every device."""
+        """(B,) labels -> (B, *index_grid) indices."""
         indices = torch.zeros(len(labels), *self.grid, dtype=torch.long, device=labels.device)
         return self.complete(indices, torch.zeros_like(indices, dtype=torch.bool), labels, sampling, generator)
 
@@ -186,7 +186,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tens
         probs = ordered.softmax(dim=1)
         beyond = probs.cumsum(dim=1) - probs >= sampling.top_p  # the probability before this index is enough
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
-    return (logits + gumbel_noise(logits.shape, generator).to(logits.device)).argmax(dim=1)
+    return (logits + gumbel_noise(logits, generator)).argmax(dim=1)
 
 
 def random_order_share(until: tuple[float, float], progress: float) -> float:
