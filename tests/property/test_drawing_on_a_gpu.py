@@ -1,14 +1,26 @@
-"""Drawing on a GPU without one: tensors that have a device and no values (FakeTensorMode) refuse whatever waits for a value."""
+"""Drawing on a GPU without one.
+
+Tensors that have a device and no values (FakeTensorMode) refuse whatever waits for a value. CUDA graphs are played on the CPU:
+the kernels of a step are recorded, undone, and run again on the same memory, without the Python that called them.
+"""
+
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from toy_distributions import spec
 
+from tessera.bases.optimization import Training
 from tessera.components import load
+from tessera.nn import decoding, steps, transformer
 from tessera.nn.gumbel import gumbel_noise
 from tessera.nn.samplers import noise
+from tessera.priors import autoregressive
 
 GPU = torch.device("cuda:0")
 MIB = 2**20
@@ -46,6 +58,19 @@ class Gpu(FakeTensorMode):
         here = [each for each in given if isinstance(each, torch.Tensor) and not isinstance(each, FakeTensor)]
         self.sent += [each.nbytes for each in here if each.ndim]  # a single number is an argument of its kernel
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.fixture(autouse=True)
+def without_a_graph(monkeypatch):
+    """The same steps that a graph would hold, each called."""
+
+    def call(step, times, device, generator):
+        number = torch.zeros(1, dtype=torch.long, device=device)
+        for _ in range(times):
+            step(number)
+            number += 1
+
+    monkeypatch.setattr(steps, "_replay", call)
 
 
 def sample(kind: str, settings: dict, generator: torch.Generator) -> tuple[torch.Tensor, list[int]]:
@@ -103,3 +128,91 @@ def test_noise_is_on_the_device_of_the_tensor_and_that_of_the_generator():
         assert draw(there, generators[0]).device.type == "meta"
         draw(here, generators[1])
         assert torch.equal(*(each.get_state() for each in generators))
+
+
+class Graph(TorchDispatchMode):
+    """A CUDA graph on the CPU: kernels are recorded with their arguments, and what they wrote is undone; a replay runs them."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.written, self.replays = [], [], 0
+
+    def register_generator_state(self, generator):
+        self.generator = generator
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for given, declared in zip(args, func._schema.arguments, strict=False):
+            if declared.alias_info is not None and declared.alias_info.is_write:
+                self.written.append((given, given.clone()))
+        out = func(*args, **kwargs)
+        here = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        fresh = [
+            x for x in tree_leaves(out) if x.untyped_storage().data_ptr() not in here
+        ]  # others share what they are of
+        self.kernels.append((func, args, kwargs, fresh))
+        return out
+
+    @contextmanager
+    def capture(self):
+        state = self.generator.get_state()
+        with self:
+            yield
+        for tensor, before in reversed(self.written):
+            tensor.copy_(before)
+        self.generator.set_state(state)
+
+    def replay(self):
+        self.replays += 1
+        for func, args, kwargs, fresh in self.kernels:
+            for kept, new in zip(fresh, tree_leaves(func(*args, **kwargs)), strict=False):
+                kept.copy_(new)
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[Graph]:
+    """The graphs that were made: `steps.repeat` takes the CPU for a GPU."""
+    monkeypatch.undo()
+    made = []
+
+    def graph():
+        made.append(Graph())
+        return made[-1]
+
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+    for name, instead in {
+        "device": lambda device: nullcontext(),
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": graph,
+        "graph": lambda graph, stream, capture_error_mode: graph.capture(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, instead)
+    monkeypatch.setattr(autoregressive, "repeat", steps._replay)
+    for module in (decoding, transformer):
+        monkeypatch.setattr(module, "is_handwritten_faster", lambda x: False)
+    return made
+
+
+@pytest.mark.parametrize("until", [(0.0, 0.0), (1.0, 1.0)])
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.5, "guidance_ramp": 2.0}, {"top_k": 5, "top_p": 0.8}])
+def test_one_graph_of_a_step_draws_every_index(until, settings, request):
+    torch.manual_seed(0)
+    config = autoregressive.Config(width=32, depth=2, heads=2, random_order_until=until, training=Training(num_steps=1))
+    model = autoregressive.Model(config, spec(codebook_size=9, shape=(3, 3, 2), num_classes=3)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    sampling, labels = autoregressive.Sampling(**settings), torch.arange(60) % 3
+    given, is_known = torch.randint(9, (60, 3, 2)), torch.rand(60, 3, 2) < 0.3
+
+    def drawn():
+        generator = torch.Generator().manual_seed(7)
+        indices = model.complete(given, is_known, labels, sampling, generator)
+        return indices, model.sample(labels, sampling, generator), generator.get_state()
+
+    called = drawn()
+    graphs = request.getfixturevalue("graphs")
+    replayed = drawn()
+    assert [graph.replays for graph in graphs] == [5, 5]  # of 6 places; the first is called
+    assert all(torch.equal(*pair) for pair in zip(called, replayed, strict=True))
