@@ -57,7 +57,8 @@ def _replay(step: Callable[[Number], None], times: int, device: torch.device, ge
         torch.cuda.current_stream().wait_stream(stream)
         if times > 1:
             graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(generator)  # a replay draws on from where the one before stopped
+            # a replay draws on from where the one before stopped; later versions than 2.11 register by themselves (pytorch#176753)
+            graph.register_generator_state(generator)
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 advance()
             for _ in range(times - 1):
