@@ -52,7 +52,10 @@ class Decoder:
 
 
 class HandwrittenDecoder(Decoder):
-    """`Decoder` on a CPU in float32: the same formulas and bits, in buffers that stay in the processor's cache."""
+    """`Decoder` on a CPU in float32: the same formulas and bits, in buffers that stay in the processor's cache.
+
+    What a step gives is one of them, and holds until the next step.
+    """
 
     def __init__(self, body: Transformer, like: Tensor):
         super().__init__(body, like)

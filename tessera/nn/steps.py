@@ -57,7 +57,7 @@ def _replay(step: Callable[[Number], None], times: int, device: torch.device, ge
         torch.cuda.current_stream().wait_stream(stream)
         if times > 1:
             graph = torch.cuda.CUDAGraph()
-            # a replay draws on from where the one before stopped; later versions than 2.11 register by themselves (pytorch#176753)
+            # a replay draws on from where the one before stopped; versions after 2.11 do so unasked (pytorch#176753)
             graph.register_generator_state(generator)
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 advance()
