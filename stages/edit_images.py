@@ -84,7 +84,7 @@ def _try(
     config, size = params.edits[edit], params.edit_images.batch_size
     starts, parts = range(0, len(images), size), []
     for start in job.track(starts, len(starts), edit):
-        generator = seeding.generator(params.seed, "edit_images", edit, seed, start)
+        generator = seeding.generator(params.seed, "edit_images", edit, seed, start, device=system.device)
         given = (each[start : start + size].to(system.device) for each in (images, labels))
         parts.append(load("edits", config.kind).trial(*given, system, config, sampling, generator))
     return Trial.joined(parts)

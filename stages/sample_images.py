@@ -27,7 +27,8 @@ def run(
         with ShardWriter(place, "images") as writer, ShardWriter(place, "labels") as label_writer:
             for start in job.track(starts, len(starts)):
                 wanted = labels[start : start + settings.batch_size]
-                pixels = system.draw(wanted, sampling, seeding.generator(params.seed, "sample_images", start))
+                generator = seeding.generator(params.seed, "sample_images", start, device=system.device)
+                pixels = system.draw(wanted, sampling, generator)
                 writer.append(pixels)
                 label_writer.append(wanted)
                 if sum(map(len, images)) < 2000:  # enough for the picture, whatever num_images is

@@ -165,7 +165,8 @@ def draw(system: System, asked: Draw) -> tuple[torch.Tensor, np.ndarray]:
     every = torch.from_numpy(system.labels[np.arange(asked.count) % len(system.labels)])
     labels = every if asked.label is None else torch.full((asked.count,), asked.label)
     system.require_trained_on(labels.numpy())
-    tokens = system.prior.sample(labels.to(system.device), asked.sampling, seeding.generator(asked.seed, "edit_file"))
+    generator = seeding.generator(asked.seed, "edit_file", device=system.device)
+    tokens = system.prior.sample(labels.to(system.device), asked.sampling, generator)
     return tokens.cpu(), to_uint8(system.decode(tokens)).cpu().numpy()
 
 
@@ -197,7 +198,7 @@ def edit(
         raise ValueError(f"label is {label}: expected 0 to {system.spec.num_classes - 1}")
     system.require_trained_on([label])
     labels = torch.full((1,), label, device=system.device)
-    generator = seeding.generator(asked.seed, "edit_file")
+    generator = seeding.generator(asked.seed, "edit_file", device=system.device)
     module, given = load("edits", asked.kind), (system, asked.config, asked.sampling, generator)
     if asked.kind == "inpaint":
         hole = frame.mask(mask).to(system.device)

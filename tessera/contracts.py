@@ -124,7 +124,7 @@ class Planned(NamedTuple):
 
 
 # Abilities of priors. Indices are (B, *index_grid) int64, `is_known` are booleans of that shape, labels are (B,) up to and
-# including the null label; `sampling` is the Sampling of the prior's file; only the CPU generator is drawn from.
+# including the null label; `sampling` is the Sampling of the prior's file; only the generator is drawn from, where it is.
 
 
 @runtime_checkable

@@ -16,9 +16,12 @@ def derive(seed: int, *purpose: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """A CPU torch generator for one purpose."""
-    return torch.Generator().manual_seed(derive(seed, *purpose))
+def generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator for one purpose, on the device of the tensors that it draws for: no noise is then copied to them.
+
+    What it draws depends on the kind of device: a GPU's generator is another than the CPU's (Philox; Mersenne Twister).
+    """
+    return torch.Generator(device).manual_seed(derive(seed, *purpose))
 
 
 def numpy_generator(seed: int, *purpose: str | int) -> np.random.Generator:

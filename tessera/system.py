@@ -72,10 +72,10 @@ class System:
 
     @torch.no_grad()
     def draw(self, labels: np.ndarray, sampling: Any, generator: torch.Generator) -> np.ndarray:
-        """(B,) labels -> (B, C, H, W) uint8; sampling: a Sampling of the prior's file; generator: a CPU one.
+        """(B,) labels -> (B, C, H, W) uint8; sampling: a Sampling of the prior's file; generator: best on `device`.
 
-        Equal labels in equal order, sampling and generator give equal bits, on one machine and number of threads. Labels
-        go into the prior's `sample`: into its embedding (autoregressive, masked) or its denoiser's (flow_matching, diffusion).
+        Equal labels in equal order, sampling and generator give equal bits, on one machine and number of threads. Labels go
+        into the prior's `sample`: into its embedding (autoregressive, masked) or its denoiser's (flow_matching, diffusion).
         Raises CannotDraw for a label without a training image.
         """
         self.require_trained_on(labels)

@@ -155,5 +155,5 @@ def _seconds_to_draw(prior: nn.Module, sampling: Any, spec: TokenSpec, device: t
     """Per image. What decoding takes is little beside it."""
     labels = torch.arange(DRAWN, device=device) % spec.num_classes
     began = time.monotonic()
-    prior.sample(labels, sampling, seeding.generator(0, "trial")).cpu()
+    prior.sample(labels, sampling, seeding.generator(0, "trial", device=device)).cpu()
     return (time.monotonic() - began) / DRAWN

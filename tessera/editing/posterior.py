@@ -138,7 +138,7 @@ def resampled(
     per_code = width // system.grid[1]
     offsets = [(row, column) for row in range(min(SPACING, height)) for column in range(min(SPACING * per_code, width))]
     for _ in range(sweeps):
-        for number in torch.randperm(len(offsets), generator=generator).tolist():
+        for number in torch.randperm(len(offsets), generator=generator, device=generator.device).tolist():
             row, column = offsets[number]
             rows, columns = torch.arange(row, height, SPACING), torch.arange(column, width, SPACING * per_code)
             places = (rows.unsqueeze(1) * width + columns).flatten().to(indices.device)
@@ -160,12 +160,14 @@ def _drawn_at(
     """places: (P,) of the flattened grid. misfit: images -> (B, P), the negative log-likelihood near each place."""
     flat, prior = indices.flatten(1), system.prior
     hidden = flat.index_fill(1, places, prior.mask_index)
-    probabilities = prior(hidden, labels)[:, places].float().softmax(dim=2).cpu()  # (B, P, K)
+    probabilities = prior(hidden, labels)[:, places].float().softmax(dim=2).to(generator.device)  # (B, P, K)
     drawn = torch.multinomial(probabilities.flatten(0, 1), candidates, replacement=True, generator=generator)
     drawn = drawn.view(*probabilities.shape[:2], candidates).to(flat.device)
     pool = torch.cat([flat[:, places].unsqueeze(2), drawn], dim=2)  # (B, P, 1 + candidates)
     trials = [flat.index_copy(1, places, one).view(indices.shape) for one in pool.unbind(dim=2)]
-    weights = torch.stack([-misfit(system.decode(trial)) for trial in trials], dim=2).softmax(dim=2).cpu()
+    weights = (
+        torch.stack([-misfit(system.decode(trial)) for trial in trials], dim=2).softmax(dim=2).to(generator.device)
+    )
     chosen = torch.multinomial(weights.flatten(0, 1), 1, generator=generator).view(*weights.shape[:2], 1)
     return flat.index_copy(1, places, pool.gather(2, chosen.to(pool.device)).squeeze(2)).view(indices.shape)
 

@@ -73,14 +73,14 @@ def edit(
     log_probs = _label_log_probs(tokens, ~is_open, labels, system, config, sampling, generator)
     best, best_score = images, torch.full((len(images),), -torch.inf, device=images.device)
     for _ in range(config.candidates):
-        told = (log_probs + gumbel_noise(log_probs.shape, generator).to(log_probs.device)).argmax(dim=1)
+        told = (log_probs + gumbel_noise(log_probs, generator)).argmax(dim=1)
         if isinstance(system.prior, Completes):
             drawn, log_weight = _completed(tokens, is_open, told, log_probs, system, sampling, generator)
         else:
             drawn, log_weight = _repainted(tokens, is_open, told, system, config.repeats, sampling, generator), 0.0
         error = ((drawn - images).square() * ~mask.unsqueeze(1)).sum(dim=(1, 2, 3))
         log_weight = log_weight - error / (2 * config.pixel_std**2)
-        score = log_weight + gumbel_noise(error.shape, generator).to(error.device)
+        score = log_weight + gumbel_noise(error, generator)
         is_better = score > best_score  # the largest of log_weight + Gumbel noise is a draw by the weights
         best = torch.where(is_better.view(-1, 1, 1, 1), drawn, best)
         best_score = torch.where(is_better, score, best_score)

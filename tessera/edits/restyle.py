@@ -25,6 +25,7 @@ from tessera.contracts import Completes, Denoises, KnowsLikelihood, Planned, Pre
 from tessera.editing.ancestral import drawn_around, num_redrawn
 from tessera.editing.ranges import Tries
 from tessera.editing.trial import Trial
+from tessera.nn.gumbel import uniform
 from tessera.system import System
 
 MASKINGS = 4  # times that a masked prior judges the tokens
@@ -128,12 +129,12 @@ def unlikeliness(indices: Tensor, labels: Tensor, system: System, generator: tor
     if not isinstance(prior, PredictsMasked):
         if isinstance(prior, PredictsNext):
             return -prior.log_probs(indices, labels)
-        return torch.rand(indices.shape, generator=generator).to(indices.device)
+        return uniform(indices, generator)
     null = system.null_labels(len(flat))
     if not prior.config.is_conditional:
         labels = null  # its network was never told any other
     says_nothing = (labels == null).unsqueeze(1)
-    rank = torch.rand(flat.shape, generator=generator).argsort(dim=1).to(flat.device)
+    rank = uniform(flat, generator).argsort(dim=1)
     seen = max(1, round(SEEN_SHARE * flat.shape[1]))
     total, times = torch.zeros(flat.shape, device=flat.device), torch.zeros(flat.shape, device=flat.device)
     for number in range(MASKINGS):

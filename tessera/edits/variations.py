@@ -15,6 +15,7 @@ from tessera.components import Params
 from tessera.contracts import Completes, Denoises
 from tessera.editing.ancestral import drawn_around, num_redrawn
 from tessera.editing.trial import Trial
+from tessera.nn.gumbel import uniform
 from tessera.system import System
 
 NEEDS = (Completes, Denoises)  # a prior with one of these abilities
@@ -35,7 +36,7 @@ def edit(
     if isinstance(system.prior, Denoises):
         return drawn_around(system, tokens, config.strength, labels, sampling, generator)
     number = num_redrawn(config.strength, tokens[0].numel())
-    order = torch.rand(tokens.flatten(1).shape, generator=generator).argsort(dim=1).to(tokens.device)
+    order = uniform(tokens.flatten(1), generator).argsort(dim=1)
     is_known = (order >= number).view(tokens.shape)
     return system.decode(system.prior.complete(tokens, is_known, labels, sampling, generator)).clamp(-1, 1)
 

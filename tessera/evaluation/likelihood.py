@@ -36,7 +36,7 @@ def mean_loss(objective: Objective, dataset: Tokens, rows: Tensor, seed: int) ->
 def bits_of_each(model: nn.Module, dataset: Tokens, rows: Tensor, seed: int) -> Tensor:
     """(n,) bits of the first views of (n,) rows under a prior that has `bits`."""
     model.eval()
-    generator = seeding.generator(seed, "bits")
+    generator = seeding.generator(seed, "bits", device=next(model.parameters()).device)
     pieces = rows.split(BATCH)
     return torch.cat([model.bits(*_batch(model, dataset, piece), generator).double().cpu() for piece in pieces])
 

@@ -20,6 +20,7 @@ from tessera.evaluation.figures import Protocol, Setting
 from tessera.evaluation.judge import Summary
 from tessera.evaluation.panel import Panel
 from tessera.metrics import codebook
+from tessera.nn.gumbel import uniform
 from tessera.params import Evaluate
 
 OF_TEST = "reconstructions of the test images"
@@ -61,7 +62,7 @@ def reconstruction(model: nn.Module, device: torch.device) -> Decode:
 
 def perturbation(model: nn.Module, device: torch.device, settings: Evaluate, seed: int) -> Decode:
     """Reconstructions from indices that are a little wrong."""
-    generator = seeding.generator(seed, "perturbed_indices")
+    generator = seeding.generator(seed, "perturbed_indices", device=device)
 
     def decode(originals: Tensor) -> Tensor:
         indices = model.encode(to_float(originals).to(device)).indices
@@ -75,9 +76,10 @@ def perturbed(indices: Tensor, model: nn.Module, settings: Evaluate, generator: 
 
     Source: Qiu et al. (RobustTok), 2025, arXiv:2503.08354, section 3, whose pFID is taken of such images.
     """
-    is_replaced = torch.rand(indices.shape, generator=generator).to(indices.device) < settings.perturbation_share
+    is_replaced = uniform(indices, generator) < settings.perturbation_share
     near = model.quantizer.neighbors(indices[is_replaced], settings.perturbation_neighbors)
-    choice = torch.randint(settings.perturbation_neighbors, (len(near), 1), generator=generator).to(indices.device)
+    drawn = {"generator": generator, "device": generator.device}
+    choice = torch.randint(settings.perturbation_neighbors, (len(near), 1), **drawn).to(indices.device)
     replaced = indices.clone()
     replaced[is_replaced] = near.gather(1, choice).squeeze(1)
     return replaced

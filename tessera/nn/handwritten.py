@@ -14,13 +14,53 @@ from torch.autograd.function import once_differentiable
 LONGEST_ATTENTION = 64  # places; from 128 on PyTorch's is as fast, and without dropout holds no (L, L) weights
 
 
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x ** 2) + eps) * weight over the last axis.
+
+    Where no gradient is wanted the formula is called as it is: for the single places of sampling an autograd.Function costs
+    as much as what it computes.
+    """
+    if torch.is_grad_enabled():
+        return RootMeanSquareNorm.apply(x, weight, eps)
+    normed = x * inverse_rms(x, eps)
+    return normed if weight is None else normed.mul_(weight)
+
+
+def query_key_value(
+    qkv: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, L, 3 N) -> query, key, value, each (B, H, L, E); queries and keys normalized, weighted and rotated."""
+    given = (qkv, query_weight, key_weight, cos, sin, heads, eps)
+    return QueryKeyValue.apply(*given) if torch.is_grad_enabled() else _query_key_value(*given)[0]
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """(..., 1) 1 / sqrt(mean(x ** 2) + eps) over the last axis."""
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    return mean_square.add_(eps).rsqrt_()
+
+
+def _query_key_value(
+    qkv: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """`query_key_value`, and what its backward needs: normed (B, L, 2, H, E), inverse (B, L, 2, H, 1), weights (2, 1, E)."""
+    batch, length, _ = qkv.shape
+    qkv = qkv.view(batch, length, 3, heads, -1)
+    both = qkv[:, :, :2]
+    weights = torch.stack([query_weight, key_weight]).unsqueeze(1)
+    inverse = inverse_rms(both, eps)
+    normed = both * inverse
+    turned = qkv.new_empty(2, batch, heads, length, both.shape[-1])
+    turn((normed * weights).permute(2, 0, 3, 1, 4), cos, sin, 1, turned)
+    return (turned[0], turned[1], qkv[:, :, 2].transpose(1, 2)), (normed, inverse, weights)
+
+
 class RootMeanSquareNorm(torch.autograd.Function):
-    """x / sqrt(mean(x ** 2) + eps) * weight over the last axis."""
+    """`rms_norm`."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        inverse = mean_square.add_(eps).rsqrt_()
+        inverse = inverse_rms(x, eps)
         normed = x * inverse
         ctx.save_for_backward(normed, inverse, weight)
         return normed if weight is None else normed * weight
@@ -42,26 +82,15 @@ class RootMeanSquareNorm(torch.autograd.Function):
 
 
 class QueryKeyValue(torch.autograd.Function):
-    """(B, L, 3 N) -> query, key, value, each (B, H, L, E); queries and keys normalized, weighted and rotated.
-
-    The gradient is written where it belongs instead of being gathered from three.
-    """
+    """`query_key_value`; the gradient is written where it belongs instead of being gathered from three."""
 
     @staticmethod
     def forward(
         ctx, qkv: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, _ = qkv.shape
-        qkv = qkv.view(batch, length, 3, heads, -1)
-        both = qkv[:, :, :2]
-        weights = torch.stack([query_weight, key_weight]).unsqueeze(1)  # (2, 1, E)
-        mean_square = torch.linalg.vector_norm(both, dim=-1, keepdim=True).square_().div_(both.shape[-1])
-        inverse = mean_square.add_(eps).rsqrt_()
-        normed = both * inverse
-        ctx.save_for_backward(normed, inverse, weights, cos, sin)
-        turned = qkv.new_empty(2, batch, heads, length, both.shape[-1])
-        _turn((normed * weights).permute(2, 0, 3, 1, 4), cos, sin, 1, turned)
-        return turned[0], turned[1], qkv[:, :, 2].transpose(1, 2).contiguous()
+        (query, key, value), saved = _query_key_value(qkv, query_weight, key_weight, cos, sin, heads, eps)
+        ctx.save_for_backward(*saved, cos, sin)
+        return query, key, value.contiguous()
 
     @staticmethod
     @once_differentiable
@@ -69,8 +98,8 @@ class QueryKeyValue(torch.autograd.Function):
         normed, inverse, weights, cos, sin = ctx.saved_tensors
         batch, length, _, heads, width = normed.shape
         gradient = torch.empty_like(normed)
-        _turn(query, cos, sin, -1, gradient[:, :, 0].transpose(1, 2))
-        _turn(key, cos, sin, -1, gradient[:, :, 1].transpose(1, 2))
+        turn(query, cos, sin, -1, gradient[:, :, 0].transpose(1, 2))
+        turn(key, cos, sin, -1, gradient[:, :, 1].transpose(1, 2))
         product = gradient * normed
         query_weight, key_weight = product.sum(dim=(0, 1, 3))
         mean = product @ (weights[:, 0] / width).T  # (B, L, 2, H, 2): the diagonal of the twos is wanted
@@ -81,7 +110,7 @@ class QueryKeyValue(torch.autograd.Function):
         return out.view(batch, length, -1), query_weight, key_weight, None, None, None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int, out: Tensor) -> None:
+def turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int, out: Tensor) -> None:
     """Rotate the pairs (x[i], x[i + E/2]) of the last axis; direction -1 is the backward."""
     (a, b), (first, second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(a, cos, out=first).addcmul_(b, sin, value=-direction)

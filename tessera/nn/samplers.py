@@ -23,8 +23,8 @@ Slope = Callable[[Tensor, float], Tensor]
 
 
 def noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers in the shape of `like`, from a CPU generator: the same on every device."""
-    return torch.randn(like.shape, generator=generator).to(like.device)
+    """Standard normal numbers in the shape of `like`, float32 and on its device, drawn as `gumbel.uniform` draws."""
+    return torch.randn(like.shape, generator=generator, device=generator.device).to(like.device)
 
 
 def ancestral(denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw: Draw) -> Tensor:

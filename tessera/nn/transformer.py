@@ -7,11 +7,14 @@ arXiv:2010.04245; adaLN-zero conditioning, Peebles and Xie 2022 (DiT), arXiv:221
 Shape letters: B batch, L sequence, N width, H heads, E = N / H.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.nn import handwritten
+from tessera.nn.steps import Number, put
 
 NORM_EPSILON = 1e-6
 
@@ -30,7 +33,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if is_handwritten_faster(x):
-            return handwritten.RootMeanSquareNorm.apply(x, self.weight, NORM_EPSILON)
+            return handwritten.rms_norm(x, self.weight, NORM_EPSILON)
         return F.rms_norm(x.float(), (self.width,), self.weight, eps=NORM_EPSILON).to(x.dtype)
 
 
@@ -51,20 +54,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-class Cache:
-    """Keys and values of one layer, allocated once for the whole sequence: (2, B, H, L, E)."""
+class Past(NamedTuple):
+    """What a layer remembers of the elements before the one at `number`, the only one that is given to it."""
 
-    def __init__(self, batch: int, heads: int, length: int, head_width: int, like: Tensor):
-        self.memory = like.new_zeros(2, batch, heads, length, head_width)
-        self.length = 0
+    keys: Tensor  # (B, H, L, E), allocated once for the whole sequence, as the values
+    values: Tensor
+    number: Number
+    is_past: (
+        Tensor | None
+    )  # (1, L) whether an element is there, the given one too; None: the number is an int, and tells
 
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, H, n, E) and return everything up to here."""
-        end = self.length + key.shape[2]
-        self.memory[0, :, :, self.length : end] = key
-        self.memory[1, :, :, self.length : end] = value
-        self.length = end
-        return self.memory[0, :, :, :end], self.memory[1, :, :, :end]
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Remember the key and the value; all are (B, H, 1, E)."""
+        put(self.keys, self.number, key, dim=2)
+        put(self.values, self.number, value, dim=2)
+        if self.is_past is not None:
+            return F.scaled_dot_product_attention(query, self.keys, self.values, attn_mask=self.is_past)
+        end = self.number + 1
+        return F.scaled_dot_product_attention(query, self.keys[:, :, :end], self.values[:, :, :end])
 
 
 class Attention(nn.Module):
@@ -77,24 +84,22 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.query_norm, self.key_norm = RMSNorm(width // heads), RMSNorm(width // heads)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, is_causal: bool, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, is_causal: bool, past: Past | None) -> Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(x)
         if is_handwritten_faster(qkv):
             norms = self.query_norm.weight, self.key_norm.weight
-            query, key, value = handwritten.QueryKeyValue.apply(qkv, *norms, cos, sin, self.heads, NORM_EPSILON)
+            query, key, value = handwritten.query_key_value(qkv, *norms, cos, sin, self.heads, NORM_EPSILON)
         else:
             query, key, value = qkv.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, E) each
             query = rotate(self.query_norm(query), cos, sin)
             key = rotate(self.key_norm(key), cos, sin)
-        if cache is not None:
-            key, value = cache.append(key, value)
         dropout = self.dropout if self.training else 0.0
-        if cache is None and length <= handwritten.LONGEST_ATTENTION and is_handwritten_faster(query):
+        if past is not None:
+            x = past.attend(query, key, value)
+        elif length <= handwritten.LONGEST_ATTENTION and is_handwritten_faster(query):
             x = handwritten.attention(query, key, value, dropout, is_causal)
         else:
-            if length == 1:  # its place is the last of what the cache holds, so nothing is hidden from it
-                is_causal = False
             x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=is_causal)
         return self.out(x.transpose(1, 2).reshape(batch, length, width))
 
@@ -133,14 +138,14 @@ class Block(nn.Module):
             nn.init.zeros_(self.modulation.bias)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, condition: Tensor | None, is_causal: bool, cache: Cache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, condition: Tensor | None, is_causal: bool, past: Past | None
     ) -> Tensor:
         if self.modulation is None:
-            x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, is_causal, cache))
+            x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, is_causal, past))
             return x + self.dropout(self.mlp(self.mlp_norm(x)))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).unsqueeze(1).chunk(6, dim=-1)
         h = self.attention_norm(x) * (1 + scale1) + shift1
-        x = x + gate1 * self.dropout(self.attention(h, cos, sin, is_causal, cache))
+        x = x + gate1 * self.dropout(self.attention(h, cos, sin, is_causal, past))
         h = self.mlp_norm(x) * (1 + scale2) + shift2
         return x + gate2 * self.dropout(self.mlp(h))
 
@@ -177,26 +182,17 @@ class Transformer(nn.Module):
         self,
         x: Tensor,
         condition: Tensor | None = None,
-        caches: list[Cache] | None = None,
         places: Tensor | None = None,
     ) -> Tensor:
-        """With caches, x is the next piece of the sequence, and everything before it is in the caches.
-
-        `places` (B, L): the grid place of each element of x, for each image its own; None is raster order.
-        """
+        """`places` (B, L): the grid place of each element of x, for each image its own; None is raster order."""
         if places is None:
-            start = caches[0].length if caches else 0
-            cos, sin = self.cos[start : start + x.shape[1]], self.sin[start : start + x.shape[1]]
+            cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
         else:
             cos, sin = self.cos[places].unsqueeze(1), self.sin[places].unsqueeze(1)  # (B, 1, L, E / 2)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        for number, block in enumerate(self.blocks):
-            x = block(x, cos, sin, condition, self.is_causal, caches[number] if caches else None)
+        for block in self.blocks:
+            x = block(x, cos, sin, condition, self.is_causal, None)
         return self.norm(x)
-
-    def new_caches(self, batch: int, like: Tensor) -> list[Cache]:
-        length = self.cos.shape[0]
-        return [Cache(batch, self.heads, length, self.width // self.heads, like) for _ in self.blocks]
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """What Muon optimizes: the matrices inside the blocks."""

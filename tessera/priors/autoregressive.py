@@ -25,7 +25,9 @@ from tessera.bases.optimization import Training
 from tessera.bases.transformer import TransformerConfig
 from tessera.components import Fraction
 from tessera.contracts import Learns, TokenSpec
+from tessera.nn.decoding import decoder
 from tessera.nn.gumbel import gumbel_noise
+from tessera.nn.steps import Number, element, put, repeat
 from tessera.nn.transformer import Transformer
 
 LEARNS: Learns = "indices"
@@ -108,7 +110,7 @@ class Model(ConditionalModel):
         return self(flat, labels).float().log_softmax(dim=2).gather(2, flat.unsqueeze(2)).view(indices.shape)
 
     def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-        """(B,) labels -> (B, *index_grid) indices. The generator is a CPU one: the same draws on every device."""
+        """(B,) labels -> (B, *index_grid) indices."""
         indices = torch.zeros(len(labels), *self.grid, dtype=torch.long, device=labels.device)
         return self.complete(indices, torch.zeros_like(indices, dtype=torch.bool), labels, sampling, generator)
 
@@ -123,35 +125,16 @@ class Model(ConditionalModel):
         (random_order_until of (1, 1) prevents that). Other models go through all places in raster order and draw an index
         given those before it alone, which is not the distribution given all that are known.
         """
-        labels = self.condition(labels)
-        indices, is_known = indices.flatten(1), is_known.flatten(1)
-        batch, length = indices.shape
-        order = torch.arange(length, device=indices.device).expand(batch, length)
-        if self.read_position is not None:
+        indices, is_known, order = indices.flatten(1), is_known.flatten(1), None
+        if self.reads_all_known:
             order = (~is_known).long().argsort(dim=1, stable=True)
-        indices, is_known = indices.gather(1, order), is_known.gather(1, order)
-        is_guided = sampling.guidance_scale != 1.0 and self.config.is_conditional
-        if is_guided:
-            labels = torch.cat([labels, self.null_labels(labels)])
-            order = torch.cat([order, order])
-        x = self.label_embedding(labels)
-        caches = self.transformer.new_caches(len(labels), like=x)
-        for number in range(length):
-            place = order[:, number]
-            h = (x + self.position[place]).unsqueeze(1)
-            h = self.transformer(h, caches=caches, places=order[:, number : number + 1])
-            logits = self.head(h[:, 0]).float()
-            if is_guided:
-                conditional, unconditional = logits.chunk(2)
-                scale = sampling.scale_at(number / length)
-                logits = guided(conditional, unconditional, scale)
-            drawn = draw(logits, sampling, generator)
-            indices[:, number] = torch.where(is_known[:, number], indices[:, number], drawn)
-            x = self.index_embedding(indices[:, number])
-            x = torch.cat([x, x]) if is_guided else x
-            if self.read_position is not None:
-                x = x + self.read_position[place]
-        return torch.empty_like(indices).scatter_(1, order[:batch], indices).view(batch, *self.grid)
+            indices, is_known = indices.gather(1, order), is_known.gather(1, order)
+        drawing = Drawing(self, indices.clone(), is_known, order, labels, sampling, generator)
+        repeat(drawing.step, indices.shape[1], indices.device, generator)
+        drawn = drawing.indices
+        if order is not None:
+            drawn = torch.empty_like(drawn).scatter_(1, order, drawn)
+        return drawn.view(-1, *self.grid)
 
     @property
     def reads_all_known(self) -> bool:
@@ -175,9 +158,59 @@ class Model(ConditionalModel):
         return (log_probs.gather(2, indices.unsqueeze(2)).squeeze(2) * is_known).sum(dim=1)
 
 
+class Drawing:
+    """Sequences of indices being drawn, and the step that draws one index of each.
+
+    Steps differ by their number alone, and on a GPU none waits for it: they can be one CUDA graph (nn/steps.py).
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        indices: Tensor,
+        is_known: Tensor,
+        order: Tensor | None,
+        labels: Tensor,
+        sampling: Sampling,
+        generator: torch.Generator,
+    ):
+        """(B, L) indices, which are written, which of them are known, and their grid places; None is raster order."""
+        self.model, self.sampling, self.generator = model, sampling, generator
+        self.indices, self.is_known, self.order = indices, is_known, order
+        self.is_guided = sampling.guidance_scale != 1.0 and model.config.is_conditional
+        labels, length = model.condition(labels), indices.shape[1]
+        if self.is_guided:  # a second half of the batch, without the labels
+            labels = torch.cat([labels, model.null_labels(labels)])
+            scales = [sampling.scale_at(number / length) for number in range(length)]
+            self.scales = torch.tensor(scales, device=indices.device)
+        self.x = model.label_embedding(labels)  # (B, N), or (2 B, N): what the next step reads
+        self.decoder = decoder(model.transformer, like=self.x)
+
+    def step(self, number: Number) -> None:
+        """Draw the index at `number` of each sequence, unless it is known, and embed it for the next step."""
+        model = self.model
+        places = None if self.order is None else self._of_both_halves(element(self.order, number, dim=1))  # (B, 1)
+        position = element(model.position, number) if places is None else model.position[places].squeeze(1)
+        logits = model.head(self.decoder.step(self.x + position, number, places)).float()
+        if self.is_guided:
+            logits = guided(*logits.chunk(2), element(self.scales, number))
+        drawn = draw(logits, self.sampling, self.generator).unsqueeze(1)
+        known = element(self.indices, number, dim=1)
+        drawn = torch.where(element(self.is_known, number, dim=1), known, drawn)
+        put(self.indices, number, drawn, dim=1)
+        x = self._of_both_halves(model.index_embedding(drawn))
+        if model.read_position is not None:
+            x = x + model.read_position[places]
+        self.x.copy_(x.squeeze(1))
+
+    def _of_both_halves(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x]) if self.is_guided else x
+
+
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """(B, K) logits -> (B,) indices, by the Gumbel-max trick; top_p: Holtzman et al., section 3.1 (nucleus sampling)."""
-    logits = logits / sampling.temperature
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
     if sampling.top_k and sampling.top_k < logits.shape[1]:
         least = logits.topk(sampling.top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -186,7 +219,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tens
         probs = ordered.softmax(dim=1)
         beyond = probs.cumsum(dim=1) - probs >= sampling.top_p  # the probability before this index is enough
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
-    return (logits + gumbel_noise(logits.shape, generator).to(logits.device)).argmax(dim=1)
+    return gumbel_noise(logits, generator).add_(logits).argmax(dim=1)
 
 
 def random_order_share(until: tuple[float, float], progress: float) -> float:

@@ -85,7 +85,7 @@ class Model(ConditionalModel):
 
     @torch.no_grad()
     def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-        """(B,) labels -> (B, D, h, w) standardized latents. The generator is a CPU one: the same noise on every device."""
+        """(B,) labels -> (B, D, h, w) standardized latents."""
         sigmas = self.levels(sampling)
 
         draw = partial(samplers.noise, generator=generator)

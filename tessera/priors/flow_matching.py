@@ -62,9 +62,9 @@ class Model(ConditionalModel):
 
     @torch.no_grad()
     def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-        """(B,) labels -> (B, D, h, w) standardized latents. The generator is a CPU one: the same noise on every device."""
+        """(B,) labels -> (B, D, h, w) standardized latents."""
         labels = self.condition(labels)
-        x = torch.randn(len(labels), *self.spec.latent_shape, generator=generator).to(labels.device)
+        x = samplers.noise(labels.new_empty(len(labels), *self.spec.latent_shape), generator)
         times = torch.linspace(0, 1, sampling.num_steps + 1).tolist()
 
         def velocity(x: Tensor, t: float) -> Tensor:

@@ -81,7 +81,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-        """(B,) labels -> (B, D, h, w) standardized latents. The generator is a CPU one: the same noise on every device."""
+        """(B,) labels -> (B, D, h, w) standardized latents."""
         noise = draw_noise(len(labels), self.config.noise_dim, sampling.truncation, generator)
         return self(noise.to(labels.device), labels)
 
@@ -98,11 +98,12 @@ def condition(labels: Tensor, config: Config) -> Tensor:
 
 
 def draw_noise(batch: int, noise_dim: int, truncation: float | None, generator: torch.Generator) -> Tensor:
-    """BigGAN, section 3.1: (batch, noise_dim) normal numbers, none beyond +-truncation."""
+    """BigGAN, section 3.1: (batch, noise_dim) normal numbers, none beyond +-truncation, on the generator's device."""
+    drawn = {"generator": generator, "device": generator.device}
     if truncation is None:
-        return torch.randn(batch, noise_dim, generator=generator)
+        return torch.randn(batch, noise_dim, **drawn)
     within = torch.erf(torch.tensor(truncation / 2**0.5, dtype=torch.float64))
-    uniform = 2 * torch.rand(batch, noise_dim, generator=generator, dtype=torch.float64) - 1
+    uniform = 2 * torch.rand(batch, noise_dim, dtype=torch.float64, **drawn) - 1
     return (torch.erfinv(uniform * within) * 2**0.5).clamp(-truncation, truncation).float()
 
 

@@ -14,7 +14,7 @@ Shape letters: B batch, L = h * w places, K codebook size; index K is the mask.
 
 import math
 from functools import cache
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from tessera.bases.optimization import Training
 from tessera.bases.transformer import TransformerConfig
 from tessera.components import Fraction, Steps
 from tessera.contracts import Learns, TokenSpec
-from tessera.nn.gumbel import gumbel_noise
+from tessera.nn.gumbel import gumbel_noise, uniform
 from tessera.nn.transformer import Transformer
 
 LEARNS: Learns = "indices"
@@ -72,6 +72,32 @@ def placed_per_step(num_places: int, steps: int, schedule: MaskSchedule) -> tupl
         placed.append(masked - left)
         masked = left
     return tuple(placed)
+
+
+class Plan(NamedTuple):
+    """What each of the S steps does with each image; computed on the host, and sent to the device once."""
+
+    placed: Tensor  # (S, B) how many places are filled
+    temperatures: Tensor  # (S, B, 1) of the noise of the confidence
+    scales: Tensor  # (S, B, 1, 1) of the guidance
+    is_guided: list[bool]  # (S,) whether some scale is not 1, on the host
+
+    @classmethod
+    def of(cls, num_masked: list[int], sampling: Sampling, device: torch.device) -> "Plan":
+        """num_masked: of each image; one with fewer than others is ready before them."""
+        plans = [placed_per_step(number, sampling.decoding_steps, sampling.mask_schedule) for number in num_masked]
+        steps = range(max(map(len, plans)))
+        placed = [[plan[step] if step < len(plan) else 0 for plan in plans] for step in steps]
+        temperature = sampling.choice_temperature
+        temperatures = [[temperature * (1 - (step + 1) / max(1, len(plan))) for plan in plans] for step in steps]
+        scales = [[sampling.scale_at(min(1.0, step / max(1, len(plan)))) for plan in plans] for step in steps]
+        shape = (len(steps), len(plans), 1)  # told, as there may be no step
+        return cls(
+            torch.tensor(placed, device=device),
+            torch.tensor(temperatures, device=device).clamp_min(0).view(shape),
+            torch.tensor(scales, device=device).view(*shape, 1),
+            [any(scale != 1 for scale in each) for each in scales],
+        )
 
 
 def halton_order(height: int, width: int) -> Tensor:
@@ -131,12 +157,12 @@ class Model(ConditionalModel):
         labels = self.condition(labels)
         indices = tokens.flatten(1)
         batch, length = indices.shape
-        offset = torch.rand(batch, generator=generator)
         nats = torch.zeros(batch, device=indices.device)
+        offset = uniform(nats, generator)
+        everywhere = torch.ones_like(indices, dtype=torch.bool)
         for number in range(BOUND_DRAWS):
             masked = 1 + ((number + offset) / BOUND_DRAWS * length).long().clamp_max(length - 1)
-            everywhere = torch.ones(batch, length, dtype=torch.bool)
-            is_masked = first(torch.rand(batch, length, generator=generator), everywhere, masked).to(indices.device)
+            is_masked = first(uniform(indices, generator), everywhere, masked)
             logits = self(torch.where(is_masked, self.mask_index, indices), labels).float()
             cost = -logits.log_softmax(dim=2).gather(2, indices.unsqueeze(2)).squeeze(2)
             nats += (cost * is_masked).sum(dim=1) / is_masked.sum(dim=1)
@@ -153,7 +179,7 @@ class Model(ConditionalModel):
         number = int(is_known.sum(dim=1).max())
         nats = torch.zeros(len(indices), device=indices.device)
         for _ in range(EVIDENCE_ORDERS):
-            key = torch.rand(indices.shape, generator=generator).to(indices.device)
+            key = uniform(indices, generator)
             rank = key.masked_fill(~is_known, 2.0).argsort(dim=1).argsort(dim=1)
             begin = 0
             while begin < number:
@@ -165,9 +191,10 @@ class Model(ConditionalModel):
         return nats / EVIDENCE_ORDERS
 
     def sample(self, labels: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-        """(B,) labels -> (B, *index_grid) indices. The generator is a CPU one: the same draws on every device."""
-        indices = torch.full((len(labels), *self.grid), self.mask_index, device=labels.device)
-        return self.complete(indices, torch.zeros_like(indices, dtype=torch.bool), labels, sampling, generator)
+        """(B,) labels -> (B, *index_grid) indices."""
+        batch, length = len(labels), self.grid[0] * self.grid[1]
+        indices = torch.full((batch, length), self.mask_index, device=labels.device)
+        return self._fill(indices, [length] * batch, labels, sampling, generator)
 
     @torch.no_grad()
     def complete(
@@ -179,25 +206,29 @@ class Model(ConditionalModel):
         generator: torch.Generator,
     ) -> Tensor:
         """MaskGIT, section 3.2: keep the (B, *index_grid) indices where is_known and draw the others, given those."""
+        is_known = is_known.flatten(1)
+        indices = torch.where(is_known, indices.flatten(1), self.mask_index)
+        return self._fill(indices, (~is_known).sum(dim=1).tolist(), labels, sampling, generator)
+
+    @torch.no_grad()
+    def _fill(
+        self, indices: Tensor, num_masked: list[int], labels: Tensor, sampling: Sampling, generator: torch.Generator
+    ) -> Tensor:
+        """(B, L) indices, of which so many of each image are masked -> (B, *index_grid), all drawn.
+
+        What the steps do is planned before the first one: within the loop the host neither asks the device nor sends to it.
+        """
         labels = self.condition(labels)
-        indices, is_known = indices.flatten(1), is_known.flatten(1)
-        indices = torch.where(is_known, indices, self.mask_index)
-        plans = [
-            placed_per_step(num_masked, sampling.decoding_steps, sampling.mask_schedule)
-            for num_masked in (~is_known).sum(dim=1).tolist()
-        ]
+        plan = Plan.of(num_masked, sampling, indices.device)
         precedence = self._precedence(indices, sampling, generator)
-        for step in range(max(map(len, plans))):
-            placed = torch.tensor([plan[step] if step < len(plan) else 0 for plan in plans], device=indices.device)
-            progress = [min(1.0, step / max(1, len(plan))) for plan in plans]
-            logits = self._guided(indices, labels, sampling, progress) / sampling.temperature
-            drawn = (logits + gumbel_noise(logits.shape, generator).to(logits.device)).argmax(dim=2)  # (B, L)
+        for step in range(len(plan.placed)):
+            scales = plan.scales[step] if plan.is_guided[step] and self.config.is_conditional else None
+            logits = self._guided(indices, labels, scales) / sampling.temperature
+            drawn = (logits + gumbel_noise(logits, generator)).argmax(dim=2)  # (B, L)
             if sampling.order == "confidence":
-                temperatures = [sampling.choice_temperature * (1 - (step + 1) / max(1, len(plan))) for plan in plans]
-                noise = gumbel_noise(indices.shape, generator) * torch.tensor(temperatures).clamp_min(0).unsqueeze(1)
                 confidence = logits.log_softmax(dim=2).gather(2, drawn.unsqueeze(2)).squeeze(2)
-                precedence = confidence + noise.to(confidence.device)
-            chosen = first(precedence, indices == self.mask_index, placed)
+                precedence = confidence + gumbel_noise(confidence, generator) * plan.temperatures[step]
+            chosen = first(precedence, indices == self.mask_index, plan.placed[step])
             indices = torch.where(chosen, drawn, indices)
         return indices.view(-1, *self.grid)
 
@@ -208,17 +239,16 @@ class Model(ConditionalModel):
             rank[halton_order(*self.grid)] = -torch.arange(indices.shape[1], dtype=rank.dtype)
             return rank.to(indices.device).expand(indices.shape)
         if sampling.order == "random":
-            return torch.rand(indices.shape, generator=generator).to(indices.device)
+            return uniform(indices, generator)
         return torch.zeros(indices.shape, device=indices.device)  # each step has its own confidence
 
-    def _guided(self, indices: Tensor, labels: Tensor, sampling: Sampling, progress: list[float]) -> Tensor:
-        """(B, L, K) logits; a second pass, without the labels, only where some scale is not 1."""
-        scales = [sampling.scale_at(share) for share in progress]
-        if not self.config.is_conditional or all(scale == 1 for scale in scales):
+    def _guided(self, indices: Tensor, labels: Tensor, scales: Tensor | None) -> Tensor:
+        """(B, L, K) logits; with guidance scales (B, 1, 1) by a second pass, without the labels."""
+        if scales is None:
             return self(indices, labels).float()
         both = self(torch.cat([indices, indices]), torch.cat([labels, self.null_labels(labels)])).float()
         conditional, unconditional = both.chunk(2)
-        return guided(conditional, unconditional, torch.tensor(scales, device=both.device).view(-1, 1, 1))
+        return guided(conditional, unconditional, scales)
 
 
 def first(precedence: Tensor, is_open: Tensor, number: Tensor) -> Tensor:

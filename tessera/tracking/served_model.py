@@ -65,7 +65,8 @@ class ServedImages(PythonModel):
         settings = parse(self.system.sampling_schema, sampling)
         try:
             with self.turn:
-                images = self.system.draw(np.array(labels), settings, seeding.generator(seed, "serve"))
+                generator = seeding.generator(seed, "serve", device=self.system.device)
+                images = self.system.draw(np.array(labels), settings, generator)
         except CannotDraw as error:
             raise Refused(str(error)) from None
         return {"images": [_png(one) for one in images], "seed": seed, "guidance_scale": sampling.get("guidance_scale")}

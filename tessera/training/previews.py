@@ -77,6 +77,6 @@ def of_prior(params: Pipeline, name: str, spec: TokenSpec, tokenizer: Path) -> D
 
     def draw(model: nn.Module) -> np.ndarray:
         system = System(decoder.to(next(model.parameters()).device), model, spec, learns, name)
-        return system.draw(labels, sampling, seeding.generator(params.seed, "preview"))
+        return system.draw(labels, sampling, seeding.generator(params.seed, "preview", device=system.device))
 
     return draw

@@ -214,7 +214,7 @@ class PriorValidation:
         drawn, nearest, kept = frechet.MomentsAccumulator(), [], []
         for start in range(0, len(self.labels), BATCH):
             labels = torch.from_numpy(self.labels[start : start + BATCH]).to(device)
-            generator = seeding.generator(self.seed, "follow_samples", start)
+            generator = seeding.generator(self.seed, "follow_samples", start, device=device)
             tokens = model.sample(labels, self.prior.Sampling(), generator)
             decoded = token_artifact.decode(tokens, self.decoder, self.spec, self.prior.LEARNS)
             pixels = to_uint8(decoded).cpu().numpy()

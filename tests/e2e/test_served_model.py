@@ -201,7 +201,7 @@ def test_an_equal_request_gets_equal_bytes_and_another_seed_other_images(root: P
     assert [decoded(png).shape for png in first] == [(8, 8)] * 3
     system = System.read(root / "data" / "tokenizer", root / "data" / "prior")
     settings = tiny_params().sampling("flow")
-    direct = system.draw(np.array(labels), settings, seeding.generator(1, "serve"))
+    direct = system.draw(np.array(labels), settings, seeding.generator(1, "serve", device=system.device))
     assert np.abs(direct[:, 0].astype(int) - np.stack([decoded(png) for png in first])).max() <= 1
 
 

@@ -251,7 +251,7 @@ def test_truncated_noise_is_normal_between_its_bounds(truncation):
 
 
 def test_truncated_noise_is_finite_at_the_very_end_of_its_distribution(monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda *shape, generator, dtype: torch.zeros(shape, dtype=dtype))
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **drawn: torch.zeros(shape, dtype=dtype))
     assert (gan.draw_noise(2, 3, 50.0, torch.Generator()) == -50).all()
 
 

@@ -133,7 +133,7 @@ def test_without_noise_the_confident_places_are_filled_first():
     model.sample(labels, sampling, seeded())
     with torch.no_grad():
         logits = asked(seen[0], labels)
-    drawn = (logits + masked.gumbel_noise(logits.shape, seeded())).argmax(dim=2)
+    drawn = (logits + masked.gumbel_noise(logits, seeded())).argmax(dim=2)
     for row in range(20):
         chance = [float(logits[row, place].softmax(dim=0)[drawn[row, place]]) for place in range(6)]
         expected = sorted(range(6), key=lambda place: -chance[place])[: placed[0]]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tessera.nn import handwritten, transformer
+from tessera.nn.decoding import FEWEST_ROWS, Decoder, HandwrittenDecoder, decoder
 from tessera.nn.transformer import RMSNorm, Transformer, rotary_angles, rotate
 
 
@@ -33,11 +34,33 @@ def test_without_causality_every_place_sees_every_other():
     assert ((net(x) - net(changed)).abs().amax(dim=(0, 2)) > 0).all()
 
 
-def test_place_by_place_with_the_cache_equals_all_at_once():
+@pytest.mark.parametrize("rows", [3, FEWEST_ROWS])
+@pytest.mark.parametrize("are_ordered", [False, True])
+@torch.no_grad()
+def test_element_by_element_with_the_cache_equals_all_at_once(rows, are_ordered):
+    net, x = body(is_causal=True), torch.randn(rows, 6, 32)
+    order = torch.rand(rows, 6).argsort(dim=1) if are_ordered else None
+    expected = net(x, places=order)
+    assert type(decoder(net, like=x[:, 0])) is HandwrittenDecoder  # float32 on the CPU
+    for chosen, as_tensor in ((HandwrittenDecoder, False), (Decoder, False), (Decoder, True)):
+        decoding = chosen(net, like=x[:, 0])
+        for i in range(6):
+            places = None if order is None else order[:, i : i + 1]
+            found = decoding.step(x[:, i], torch.tensor([i]) if as_tensor else i, places)
+            torch.testing.assert_close(found, expected[:, i], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_elements_are_decoded_with_dropout_and_in_the_precision_of_autocast():
     net, x = body(is_causal=True), torch.randn(3, 6, 32)
-    caches = net.new_caches(3, like=x)
-    pieces = [net(x[:, i : i + 1], caches=caches) for i in range(6)]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), net(x), atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        decoding = decoder(net, like=x[:, 0])
+        found = torch.stack([decoding.step(x[:, i], i) for i in range(6)], dim=1)
+        assert decoding.memory[0].dtype == torch.bfloat16
+        torch.testing.assert_close(found, net(x), atol=0.05, rtol=0.05)
+    dropping = Transformer(32, 2, 4, (3, 2), dropout=0.9, is_causal=True).train()
+    decoding = decoder(dropping, like=x[:, 0])
+    assert not torch.equal(decoding.step(x[:, 0], 0), decoding.step(x[:, 0], 0))
 
 
 def test_rotated_products_depend_on_the_offset_between_places_alone():
