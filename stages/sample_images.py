@@ -22,15 +22,19 @@ def run(
     labels = np.repeat(np.arange(system.spec.num_classes), quotas(settings.num_images, system.spec.class_counts))
     seeding.numpy_generator(params.seed, "sample_labels").shuffle(labels)
     starts = range(0, len(labels), settings.batch_size)
-    images = []
+
+    def draw(start: int) -> np.ndarray:
+        generator = seeding.generator(params.seed, "sample_images", start, device=system.device)
+        return system.draw(labels[start : start + settings.batch_size], sampling, generator)
+
+    drawn, images = job.share(starts, draw), []
+    if not job.is_main:
+        return {"num_images": sum(map(len, drawn))}
     with artifact.create(out) as place:
         with ShardWriter(place, "images") as writer, ShardWriter(place, "labels") as label_writer:
-            for start in job.track(starts, len(starts)):
-                wanted = labels[start : start + settings.batch_size]
-                generator = seeding.generator(params.seed, "sample_images", start, device=system.device)
-                pixels = system.draw(wanted, sampling, generator)
+            for start, pixels in zip(starts, job.track(drawn, len(starts)), strict=True):
                 writer.append(pixels)
-                label_writer.append(wanted)
+                label_writer.append(labels[start : start + settings.batch_size])
                 if sum(map(len, images)) < 2000:  # enough for the picture, whatever num_images is
                     images.append(pixels)
         shown = np.concatenate(images)

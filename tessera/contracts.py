@@ -7,7 +7,7 @@ Shape letters everywhere: B batch, C H W image, D latent channels, h w token gri
 Images in models are float32 in [-1, 1]; on disk they are uint8 in [0, 255].
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -247,6 +247,7 @@ class Job(Protocol):
     """
 
     name: str  # train_prior@vqgan-flow
+    is_main: bool  # the first of the processes that share the stage: it speaks and writes for all
     state: Path  # a private folder for resumable state
     figures: dict[str, float]  # about this execution (speed, memory): never part of an artifact
     checkpoint_seconds: float
@@ -257,6 +258,9 @@ class Job(Protocol):
     # raises ValueError, a sentence per problem, if a later stage could not work on images with these labels (of each split)
 
     def track(self, items: Iterable[Any], total: int, what: str = "") -> Iterator[Any]: ...  # the items, counted aloud
+    def share(self, items: Sequence[Any], work: Callable[[Any], Any]) -> Iterator[Any]: ...  # work of each, in order
+
+    # by all processes of the stage; only the first one, which is_main, is given anything
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def attach(self, path: Path, name: str | None = None) -> None: ...
     def origin(self) -> dict[str, str]: ...  # commit, date, machine, command: for a page's reader
@@ -272,22 +276,6 @@ class Job(Protocol):
     def publish(
         self, params: Any, name: str, measured: Any, files: dict[str, Path | None], images: Path, parts: dict[str, Path]
     ) -> None: ...  # a run of the system in the tracker
-
-
-class Failure(NamedTuple):
-    """A failure of a training whose losses are finite, such as a collapsed codebook."""
-
-    name: str  # of a figure: the step at which it was first seen
-    step: int  # how many were done when it was seen
-    sentence: str  # the value found, its bound, and what to change
-    is_fatal: bool  # the training ends here
-
-
-class Diagnosis(NamedTuple):
-    """What an objective diagnoses of itself; the same in all processes."""
-
-    metrics: dict[str, float]  # terms to plot, of the newest step
-    failures: list[Failure]  # those to report now
 
 
 # Metrics: a file of tessera/metrics has any of the functions

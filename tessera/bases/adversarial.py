@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tessera.bases.autoencoder import Autoencoder, AutoencoderConfig, ReconstructionLoss
-from tessera.bases.diagnostics import Monitor
+from tessera.bases.diagnostics import Diagnosis, Monitor
 from tessera.bases.optimization import optimizers_for
 from tessera.components import RateFactor, Weight
-from tessera.contracts import Diagnosis, ImageBatch, ImageSpec
+from tessera.contracts import ImageBatch, ImageSpec
 from tessera.nn.autoencoder import group_norm
 from tessera.nn.processes import over_processes
 

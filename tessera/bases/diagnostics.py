@@ -10,7 +10,7 @@ on the right side of 0, "silent" a hinge loss that stays at 1 (docs/math.md). Th
 digits and MNIST.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tessera.components import Params
-from tessera.contracts import Count, Diagnosis, Failure, HasLevels, StartsLate
+from tessera.contracts import Count, HasLevels, StartsLate
 
 WON = 0.99  # accuracy from which on hardly a patch is left for the discriminator to learn from
 SILENT_GAP = 0.02  # between the mean logits of images and reconstructions: a hinge loss within 0.01 of 1
@@ -42,6 +42,22 @@ class Diagnostics(Params):
     max_dead_discriminator_steps: Annotated[int, Field(ge=0)] = 500  # in a row, won or silent, or half of all; 0: off
     start_step: Annotated[int, Field(ge=0)] = 200  # codes are not diagnosed before
     action: Literal["warn", "stop"] = "warn"
+
+
+class Failure(NamedTuple):
+    """A failure of a training whose losses are finite, such as a collapsed codebook."""
+
+    name: str  # of a figure: the step at which it was first seen
+    step: int  # how many were done when it was seen
+    sentence: str  # the value found, its bound, and what to change
+    is_fatal: bool  # the training ends here
+
+
+class Diagnosis(NamedTuple):
+    """What an objective diagnoses of itself; the same in all processes."""
+
+    metrics: dict[str, float]  # terms to plot, of the newest step
+    failures: list[Failure]  # those to report now
 
 
 class Monitor(nn.Module):

@@ -19,7 +19,7 @@ from tessera.code import entries
 from tessera.components import PACKAGE, Params
 from tessera.contracts import ImageSpec
 from tessera.params import Pipeline
-from tessera.running import leftover, origin, progress
+from tessera.running import launch, leftover, origin, progress
 from tessera.running.publish import publish
 from tessera.tracking import journal
 
@@ -59,6 +59,8 @@ class Job:
     def track(self, items: Iterable[Item], total: int, what: str = "") -> Iterator[Item]:
         """Pass the items through, with a line every few seconds that says how many of `total` are done."""
         return progress.track(items, f"{self.name}  {what}" if what else self.name, total)
+
+    share = staticmethod(launch.share)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         if self.run:

@@ -10,13 +10,15 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-SHARED = ("train_features", "train_tokenizer", "train_prior")  # the stages whose work processes can share
+SHARED = ("train_features", "train_tokenizer", "train_prior", "sample_images")  # the stages whose work can be shared
+Item, Made = TypeVar("Item"), TypeVar("Made")
 LAUNCHED = "TESSERA_LAUNCHED"  # set for the processes that `launch` starts
 PATIENCE = 300  # seconds for a checkpoint, when all are asked to stop
 LOST = "another process of this stage is gone"
@@ -65,6 +67,32 @@ def is_rank() -> bool:
 def rank() -> int:
     """Of this process, 0 if it is alone."""
     return int(os.environ.get("RANK", "0"))
+
+
+def share(items: Sequence[Item], work: Callable[[Item], Made]) -> Iterator[Made]:
+    """work(item) of all items, in order, in the first process; each does every so-manieth, and the others yield nothing."""
+    if not is_rank():
+        yield from map(work, items)
+        return
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    number, mine = dist.get_world_size(), dist.get_rank()
+    for start in range(0, len(items), number):
+        part = items[start : start + number]
+        made = work(part[mine]) if mine < len(part) else None
+        gathered = [None] * number if mine == 0 else None
+        dist.gather_object(made, gathered)
+        yield from (gathered or ())[: len(part)]
+
+
+def use_device() -> None:
+    """Let this process compute on the GPU of its number, as the others of this machine do on theirs."""
+    import torch
+
+    if is_rank() and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def launch(name: str, command: list[str], wanted: Launch) -> int:

@@ -116,6 +116,7 @@ def _execute(run: Callable, name: str, params: Pipeline, arguments: dict[str, An
         for number in STOP_SIGNALS:
             signal.signal(number, _end)
         gc.enable()  # everything is imported
+        launch.use_device()
         figures = run(params=params, job=job, **arguments) or {}
         if not is_main:
             return

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tessera.bases.autoencoder import Autoencoder, AutoencoderConfig, ReconstructionLoss, codebook_terms
-from tessera.bases.diagnostics import Monitor
+from tessera.bases.diagnostics import Diagnosis, Monitor
 from tessera.bases.optimization import optimizers_for
-from tessera.contracts import Diagnosis, ImageBatch
+from tessera.contracts import ImageBatch
 
 
 class Config(AutoencoderConfig):

@@ -209,6 +209,20 @@ def test_two_machines_train_one_tokenizer_though_only_the_first_has_its_state(cl
     assert not any(other.folder.glob(".state/train_tokenizer-vqgan/*/step-*"))
 
 
+@pytest.mark.parametrize("system", ["gan", "vqgan-autoregressive", "vqgan-flow"])
+def test_samples_of_two_processes_are_those_of_one_byte_for_byte(clone, system):
+    """A quarter of the images at a time, so that each process has a share, and one of them the last."""
+    params, out = clone.params(), f"data/samples/{system}"
+    params["sample_images"] |= {"num_images": 36, "batch_size": 8}
+    clone.write_params(params)
+    made = []
+    for number in ("1", "2"):
+        result = clone.run(*clone.command_of(f"sample_images@{system}"), TESSERA_PROCESSES=number)
+        assert result.returncode == 0 and result.stdout.count("36 images") == 1, result.stdout + result.stderr
+        made.append(clone.hashes(out))
+    assert made[0] == made[1]
+
+
 @pytest.mark.parametrize(
     ("environment", "is_adopted", "code"),
     [
