@@ -169,7 +169,8 @@ def test_two_processes_train_the_prior_that_one_process_trains(clone):
         assert np.abs(weights[1][key] - one).mean() < 1e-5, key
 
 
-def test_one_of_two_processes_that_is_killed_ends_both_and_any_number_goes_on_from_there(clone):
+def test_one_of_two_processes_that_is_killed_ends_both_and_any_number_goes_on_from_there(clone, tmp_path):
+    clone = clone.copy(tmp_path / "own")  # its tokenizer will be another one
     out, whole = "data/tokenizers/vqgan", clone.hashes("data/tokenizers/vqgan")
     command, state = clone.command_of(TOKENIZER), clone.folder / ".state/train_tokenizer-vqgan"
     shutil.rmtree(clone.folder / out)
@@ -192,7 +193,8 @@ def test_one_of_two_processes_that_is_killed_ends_both_and_any_number_goes_on_fr
 
 def test_two_machines_train_one_tokenizer_though_only_the_first_has_its_state(clone, tmp_path):
     """Each with a checkout of its own; the second has no state, and makes nothing but its share of each step."""
-    other, command = clone.copy(tmp_path / "other"), clone.command_of(TOKENIZER)
+    clone, other = (clone.copy(tmp_path / name) for name in ("first", "second"))
+    command = clone.command_of(TOKENIZER)
     (port,) = free_ports(1)
     for folder in (clone.folder, other.folder):
         shutil.rmtree(folder / "data/tokenizers/vqgan")
