@@ -27,6 +27,7 @@ from tessera.contracts import Job, Objective
 from tessera.nn.draw import MovesOncePerStep
 from tessera.training.processes import Processes
 from tessera.training.reading import Data, Reader
+from tessera.training.speed import Speed
 from tessera.training.state import State
 from tessera.training.terms import Diverged, Terms, summed
 
@@ -85,8 +86,8 @@ def fit(
     reader = _reader(data, settings, range(start, settings.num_steps), seed, accelerator)
     terms = Terms(objective.phases, accelerator.device)
     row_interval = max(1, math.ceil(settings.num_steps / HISTORY_ROWS))
-    began = time.monotonic()
-    with job.stopping_between_steps(), contextlib.closing(state), contextlib.closing(iter(reader)) as batches:
+    speed = Speed(settings, reader, job, accelerator.num_processes)
+    with job.stopping_between_steps(), contextlib.closing(state), contextlib.closing(speed.over(reader)) as batches:
         for step, micro_batches in zip(reader.steps, batches, strict=True):
             _set_rates(optimizers, rate := learning_rate_factor(step, settings))
             torch.manual_seed(seeding.derive(seed, "step", step, rank))  # dropout and the like draw from this generator
@@ -99,9 +100,9 @@ def fit(
                 row["learning_rate"] = rate * settings.learning_rate
                 if is_validated:
                     state.wait()  # it removes the weights that no checkpoint needs
-                    metrics, seconds = _validated(validation, done, average, accelerator)
-                    row, began = row | metrics, began + seconds  # no part of the training's speed
+                    row |= _validated(validation, done, average, accelerator, speed)
                 history.add(done, row, settings.batch_size)
+                speed.log(done)
             if preview and is_main:
                 preview.show_if_due(average)
             stopping = processes.any(job.stop_requested)
@@ -111,7 +112,7 @@ def fit(
                 state.save(done, wait=stopping)
             if stopping:
                 job.stop(f"stopped after step {done}; the same command continues from there")
-    _report(job, accelerator, (settings.num_steps - start) * settings.batch_size, time.monotonic() - began)
+    job.figures |= speed.figures()
     return average.cpu().eval() if is_main else None
 
 
@@ -169,23 +170,14 @@ def _reader(data: Data, settings: Training, steps: range, seed: int, accelerator
 
 
 def _validated(
-    validation: Validation, step: int, average: nn.Module, accelerator: Accelerator
-) -> tuple[dict[str, float], float]:
-    """The metrics that the main process measured, none in the others, and the seconds for which all waited."""
+    validation: Validation, step: int, average: nn.Module, accelerator: Accelerator, speed: Speed
+) -> dict[str, float]:
+    """The metrics that the main process measured, none in the others; all wait, which is no part of the training's speed."""
     began = time.monotonic()
     metrics = validation.measure(step, average) if accelerator.is_main_process else {}
     accelerator.wait_for_everyone()
-    return metrics, time.monotonic() - began
-
-
-def _report(job: Job, accelerator: Accelerator, num_images: int, seconds: float) -> None:
-    """The speed of the main process and the memory it took."""
-    if not accelerator.is_main_process:
-        return
-    if num_images:
-        job.figures["images_per_second"] = num_images / seconds
-    if accelerator.device.type == "cuda":
-        job.figures["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
+    speed.leave_out(time.monotonic() - began)
+    return metrics
 
 
 def computes_in_bf16() -> bool:

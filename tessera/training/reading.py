@@ -1,8 +1,9 @@
 """The batches of a training, read ahead: which rows a step takes, and a thread that has them ready before it."""
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
@@ -72,8 +73,13 @@ class Reader:
         return rows_of_step(step, self.batch_size, len(self.data), self.seed).view(self.shares)[:, self.rank]
 
     def __iter__(self) -> Iterator[list[Any]]:
-        for stored in self._ahead() if self._is_worth_a_thread() else map(self._stored, self.steps):
-            yield [self.data.batch_of(_to(self.device, each)) for each in stored]
+        source = self._ahead() if self._is_worth_a_thread() else map(self._stored, self.steps)
+        with contextlib.closing(source) if isinstance(source, Generator) else contextlib.nullcontext():
+            for _ in self.steps:
+                began = time.perf_counter()
+                stored = next(source)
+                self.seconds_waited += time.perf_counter() - began
+                yield [self.data.batch_of(_to(self.device, each)) for each in stored]
 
     def _is_worth_a_thread(self) -> bool:
         """Handing over costs a third of a millisecond: on a CPU more than it takes to gather a few small images."""
@@ -87,9 +93,7 @@ class Reader:
         waiting = deque(pool.submit(self._stored, step) for step in islice(ahead, STEPS_AHEAD))
         try:
             for _ in self.steps:
-                began = time.perf_counter()
                 stored = waiting.popleft().result()
-                self.seconds_waited += time.perf_counter() - began
                 waiting.extend(pool.submit(self._stored, step) for step in islice(ahead, 1))
                 yield stored
         finally:

@@ -4,6 +4,7 @@ import errno
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -379,6 +380,21 @@ def test_checkpoints_take_a_twentieth_of_the_time_unless_one_is_asked_for_at_eve
         state = State(tmp_path, model, model, {})
         state._seconds, state._saved = taken, time.monotonic() - last
         assert state.is_due(60.0) is is_due and state.is_due(0.0)
+
+
+def test_what_a_step_computes_is_counted_once_and_what_it_takes_goes_to_the_tracker_alone(job, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TESSERA_PROFILE", "1")
+    logged = {}
+    job.log = lambda step, values: logged.update({(step, name): value for name, value in values.items()})
+    run(job, num_steps=20)
+    found = {name.removeprefix("speed/"): value for (step, name), value in logged.items() if step == 20}
+    # products of the first phase (6x8 and 8x1, forward, of weights, of the hidden layer) and the second (6x1, of weights)
+    flops = 8 * 2 * (6 * 8 * 2 + 8 * 3) + 8 * 2 * 6 * 2
+    assert found["tflops_per_second"] * 1e12 / found["images_per_second"] == pytest.approx(flops / 8)
+    assert 0 <= found["waiting_for_data"] < 1 and job.figures["images_per_second"] > 0
+    assert "speed" not in (job.state / "history.csv").read_text()
+    assert list(Path("data/profiles").glob("*.json.gz"))
 
 
 def test_history_has_a_row_per_interval_and_no_clock(job):
