@@ -30,15 +30,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def create(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `out`; when the block ends well, seal it with a manifest and rename it to `out`."""
+def create(out: Path, begun: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder beside `out`; when the block ends well, seal it with a manifest and rename it to `out`.
+
+    begun: yield this folder in its place, with what is in it, and leave it when the block fails: what makes the artifact can go
+    on there (artifacts/growing.py).
+    """
     out = Path(out)
-    temporary = out.parent / f".{out.name}.partial"
-    with whole.naming(out, temporary):
-        whole.remove(temporary)
-        temporary.mkdir(parents=True)
+    temporary = begun or out.parent / f".{out.name}.partial"
+    with whole.naming(out, temporary, keep=begun is not None):
+        if begun is None:
+            whole.remove(temporary)
+        temporary.mkdir(parents=True, exist_ok=True)
         yield temporary
-        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+        files = [path for path in sorted(temporary.rglob("*")) if path.is_file() and path != temporary / MANIFEST]
         write_json(temporary / MANIFEST, {path.relative_to(temporary).as_posix(): sha256(path) for path in files})
         ordinary = stat.S_IMODE((temporary / MANIFEST).stat().st_mode)  # by the umask
         for path in files:
@@ -46,8 +51,7 @@ def create(out: Path) -> Iterator[Path]:
         for path in (*files, temporary / MANIFEST, temporary):
             sync(path)
         whole.remove(out)
-        temporary.rename(out)
-        sync(out.parent)
+        whole.move(temporary, out)
 
 
 def check(folder: Path) -> Path:
