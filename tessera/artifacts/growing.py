@@ -35,13 +35,17 @@ class Growing:
         self._stems: dict[str, _Stem] = {}
         self._kept, self._has_full_shard = time.monotonic(), False
 
-    def restored(self, say: Callable[[str], None]) -> Any:
-        """The position at which it was kept, with every file as it was then; None, and an empty folder, if there is none."""
+    def restored(self, say: Callable[[str], None], check: Callable[[Any], None] = lambda position: None) -> Any:
+        """The position at which it was kept, with every file as it was then; None, and an empty folder, if there is none.
+
+        check: raises ValueError for a position with which its maker cannot go on.
+        """
         position = None
         if self.record.is_file():
             try:
                 found = artifact.read_json(self.record)
                 self._stems = {stem: _Stem.restored(self.folder, stem, kept) for stem, kept in found["stems"].items()}
+                check(found["position"])
                 position = found["position"]
             except (ArtifactError, OSError, KeyError, TypeError, ValueError) as error:
                 say(f"{self.folder} is not what was kept of it, and is made anew: {error}")
