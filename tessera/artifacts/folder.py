@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tessera.artifacts import whole
+from tessera.artifacts.verified import Stamp, version
 from tessera.artifacts.whole import ArtifactError, sync
 
 MANIFEST = "manifest.json"
@@ -55,7 +56,10 @@ def create(out: Path, begun: Path | None = None) -> Iterator[Path]:
 
 
 def check(folder: Path) -> Path:
-    """Verify every file of an artifact against its manifest and return the folder. Raises ArtifactError naming the file."""
+    """Verify every file of an artifact against its manifest and return the folder. Raises ArtifactError naming the file.
+
+    A file that was found good before and has not changed since is not hashed again (artifacts/verified.py).
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtifactError(f"{folder} does not exist. {remedy(folder)}")
@@ -72,12 +76,17 @@ def check(folder: Path) -> Path:
             f"{folder / unknown[0]} is not among the files that {folder / MANIFEST} names, and {folder} is to hold no other: "
             f"move it away. {remedy(folder)}"
         )
-    entries = [(folder / name, digest) for name, digest in manifest.items()]
+    stamp = Stamp(folder)
+    names = [name for name, digest in manifest.items() if not stamp.vouches(name, digest)]
+    before = {name: version(folder / name) for name in names}
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the lock, disks like company
-        found = list(pool.map(lambda entry: sha256(entry[0]) if entry[0].is_file() else "no file", entries))
-    for (path, expected), actual in zip(entries, found, strict=True):
-        if actual != expected:
-            raise ArtifactError(f"{path} is damaged: sha256 {actual}, expected {expected}. {remedy(folder)}")
+        found = list(pool.map(lambda name: sha256(folder / name) if (folder / name).is_file() else "no file", names))
+    for name, actual in zip(names, found, strict=True):
+        if actual != manifest[name]:
+            raise ArtifactError(
+                f"{folder / name} is damaged: sha256 {actual}, expected {manifest[name]}. {remedy(folder)}"
+            )
+    stamp.remember(manifest, before)
     return folder
 
 
