@@ -47,7 +47,7 @@ class Summary:
         chosen = np.flatnonzero(
             self._is_kept[self._seen : self._seen + len(features)]
         )  # a mask would wait for the device
-        self._features.append(features[torch.from_numpy(chosen).to(features.device)].double())
+        self._features.append(features[torch.from_numpy(chosen).to(features.device)])
         self._seen += len(features)
 
     @property
@@ -60,7 +60,7 @@ class Summary:
     @property
     def features(self) -> Tensor:
         """(len(kept), D) float64"""
-        return torch.cat(self._features)
+        return torch.cat(self._features).double()
 
 
 class Judge:
