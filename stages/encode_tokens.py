@@ -1,60 +1,50 @@
-"""Encode every image into tokens, once, so that no prior ever runs the encoder."""
+"""Encode every image into tokens, once, so that no prior ever runs the encoder.
 
+While a batch is encoded, the next ones are read and the ones before are written, each in a thread. A kill loses what was made
+since the last full shard or the last minute.
+"""
+
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts import tokens as token_artifact
-from tessera.artifacts.images import to_float
-from tessera.artifacts.shards import ShardWriter
-from tessera.contracts import Job, TokenSpec
-from tessera.params import Pipeline
+from tessera.artifacts.background import Behind, read_ahead
+from tessera.artifacts.growing import Growing
+from tessera.artifacts.images import Images, to_float
+from tessera.contracts import Encoded, Job, TokenSpec
+from tessera.params import EncodeTokens, Pipeline
 from tessera.training import views
 
 
 @torch.no_grad()
 def run(params: Pipeline, name: str, images: Path, tokenizer: Path, out: Path, job: Job) -> dict[str, float]:
     spec, splits = image_artifact.read(images)
-    model, _, trained_on = checkpoints.load_model(tokenizer, "tokenizers")
+    model, config, trained_on = checkpoints.load_model(tokenizer, "tokenizers")
     if trained_on != spec:
         raise ValueError(f"{tokenizer} was trained on {trained_on}, but {images} holds {spec}. Run dvc repro")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    settings = params.encode_tokens
-    sums = np.zeros((2, model.latent_shape[0]))  # of the latents and of their squares, per channel
-    num_values = num_encoded = 0
-    with artifact.create(out) as place:
-        for split, dataset in splits.items():
-            number = views.count(settings) if split == "train" else 1
-            starts = range(0, len(dataset), settings.batch_size)
-            with (
-                ShardWriter(place / split, "indices") as indices,
-                ShardWriter(place / split, "latents") as latents,
-                ShardWriter(place / split, "labels") as labels,
-            ):
-                for start in job.track(starts, len(starts), split):
-                    rows = np.arange(start, min(start + settings.batch_size, len(dataset)))
-                    batch = to_float(dataset.uint8(rows).to(device))
-                    seen = [batch, *views.others(batch, settings, params.seed, split, start)] if number > 1 else [batch]
-                    encoded = [model.encode(view) for view in seen]
-                    raw = torch.stack([one.latents for one in encoded], dim=1).cpu().numpy()  # (B, V, D, h, w)
-                    if encoded[0].indices is not None:
-                        values = (
-                            torch.stack([one.indices for one in encoded], dim=1).cpu().numpy()
-                        )  # (B, V, *index_grid)
-                        indices.append(values.astype(token_artifact.index_dtype(model.codebook_size)))
-                    if settings.store_latents:
-                        latents.append(raw.astype(np.float32))
-                    labels.append(dataset.labels[rows])
-                    num_encoded += raw.shape[0] * raw.shape[1]
-                    if split == "train":
-                        wide = raw.astype(np.float64)
-                        sums += np.stack([wide.sum(axis=(0, 1, 3, 4)), np.square(wide).sum(axis=(0, 1, 3, 4))])
-                        num_values += wide.size // wide.shape[2]
+    settings, num_views = params.encode_tokens, views.count(params.encode_tokens)
+    inputs = {
+        "images": artifact.fingerprint(images),
+        "tokenizer": artifact.fingerprint(tokenizer),
+        "encode_tokens": settings,
+        "seed": params.seed,
+        "device": device.type,  # the bits of latents depend on it
+    }
+    state = job.resumable(inputs, parts=(config,))
+    with artifact.create(out, begun=state / "tokens") as place:
+        grown = Growing(place, state / "tokens.json", job.checkpoint_seconds)
+        sums = _encode(model.to(device), device, splits, params, grown, job)
+        num_values = len(splits["train"]) * num_views * math.prod(model.latent_shape[1:])
         mean = sums[0] / num_values
         deviation = np.sqrt(np.maximum(sums[1] / num_values - mean**2, 1e-12))
         token_spec = TokenSpec(
@@ -67,6 +57,80 @@ def run(params: Pipeline, name: str, images: Path, tokenizer: Path, out: Path, j
             latent_std=tuple(deviation.tolist()),
             tokenizer_fingerprint=artifact.fingerprint(tokenizer),
         )
-        artifact.write_json(place / "meta.json", {"spec": token_spec.model_dump(), "num_views": views.count(settings)})
+        artifact.write_json(place / "meta.json", {"spec": token_spec.model_dump(), "num_views": num_views})
+    num_encoded = len(splits["train"]) * num_views + len(splits["test"])
     job.say(f"{num_encoded:,} views of {sum(map(len, splits.values())):,} images; wrote {out}")
     return {"num_encoded": num_encoded}
+
+
+def _encode(
+    model: Any, device: torch.device, splits: Mapping[str, Images], params: Pipeline, grown: Growing, job: Job
+) -> np.ndarray:
+    """Add all batches that are not there yet; (2, D) float64: sums of the training latents and of their squares."""
+    settings = params.encode_tokens
+    written = _Written(grown, settings, model, grown.restored(job.say))
+    done = written.num_batches
+    if done:
+        found = sum(grown.num_rows(f"{split}/labels") for split in splits)
+        job.say(f"goes on after {found:,} images, which were encoded before it was interrupted")
+    for split, dataset in splits.items():
+        starts = range(0, len(dataset), settings.batch_size)[done:]
+        done = max(0, done - len(range(0, len(dataset), settings.batch_size)))
+        is_augmented = split == "train" and views.count(settings) > 1
+
+        def read(start: int, dataset: Images = dataset) -> Tensor:
+            batch = dataset.uint8(np.arange(start, min(start + settings.batch_size, len(dataset))))
+            return batch.pin_memory() if device.type == "cuda" else batch
+
+        with Behind() as behind:
+            batches = zip(starts, read_ahead(read, starts), strict=True)
+            for start, pixels in job.track(batches, len(starts), split):
+                batch = to_float(pixels.to(device, non_blocking=True))
+                seen = [batch, *views.others(batch, settings, params.seed, split, start)] if is_augmented else [batch]
+                labels = dataset.labels[start : start + settings.batch_size]
+                behind.call(written.add, split, [model.encode(view) for view in seen], labels)
+    grown.finish()
+    return written.sums
+
+
+class _Written:
+    """What is made of encoded batches, by the thread that writes."""
+
+    def __init__(self, grown: Growing, settings: EncodeTokens, model: Any, position: Any):
+        """position: as `add` kept it; None: of the beginning."""
+        self.grown, self.settings, self.codebook_size = grown, settings, model.codebook_size
+        self.num_batches = 0
+        self.sums = np.zeros((2, model.latent_shape[0]))
+        if position is not None:
+            self.num_batches = position["num_batches"]
+            self.sums = np.array([[float.fromhex(value) for value in row] for row in position["sums"]])
+
+    @torch.no_grad()
+    def add(self, split: str, encoded: list[Encoded], labels: np.ndarray) -> None:
+        """encoded: by view, of the images of these labels (B,)."""
+        latents = torch.stack([one.latents for one in encoded], dim=1)  # (B, V, D, h, w)
+        if split == "train":
+            self.sums += sums_of(latents)
+        if encoded[0].indices is not None:
+            indices = torch.stack([one.indices for one in encoded], dim=1).cpu().numpy()  # (B, V, *index_grid)
+            self.grown.append(f"{split}/indices", indices.astype(token_artifact.index_dtype(self.codebook_size)))
+        if self.settings.store_latents:
+            self.grown.append(f"{split}/latents", latents.cpu().numpy().astype(np.float32, copy=False))
+        self.grown.append(f"{split}/labels", labels)
+        self.num_batches += 1
+        if self.grown.is_due():
+            sums = [[value.hex() for value in row] for row in self.sums.tolist()]
+            self.grown.keep({"num_batches": self.num_batches, "sums": sums})
+
+
+def sums_of(latents: Tensor) -> np.ndarray:
+    """(B, V, D, h, w) -> (2, D) float64: sums of the latents and of their squares, per channel.
+
+    Taken where the latents are. On the CPU by NumPy, in whose order they always were: another one moves the last digits of the
+    standardization, and with them everything that a prior of latents makes.
+    """
+    if latents.device.type == "cpu":
+        wide = latents.numpy().astype(np.float64)
+        return np.stack([wide.sum(axis=(0, 1, 3, 4)), np.square(wide).sum(axis=(0, 1, 3, 4))])
+    on_device = latents.double()
+    return torch.stack([on_device.sum(dim=(0, 1, 3, 4)), on_device.square().sum(dim=(0, 1, 3, 4))]).cpu().numpy()

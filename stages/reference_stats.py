@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.shards import ShardWriter
@@ -21,7 +19,7 @@ def run(params: Pipeline, name: str, images: Path, features: Path, out: Path, jo
         for split, dataset in splits.items():
             summary = judge.summary(dataset.pixels, params.reference_stats.max_features)
             with ShardWriter(place, f"features-{split}") as writer:
-                writer.append(summary.features.astype(np.float32))
+                writer.append(summary.features.float().cpu().numpy())
             reference.write_moments(place / f"{split}.npz", summary.moments)
             described[split] = reference.Split(
                 num_images=len(dataset),

@@ -314,13 +314,13 @@ class Seen(Protocol):
     kind: str  # of the network: inception, classifier, ...
     num_images: int
     moments: Any  # mean and covariance of the features of all images: tessera.metrics.frechet.Moments
-    features: np.ndarray  # (n, D) float64, of at most evaluate.max_neighbor_images images, evenly spread
+    features: Tensor  # (n, D) float64 on its device, of at most evaluate.max_neighbor_images images, evenly spread
     labels: np.ndarray  # (n,) of these images
 
     def real_moments(self, split: str = "test") -> Any: ...
-    def real_features(self, split: str = "test", is_limited: bool = False) -> np.ndarray: ...
+    def real_features(self, split: str = "test", is_limited: bool = False) -> Tensor: ...
 
-    # (M, D) float64 of a split; is_limited: at most evaluate.max_neighbor_images of them, evenly spread
+    # (M, D) float64 of a split, on the same device; is_limited: at most evaluate.max_neighbor_images of them, evenly spread
 
     def real_labels(self, split: str = "test") -> np.ndarray: ...  # (M,) of all real_features
 
@@ -368,7 +368,7 @@ class SeenReconstructions(Protocol):
     prefix: str  # of the figures: r (of test images), p (of them, from perturbed indices), floor_ (of training images)
     networks: Mapping[str, Seen]
 
-    def originals(self, network: str) -> np.ndarray | None: ...  # (n, D) features of the images that `features` are of
+    def originals(self, network: str) -> Tensor | None: ...  # (n, D) features of the images that `features` are of
 
 
 class TokenUse(Protocol):

@@ -31,14 +31,15 @@ def main() -> None:
         raise SystemExit(f"{', '.join(stale)} are not up to date: expected a whole run; make repro first")
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
-    shutil.copytree("data/metrics", OUT / "metrics")
+    # copyfile: DVC's outputs are read-only, which what git tracks should not be
+    shutil.copytree("data/metrics", OUT / "metrics", copy_function=shutil.copyfile)
     for file in ("comparison.md", "comparison.csv", "differences.csv"):
-        shutil.copy(f"data/comparison/{file}", OUT / file)
-    shutil.copy("dvc.lock", OUT / "dvc.lock")
+        shutil.copyfile(f"data/comparison/{file}", OUT / file)
+    shutil.copyfile("dvc.lock", OUT / "dvc.lock")
     artifact.write_json(OUT / "sha256.json", hashes(Path("data")))
     artifact.write_json(OUT / "machine.json", machine())
     artifact.write_json(OUT / progress.EXPECTED.name, progress.seconds())  # for the time left that a first run tells
-    shutil.copy("data/pictures/samples/vqgan-autoregressive.png", "docs/digits.png")
+    shutil.copyfile("data/pictures/samples/vqgan-autoregressive.png", "docs/digits.png")
     table = first_table((OUT / "comparison.md").read_text(encoding="utf-8"))
     for readme in READMES:
         text, count = TABLE.subn(lambda _: table, readme.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tessera.artifacts import whole
+from tessera.artifacts.verified import Stamp, version
 from tessera.artifacts.whole import ArtifactError, sync
 
 MANIFEST = "manifest.json"
@@ -30,15 +31,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def create(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `out`; when the block ends well, seal it with a manifest and rename it to `out`."""
+def create(out: Path, begun: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder beside `out`; when the block ends well, seal it with a manifest and rename it to `out`.
+
+    begun: yield this folder in its place, with what is in it, and leave it when the block fails: what makes the artifact can go
+    on there (artifacts/growing.py).
+    """
     out = Path(out)
-    temporary = out.parent / f".{out.name}.partial"
-    with whole.naming(out, temporary):
-        whole.remove(temporary)
-        temporary.mkdir(parents=True)
+    temporary = begun or out.parent / f".{out.name}.partial"
+    with whole.naming(out, temporary, keep=begun is not None):
+        if begun is None:
+            whole.remove(temporary)
+        temporary.mkdir(parents=True, exist_ok=True)
         yield temporary
-        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+        files = [path for path in sorted(temporary.rglob("*")) if path.is_file() and path != temporary / MANIFEST]
         write_json(temporary / MANIFEST, {path.relative_to(temporary).as_posix(): sha256(path) for path in files})
         ordinary = stat.S_IMODE((temporary / MANIFEST).stat().st_mode)  # by the umask
         for path in files:
@@ -46,12 +52,14 @@ def create(out: Path) -> Iterator[Path]:
         for path in (*files, temporary / MANIFEST, temporary):
             sync(path)
         whole.remove(out)
-        temporary.rename(out)
-        sync(out.parent)
+        whole.move(temporary, out)
 
 
 def check(folder: Path) -> Path:
-    """Verify every file of an artifact against its manifest and return the folder. Raises ArtifactError naming the file."""
+    """Verify every file of an artifact against its manifest and return the folder. Raises ArtifactError naming the file.
+
+    A file that was found good before and has not changed since is not hashed again (artifacts/verified.py).
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtifactError(f"{folder} does not exist. {remedy(folder)}")
@@ -68,12 +76,17 @@ def check(folder: Path) -> Path:
             f"{folder / unknown[0]} is not among the files that {folder / MANIFEST} names, and {folder} is to hold no other: "
             f"move it away. {remedy(folder)}"
         )
-    entries = [(folder / name, digest) for name, digest in manifest.items()]
+    stamp = Stamp(folder)
+    names = [name for name, digest in manifest.items() if not stamp.vouches(name, digest)]
+    before = {name: version(folder / name) for name in names}
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the lock, disks like company
-        found = list(pool.map(lambda entry: sha256(entry[0]) if entry[0].is_file() else "no file", entries))
-    for (path, expected), actual in zip(entries, found, strict=True):
-        if actual != expected:
-            raise ArtifactError(f"{path} is damaged: sha256 {actual}, expected {expected}. {remedy(folder)}")
+        found = list(pool.map(lambda name: sha256(folder / name) if (folder / name).is_file() else "no file", names))
+    for name, actual in zip(names, found, strict=True):
+        if actual != manifest[name]:
+            raise ArtifactError(
+                f"{folder / name} is damaged: sha256 {actual}, expected {manifest[name]}. {remedy(folder)}"
+            )
+    stamp.remember(manifest, before)
     return folder
 
 

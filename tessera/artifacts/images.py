@@ -11,6 +11,7 @@ from torch import Tensor
 from tessera.artifacts import described
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
+from tessera.artifacts.growing import Growing
 from tessera.artifacts.shards import Shards, ShardWriter, labels_of
 from tessera.components import Params
 from tessera.contracts import ImageBatch, ImageSpec
@@ -42,8 +43,9 @@ def to_uint8(images: Tensor) -> Tensor:
 class ImageWriter:
     """Streams images of one split into shards inside an artifact folder."""
 
-    def __init__(self, folder: Path, split: str, spec: ImageSpec):
-        self.spec = spec
+    def __init__(self, folder: Path, split: str, spec: ImageSpec, grown: Growing | None = None):
+        """grown: what the shards are a part of, if they are to survive a kill."""
+        self.spec, self.split, self.grown = spec, split, grown
         self.images = ShardWriter(folder / split, "images")
         self.labels = ShardWriter(folder / split, "labels")
 
@@ -54,6 +56,10 @@ class ImageWriter:
         assert len(images) == len(labels)
         if len(labels) and not (labels.min() >= 0 and labels.max() < self.spec.num_classes):
             raise ValueError(f"labels {labels.min()} to {labels.max()} are outside 0 to {self.spec.num_classes - 1}")
+        if self.grown is not None:
+            self.grown.append(f"{self.split}/images", images)
+            self.grown.append(f"{self.split}/labels", labels.astype(np.int64))
+            return
         self.images.append(images)
         self.labels.append(labels.astype(np.int64))
 
@@ -68,7 +74,11 @@ class ImageWriter:
 def write_meta(folder: Path, spec: ImageSpec, source_sha256: str, index: "pd.DataFrame") -> None:
     """index: one row per source image with id, split, shard row, label, source, sha256, kept, reason."""
     index.to_parquet(folder / "index.parquet", index=False)
-    counts = {split: int(((index.split == split) & index.kept).sum()) for split in SPLITS}
+    write_counts(folder, spec, source_sha256, {s: int(((index.split == s) & index.kept).sum()) for s in SPLITS})
+
+
+def write_counts(folder: Path, spec: ImageSpec, source_sha256: str, counts: dict[str, int]) -> None:
+    """counts: images of each split."""
     artifact.write_json(
         folder / "meta.json", {"spec": spec.model_dump(), "counts": counts, "source_sha256": source_sha256}
     )

@@ -36,10 +36,10 @@ def file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def naming(path: Path, beside: Path | None = None) -> Iterator[None]:
+def naming(path: Path, beside: Path | None = None, keep: bool = False) -> Iterator[None]:
     """Inside, what the system refuses is an ArtifactError that names `path`, and the bytes that are free if they are too few.
 
-    beside: the file or folder in which it is made; it is removed when the block ends.
+    beside: the file or folder in which it is made; it is removed when the block ends, unless it is to be kept.
     """
     try:
         yield
@@ -56,7 +56,7 @@ def naming(path: Path, beside: Path | None = None) -> Iterator[None]:
             f"{path} could not be written ({reason}); {remedy}, then run the same command again"
         ) from error
     finally:
-        if beside is not None:
+        if beside is not None and not keep:
             remove(beside)
 
 
@@ -67,6 +67,24 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def move(folder: Path, out: Path) -> None:
+    """Rename a folder, to where nothing is yet; across file systems, where no rename reaches, it is copied first."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.rename(out)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copied = out.parent / f".{out.name}.partial"
+        remove(copied)
+        shutil.copytree(folder, copied)
+        for path in (*(path for path in copied.rglob("*") if path.is_file()), copied):
+            sync(path)
+        copied.rename(out)
+        remove(folder)
+    sync(out.parent)
 
 
 def remove(path: Path) -> None:

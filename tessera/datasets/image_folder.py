@@ -8,11 +8,10 @@
 Every file is listed with its fate; none is skipped silently. Deeper folders inside a class belong to the class.
 """
 
-import hashlib
-import os
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -22,14 +21,18 @@ from pydantic import Field
 from tessera.components import Params
 from tessera.contracts import Count, ImageSpec
 from tessera.seeding import derive
-from tessera.sources.archives import Entry, Limits, Reader, open_source
+from tessera.sources.archives import ANYWHERE, Limits, Reader, open_source
 from tessera.sources.decoding import PILLOW_MAX_PIXELS, Background, Filter, Resize, decode, pillow_warnings
-from tessera.sources.records import DatasetName, Record, Unreadable
+from tessera.sources.listing import Entry, Listing
+from tessera.sources.processes import Decoder, Fate, Task, fate, fates, num_cores, task
+from tessera.sources.records import DatasetName, Record, Source
 
 LICENCE = "not stated: that of the images' authors"
 TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that exists beside train/ is the test split
 READ_AS_SPLITS = {"train", "training", "test", "testing", "eval", "dev", "val", "valid", "validation"}  # in any case
-CHUNK_FILES, CHUNK_BYTES = 256, 64 * 2**20  # decoded together
+CHUNK_FILES, CHUNK_BYTES = 256, 64 * 2**20  # decoded together by threads
+TASK_FILES, TASK_BYTES = 32, 8 * 2**20  # by one process
+PROCESSES_FROM = 4096  # files: fewer are decoded before processes would have started
 
 
 class Config(Params):
@@ -59,24 +62,42 @@ class Config(Params):
         return 1 if self.labels == "none" else None
 
 
+@contextmanager
+def opened(config: Config) -> Iterator[Source]:
+    """The source, listed once. Raises ValueError if it is missing, empty, damaged or of another layout."""
+    with _open(config) as (entries, read):
+        layout = _Layout(config, entries)
+        spec = ImageSpec(
+            name=config.name,
+            channels=config.channels,
+            height=config.height,
+            width=config.width,
+            num_classes=len(layout.class_names),
+            class_names=tuple(layout.class_names),
+            licence=config.licence,
+        )
+        yield Source(spec, entries.fingerprint, partial(_records, entries, layout, read), layout.require_images)
+
+
 def spec(config: Config) -> ImageSpec:
-    """Lists the source for its class names. Raises ValueError if it is missing, empty, damaged or of another layout."""
-    with _open(config) as (entries, _):
-        names = _Layout(config, entries).class_names
-    return ImageSpec(
-        name=config.name,
-        channels=config.channels,
-        height=config.height,
-        width=config.width,
-        num_classes=len(names),
-        class_names=tuple(names),
-        licence=config.licence,
-    )
+    """Lists the source for its class names. Raises as `opened` does."""
+    with opened(config) as source:
+        return source.spec
 
 
 def records(config: Config) -> Iterator[Record]:
-    """Every file of the source, in order of name, decoded or with a reason. Raises ValueError as `spec` does."""
-    kept: Counter[int] = Counter()
+    """Every file of the source, in order of name, decoded or with a reason. Raises ValueError as `opened` does."""
+    with opened(config) as source:
+        labels = set()
+        for record in source.records(0):
+            if record.image is not None:
+                labels.add(record.label)
+            yield record
+        source.require_whole(labels)
+
+
+def _records(entries: Listing, layout: "_Layout", read: Reader, first: int) -> Iterator[Record]:
+    config = layout.config
     decoder = partial(
         decode,
         channels=config.channels,
@@ -87,21 +108,11 @@ def records(config: Config) -> Iterator[Record]:
         background=config.background,
         max_pixels=config.max_pixels,
     )
-    with _open(config) as (entries, read), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        layout = _Layout(config, entries)
-        for chunk in _chunks(entries, layout, read):
-            with pillow_warnings():  # Pillow decodes outside Python's lock, so threads help
-                decoded = list(pool.map(partial(_decode, decoder), chunk))
-            for record in decoded:
-                kept[record.label] += record.image is not None
-                yield record
-    barren = [name for label, name in enumerate(layout.class_names) if not kept[label]]
-    if barren and kept:
-        raise ValueError(
-            f"{config.source} has no readable image in {', '.join(map(repr, barren[:5]))}"
-            f"{f' and {len(barren) - 5} more' if len(barren) > 5 else ''}, but each folder is a class: "
-            f"move what is no class elsewhere, or set labels: none"
-        )
+    listed = (_Listed(entry, layout) for entry in entries.since(first))
+    if len(entries) - first < PROCESSES_FROM or num_cores() == 1:
+        yield from _by_threads(listed, read, decoder)
+    else:
+        yield from _by_processes(listed, read, decoder)
 
 
 def census(config: Config) -> dict[str, list[int]]:
@@ -133,42 +144,51 @@ class _Place(NamedTuple):
 class _Layout:
     """Reads splits and classes from the names of the files."""
 
-    def __init__(self, config: Config, entries: list[Entry]):
+    def __init__(self, config: Config, entries: Listing):
         self.config = config
         self.root = tuple(part for part in config.root.split("/") if part)
-        inside = [parts for entry in entries if not entry.refusal and (parts := self._below_root(entry.name))]
-        if not inside:
+        folders, counts = set(), Counter()  # the two uppermost folders of each file; files below what may be a split
+        for entry in entries:
+            if not entry.refusal and (parts := self._below_root(entry.name)):
+                folders.add(parts[:-1][:2])
+                if parts[0] in TEST_FOLDERS:
+                    counts[parts[0]] += 1
+        if not folders:
             where = f"{config.source} below {config.root}" if self.root else config.source
             raise ValueError(f"{where} holds no files, expected images in it or in folders, one per class")
-        tops = {parts[0] for parts in inside if len(parts) > 1}
+        tops = {above[0] for above in folders if above}
         found = [name for name in TEST_FOLDERS if name in tops] if "train" in tops else []
         self.test_folder = found[0] if found else None
         self.val_folders = found[1:]
-        self._require_use_of_val([parts[0] for parts in inside])
+        self._require_use_of_val(counts)
         of_val = self.val_folders if config.val_images == "train" else []
         self.split_folders = ("train", self.test_folder, *of_val) if found else ()
         self.class_names = ["unlabeled"]
         if config.labels == "folders":
-            depth = 1 if self.test_folder else 0
-            self.class_names = sorted(
-                {
-                    parts[depth]
-                    for parts in inside
-                    if len(parts) > depth + 1 and (not self.test_folder or parts[0] in self.split_folders)
-                }
-            )
+            below = {above[1] for above in folders if len(above) > 1 and above[0] in self.split_folders}
+            self.class_names = sorted(below if self.test_folder else tops)
             self._require_classes()
         self.numbers = {name: label for label, name in enumerate(self.class_names)}
 
-    def _require_use_of_val(self, tops: list[str]) -> None:
+    def _require_use_of_val(self, num_files: Counter[str]) -> None:
         """Images that are left out in silence would be missed by nobody."""
         if self.config.val_images is not None or not self.val_folders:
             return
-        counts = ", ".join(f"{tops.count(name):,} in {name}/" for name in self.val_folders)
+        counts = ", ".join(f"{num_files[name]:,} in {name}/" for name in self.val_folders)
         raise ValueError(
             f"{self.config.source} has images ({counts}) beside train/ and {self.test_folder}/, but there is no third split: "
             f"write dataset.val_images: train to train on them too, or val_images: ignore to leave them out"
         )
+
+    def require_images(self, labels: Collection[int]) -> None:
+        """Raises ValueError, given the labels of all images, if a class has none."""
+        barren = [name for label, name in enumerate(self.class_names) if label not in labels]
+        if barren:
+            raise ValueError(
+                f"{self.config.source} has no readable image in {', '.join(map(repr, barren[:5]))}"
+                f"{f' and {len(barren) - 5} more' if len(barren) > 5 else ''}, but each folder is a class: "
+                f"move what is no class elsewhere, or set labels: none"
+            )
 
     def _require_classes(self) -> None:
         readings = {name.casefold() for name in self.class_names}
@@ -215,44 +235,56 @@ class _Layout:
         return "test" if chance < self.config.test_fraction else "train"
 
 
-class _Waiting(NamedTuple):
-    """A file on its way to the decoder."""
+class _Listed:
+    """A file of the source, on its way to the decoder."""
 
-    record: Record
-    data: bytes | None
+    def __init__(self, entry: Entry, layout: _Layout):
+        place = layout.place(entry.name)
+        self.entry, self.is_refused = entry, bool(entry.refusal or place.refusal)
+        reason, is_ignored = entry.refusal or place.refusal, entry.ignored or place.ignored
+        self.record = Record(place.split, place.label, entry.name, "", None, reason, is_ignored)
 
 
-def _chunks(entries: list[Entry], layout: _Layout, read: Reader) -> Iterator[list[_Waiting]]:
-    chunk: list[_Waiting] = []
+def _chunks(listed: Iterable[_Listed], files: int, most_bytes: int) -> Iterator[list[_Listed]]:
+    """In their order, as few together as take up at most so many bytes, the last one apart."""
+    chunk: list[_Listed] = []
     num_bytes = 0
-    for entry in entries:
-        waiting = _read(entry, layout, read)
-        chunk.append(waiting)
-        num_bytes += len(waiting.data or b"")
-        if len(chunk) == CHUNK_FILES or num_bytes >= CHUNK_BYTES:
+    for each in listed:
+        chunk.append(each)
+        num_bytes += 0 if each.is_refused else each.entry.size
+        if len(chunk) == files or num_bytes >= most_bytes:
             yield chunk
             chunk, num_bytes = [], 0
     if chunk:
         yield chunk
 
 
-def _read(entry: Entry, layout: _Layout, read: Reader) -> _Waiting:
-    place = layout.place(entry.name)
-    refusal = entry.refusal or place.refusal
-    record = Record(place.split, place.label, entry.name, "", None, refusal, entry.ignored or place.ignored)
-    if refusal:
-        return _Waiting(record, None)
-    try:
-        data = read(entry)
-    except Unreadable as error:
-        return _Waiting(record._replace(reason=str(error)), None)
-    return _Waiting(record._replace(sha256=hashlib.sha256(data).hexdigest()), data)
+def _by_threads(listed: Iterable[_Listed], read: Reader, decoder: Decoder) -> Iterator[Record]:
+    """Of few files: they are decoded before processes would have started."""
+    with ThreadPoolExecutor(min(4, num_cores())) as pool:
+        for chunk in _chunks(listed, CHUNK_FILES, CHUNK_BYTES):
+            with pillow_warnings():  # Pillow decodes outside Python's lock, so threads help
+                found = list(pool.map(partial(fate, read=read, decoder=decoder), _tasks(chunk, read)))
+            yield from _with_fates(chunk, found)
 
 
-def _decode(decoder: partial, waiting: _Waiting) -> Record:
-    if waiting.data is None:
-        return waiting.record
-    try:
-        return waiting.record._replace(image=decoder(waiting.data))
-    except Unreadable as error:
-        return waiting.record._replace(reason=str(error))
+def _by_processes(listed: Iterable[_Listed], read: Reader, decoder: Decoder) -> Iterator[Record]:
+    waiting: deque[list[_Listed]] = deque()
+
+    def tasks() -> Iterator[list[Task]]:
+        for chunk in _chunks(listed, TASK_FILES, TASK_BYTES):
+            waiting.append(chunk)
+            yield _tasks(chunk, read)
+
+    for found in fates(tasks(), read if isinstance(read, ANYWHERE) else None, decoder):
+        yield from _with_fates(waiting.popleft(), found)
+
+
+def _tasks(chunk: list[_Listed], read: Reader) -> list[Task]:
+    return [task(each.entry, read, read_now=not isinstance(read, ANYWHERE)) for each in chunk if not each.is_refused]
+
+
+def _with_fates(chunk: list[_Listed], found: list[Fate]) -> Iterator[Record]:
+    fates_of = iter(found)
+    for each in chunk:
+        yield each.record if each.is_refused else each.record._replace(**next(fates_of)._asdict())

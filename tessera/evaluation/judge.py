@@ -42,21 +42,25 @@ class Summary:
         self._moments, self._features, self._seen = MomentsAccumulator(), [], 0
 
     def update(self, features: Tensor) -> None:
-        """features: (n, D) of the next n images."""
+        """features: (n, D) of the next n images. They stay on the device where they are."""
         self._moments.update(features)
-        chosen = self._is_kept[self._seen : self._seen + len(features)]
-        self._features.append(features.double().numpy()[chosen])
+        chosen = np.flatnonzero(
+            self._is_kept[self._seen : self._seen + len(features)]
+        )  # a mask would wait for the device
+        self._features.append(features[torch.from_numpy(chosen).to(features.device)])
         self._seen += len(features)
 
     @property
     def moments(self) -> Moments:
+        """On the CPU, where they are compared."""
         assert self._seen == len(self._is_kept), (self._seen, len(self._is_kept))
-        return self._moments.moments()
+        found = self._moments.moments()
+        return found._replace(mean=found.mean.cpu(), covariance=found.covariance.cpu())
 
     @property
-    def features(self) -> np.ndarray:
+    def features(self) -> Tensor:
         """(len(kept), D) float64"""
-        return np.concatenate(self._features)
+        return torch.cat(self._features).double()
 
 
 class Judge:
@@ -72,12 +76,12 @@ class Judge:
 
     @torch.no_grad()
     def batches(self, pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> Iterator[Tensor]:
-        """(n, D) float32 features on the CPU of uint8 images (N, C, H, W), or of the given rows of them, in batches.
+        """(n, D) float32 features of uint8 images (N, C, H, W), or of the given rows of them, in batches, on the device.
 
         Raises ValueError unless they are finite, as do all that follow.
         """
         for batch in self._batches(pixels, rows):
-            yield _finite(self.model.features(batch).cpu(), "features")
+            yield _finite(self.model.features(batch), "features")
 
     def summary(self, pixels: Shards | np.ndarray, max_features: int, rows: np.ndarray | None = None) -> Summary:
         """What is kept of the features of these images."""
@@ -87,8 +91,8 @@ class Judge:
         return found
 
     def features(self, pixels: Shards | np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        """All of them at once, (N, D) float64."""
-        return np.concatenate([batch.double().numpy() for batch in self.batches(pixels, rows)])
+        """All of them at once, (N, D) float64, on the host."""
+        return np.concatenate([batch.cpu().double().numpy() for batch in self.batches(pixels, rows)])
 
     def agrees(self, pixels: Shards | np.ndarray, labels: np.ndarray) -> np.ndarray:
         """(N,) bool: whether the class that the network sees in an image is its label."""

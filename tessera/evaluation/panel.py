@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tessera import seeding
 from tessera.artifacts.images import Images
@@ -93,9 +95,13 @@ class SeenBy:
     def real_moments(self, split: str = "test") -> Moments:
         return self.reference.moments(split)
 
-    def real_features(self, split: str = "test", is_limited: bool = False) -> np.ndarray:
+    def real_features(self, split: str = "test", is_limited: bool = False) -> Tensor:
         found = self.reference.features(split)
-        return found[spread(len(found), self._max_images)] if is_limited else found
+        return self.on_device(found[spread(len(found), self._max_images)] if is_limited else found)
+
+    def on_device(self, features: np.ndarray) -> Tensor:
+        """Features that were read, on the device of those that were seen."""
+        return torch.from_numpy(features).to(self.features.device)
 
     def real_labels(self, split: str = "test") -> np.ndarray:
         return self._labels_of[split][self.reference.feature_rows(split)]

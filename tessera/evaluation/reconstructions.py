@@ -47,10 +47,11 @@ class Decoded:
         self.networks = self._panel.seen(images, self._labels, self._summaries, **settings)
         self._panel.measure("of_reconstructions", self, found)
 
-    def originals(self, network: str) -> np.ndarray | None:
+    def originals(self, network: str) -> Tensor | None:
         if not self._are_originals:
             return None
-        return self._panel.references[network].features_at("test", self.networks[network].kept)
+        seen = self.networks[network]
+        return seen.on_device(self._panel.references[network].features_at("test", seen.kept))
 
 
 def reconstruction(model: nn.Module, device: torch.device) -> Decode:

@@ -17,7 +17,6 @@ are compared by the number of samples nearer than the threshold to an image of e
 import math
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,7 +67,7 @@ class Copies(NamedTuple):
     threshold: float  # the distance below which a sample counts
 
 
-def copy_rate(samples: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> float:
+def copy_rate(samples: Tensor, train: Tensor, held_out: Tensor) -> float:
     """Features of one network, (M, D), (N, D) and (H, D) -> the share of samples that are nearer to a training image
     than all but HELD_OUT_SHARE of the held-out images. In [0, 1]."""
     return share_of_copies(nearest(samples, train).distances, nearest(held_out, train).distances).rate
@@ -82,7 +81,7 @@ def share_of_copies(distances: Tensor, held_out_distances: Tensor) -> Copies:
     """
     own, others = distances[:, 0], held_out_distances[:, 0]
     std = (HELD_OUT_SHARE * (1 - HELD_OUT_SHARE) / len(others)) ** 0.5
-    levels = torch.tensor([HELD_OUT_SHARE, max(0.0, HELD_OUT_SHARE - std), HELD_OUT_SHARE + std], dtype=others.dtype)
+    levels = others.new_tensor([HELD_OUT_SHARE, max(0.0, HELD_OUT_SHARE - std), HELD_OUT_SHARE + std])
     thresholds = torch.quantile(others, levels.clamp(max=1))
     rate, lower, upper = (float((own < threshold).double().mean()) for threshold in thresholds)
     smoothed = (rate * len(own) + 1) / (len(own) + 2)  # 0 of 50 is not certainty
@@ -90,7 +89,7 @@ def share_of_copies(distances: Tensor, held_out_distances: Tensor) -> Copies:
     return Copies(rate, error, float(thresholds[0]))
 
 
-def are_learned_by_heart(samples: np.ndarray, train: np.ndarray, held_out: np.ndarray, threshold: float) -> bool:
+def are_learned_by_heart(samples: Tensor, train: Tensor, held_out: Tensor, threshold: float) -> bool:
     """Whether more samples lie nearer than the threshold to a training image than to a held-out one, on average over these.
 
     If nothing was learned by heart, which real images were trained on makes no difference. MEMORY_RATIO: a network that was

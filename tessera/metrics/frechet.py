@@ -219,9 +219,11 @@ def influence(features: Tensor | np.ndarray, own: Moments, other: Moments) -> Te
     root = _power(other.covariance, 0.5)
     between = _power(root @ own.covariance @ root, -0.5)
     bend = torch.eye(len(own.mean), dtype=torch.float64) - root @ between @ root  # I - T
-    deviations = torch.as_tensor(features).double() - own.mean
-    quadratic = ((deviations @ bend) * deviations).sum(dim=1)
-    return quadratic - (bend * own.covariance).sum() + 2 * deviations @ (own.mean - other.mean)
+    features = torch.as_tensor(features).double()
+    place = features.device  # moments are compared on the CPU, all features need not be copied there
+    deviations = features - own.mean.to(place)
+    quadratic = ((deviations @ bend.to(place)) * deviations).sum(dim=1)
+    return quadratic - (bend * own.covariance).sum().to(place) + 2 * deviations @ (own.mean - other.mean).to(place)
 
 
 def standard_error(influences: Tensor, labels: np.ndarray, num_images: int) -> float:
@@ -229,7 +231,7 @@ def standard_error(influences: Tensor, labels: np.ndarray, num_images: int) -> f
 
     influences, labels: (n,) of the images, or of some of them. NaN if no class has two.
     """
-    labels = torch.as_tensor(labels)
+    labels = torch.as_tensor(labels).to(influences.device)
     within = [influences[labels == label] for label in labels.unique()]
     freedom = len(labels) - len(within)
     if not freedom:

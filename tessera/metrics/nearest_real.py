@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tessera.artifacts.shards import spread
 from tessera.components import Params
@@ -39,7 +40,7 @@ def of_samples(config: Config, samples: SeenSamples, found: Record) -> None:
     found.add_share("nearest_real", float(is_nearest_real(real, some).mean()), protocol)
 
 
-def is_nearest_real(real: np.ndarray, samples: np.ndarray) -> np.ndarray:
+def is_nearest_real(real: Tensor, samples: Tensor) -> np.ndarray:
     """real, samples: (N, D) features of one network, N >= 2 -> (N,) whether a sample's nearest other image is real.
 
     Raises ValueError for features that are not finite, and unless both sets are of one size: the larger one would be nearest
@@ -47,10 +48,10 @@ def is_nearest_real(real: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """
     if real.shape != samples.shape or len(real) < 2:
         raise ValueError(
-            f"features of shapes {real.shape} and {samples.shape} cannot be compared, expected two of one shape (N, D), "
-            f"N at least 2: take as many samples as real images"
+            f"features of shapes {tuple(real.shape)} and {tuple(samples.shape)} cannot be compared, expected two of one "
+            f"shape (N, D), N at least 2: take as many samples as real images"
         )
     among = nearest(samples, samples, 2)  # the image itself is one of the two, the first but for rounding and copies
-    rows = torch.arange(len(samples))[:, None]
+    rows = torch.arange(len(samples), device=among.rows.device)[:, None]
     others = among.distances.masked_fill(among.rows == rows, torch.inf).amin(dim=1)
-    return (nearest(samples, real).distances[:, 0] <= others).numpy()
+    return (nearest(samples, real).distances[:, 0] <= others).cpu().numpy()

@@ -10,16 +10,18 @@ import gzip
 import lzma
 import os
 import re
+import sqlite3
 import stat
 import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tessera.sources.listing import Entry, Listing
 from tessera.sources.records import Unreadable
 
 PACKED = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open, b"BZh": bz2.open}
@@ -45,21 +47,11 @@ class Limits(NamedTuple):
     archive_files: int
 
 
-class Entry(NamedTuple):
-    """A file of the source."""
-
-    name: str  # relative, with forward slashes
-    place: Any = None  # where its reader finds it
-    size: int = 0  # bytes, as the source states it
-    refusal: str = ""  # why it is not read
-    ignored: bool = False  # by rule, because it is hidden or a system's dropping
-
-
 Reader = Callable[[Entry], bytes]  # raises Unreadable
 
 
 @contextmanager
-def open_source(path: Path, limits: Limits) -> Iterator[tuple[list[Entry], Reader]]:
+def open_source(path: Path, limits: Limits) -> Iterator[tuple[Listing, Reader]]:
     """Yield all files of a folder, tar (plain, gz, xz, bz2) or zip, and the function that reads one of them.
 
     They are sorted by name, so the file system has no say; only those of a packed tar come in the tar's own order,
@@ -67,8 +59,8 @@ def open_source(path: Path, limits: Limits) -> Iterator[tuple[list[Entry], Reade
     """
     path = Path(path)
     if path.is_dir():
-        entries = [_check_size(entry, limits) for entry in _walk(path)]
-        yield sorted(entries, key=lambda entry: entry.name), _file_reader(limits)
+        with closing(Listing(_check_size(entry, limits) for entry in _walk(path))) as entries:
+            yield entries, FileReader(limits.file_bytes)
         return
     if not path.is_file():
         raise ValueError(f"{path} does not exist, expected a folder, a .tar(.gz, .xz, .bz2) or a .zip with images")
@@ -78,14 +70,23 @@ def open_source(path: Path, limits: Limits) -> Iterator[tuple[list[Entry], Reade
         if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
             with _damage_named(path):
                 archive = zipfile.ZipFile(file)
-                entries = [_check_size(entry, limits) for entry in _list_zip(archive, path, limits)]
-            yield sorted(entries, key=lambda entry: entry.name), _zip_reader(archive)
+                listed = (_check_size(entry, limits) for entry in _list_zip(archive, path, limits))
+                entries = Listing(listed, version=_version(path.stat()))
+            with closing(entries):
+                yield entries, _zip_reader(archive)
             return
         opener = next((opener for magic, opener in PACKED.items() if start.startswith(magic)), None)
         unpacked: Any = opener(file) if opener else file
         with _damage_named(path):
-            entries = [_check_size(entry, limits) for entry in _list_tar(unpacked, path, limits)]
-        yield entries if opener else sorted(entries, key=lambda entry: entry.name), _tar_reader(unpacked)
+            listed = (_check_size(entry, limits) for entry in _list_tar(unpacked, path, limits))
+            entries = Listing(listed, version=_version(path.stat()), is_sorted=opener is None)
+        with closing(entries):
+            yield entries, _tar_reader(unpacked) if opener else TarReader(path)
+
+
+def _version(found: os.stat_result) -> str:
+    """Another one for what changed since."""
+    return f"{found.st_size} {found.st_ino} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 
 class _Refused(Exception):
@@ -143,7 +144,8 @@ def _walk(root: Path) -> Iterator[Entry]:
                 elif item.is_dir():
                     waiting.append(path)
                 elif item.is_file():
-                    yield Entry(name, path, item.stat().st_size)
+                    found = item.stat()
+                    yield Entry(name, os.fsencode(path), found.st_size, version=_version(found))
                 else:
                     yield Entry(name, refusal="is no regular file but a pipe, socket or device")
             except OSError as error:
@@ -159,21 +161,24 @@ def _link(name: str, path: Path, root: Path) -> Entry:
         return Entry(name, refusal="is a symbolic link that leaves the source")
     if not target.is_file():
         return Entry(name, refusal="is a symbolic link to a folder or special file")
-    return Entry(name, target, target.stat().st_size)
+    found = target.stat()
+    return Entry(name, os.fsencode(target), found.st_size, version=_version(found))
 
 
-def _file_reader(limits: Limits) -> Reader:
-    def read(entry: Entry) -> bytes:
+class FileReader(NamedTuple):
+    """Reads files of a folder, in whichever process."""
+
+    file_bytes: int  # at most
+
+    def __call__(self, entry: Entry) -> bytes:
         try:
-            with entry.place.open("rb") as file:
-                data = file.read(limits.file_bytes + 1)
+            with Path(os.fsdecode(entry.place)).open("rb") as file:
+                data = file.read(self.file_bytes + 1)
         except OSError as error:
             raise Unreadable(f"cannot be read: {error.strerror}") from None
-        if len(data) > limits.file_bytes:
-            raise Unreadable(f"grew beyond max_file_bytes {limits.file_bytes:,}")
+        if len(data) > self.file_bytes:
+            raise Unreadable(f"grew beyond max_file_bytes {self.file_bytes:,}")
         return data
-
-    return read
 
 
 class _Census:
@@ -182,7 +187,8 @@ class _Census:
     def __init__(self, path: Path, limits: Limits):
         self.path, self.limits = path, limits
         self.num_files = self.num_bytes = 0
-        self.names: set[str] = set()
+        self._names = sqlite3.connect("")  # on disk once they are many
+        self._names.execute("CREATE TABLE names (name TEXT PRIMARY KEY) WITHOUT ROWID")
 
     def count(self, size: int) -> None:
         """Raises _Refused as soon as the archive exceeds its limits, before anything is unpacked."""
@@ -210,9 +216,8 @@ class _Census:
             return Entry(name, refusal="hidden, or left by an operating system", ignored=True)
         if refusal:
             return Entry(name, refusal=refusal)
-        if name.casefold() in self.names:
+        if not self._names.execute("INSERT OR IGNORE INTO names VALUES (?)", (name.casefold(),)).rowcount:
             return Entry(name, refusal="has the name of an earlier member, up to upper and lower case")
-        self.names.add(name.casefold())
         return Entry(name)
 
 
@@ -277,9 +282,26 @@ def _tar_reader(file: Any) -> Reader:
     return read
 
 
+class TarReader(NamedTuple):
+    """Reads members of a tar that is not packed, in whichever process."""
+
+    path: Path
+
+    def __call__(self, entry: Entry) -> bytes:
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise Unreadable(f"cannot be unpacked: {error}") from None
+        with file:
+            return _tar_reader(file)(entry)
+
+
+ANYWHERE = (FileReader, TarReader)  # these can be used by several threads and processes at once
+
+
 def _list_zip(archive: zipfile.ZipFile, path: Path, limits: Limits) -> Iterator[Entry]:
     census = _Census(path, limits)
-    for member in archive.infolist():
+    for number, member in enumerate(archive.infolist()):
         census.count(member.file_size)
         if member.is_dir():
             continue
@@ -289,13 +311,13 @@ def _list_zip(archive: zipfile.ZipFile, path: Path, limits: Limits) -> Iterator[
             refusal = "is a link or a special file inside an archive"
         elif member.flag_bits & 1:
             refusal = "is encrypted"
-        yield census.judge(member.filename, refusal)._replace(place=member, size=member.file_size)
+        yield census.judge(member.filename, refusal)._replace(place=number, size=member.file_size)
 
 
 def _zip_reader(archive: zipfile.ZipFile) -> Reader:
     def read(entry: Entry) -> bytes:
         try:
-            with archive.open(entry.place) as file:
+            with archive.open(archive.infolist()[entry.place]) as file:
                 return file.read(entry.size)  # zipfile yields no more than that, and checks the CRC at the end
         except DAMAGE as error:
             raise Unreadable(f"cannot be unpacked: {type(error).__name__}: {error}") from None

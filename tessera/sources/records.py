@@ -1,13 +1,14 @@
 """What every data set yields: one record per source image, kept or not, in an order that never changes."""
 
 import hashlib
-from collections.abc import Iterator
-from typing import Annotated, NamedTuple
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
-from tessera.seeding import derive
+if TYPE_CHECKING:
+    from tessera.contracts import ImageSpec  # it imports torch, which the processes that decode do without
 
 # It becomes the name of an experiment and of a registered model, where MLflow refuses slashes, colons and the like
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -23,6 +24,17 @@ class Record(NamedTuple):
     image: np.ndarray | None  # (C, H, W) uint8
     reason: str = ""  # why there is no image
     ignored: bool = False  # left out by rule (hidden files and the like), so it does not count as unreadable
+
+
+class Source(NamedTuple):
+    """A data set that was listed once, and can be gone on with: what `opened(config)` of its module yields."""
+
+    spec: "ImageSpec"
+    fingerprint: str  # of the names, sizes and times of change of all files; "" if it cannot be gone on with
+    records: Callable[[int], Iterator[Record]]  # from the one of this number on
+    require_whole: Callable[
+        [Collection[int]], None
+    ]  # given the labels with images, raises ValueError if others are needed
 
 
 class Unreadable(Exception):
@@ -41,6 +53,8 @@ def stratified_test_rows(labels: np.ndarray, fraction: float, seed: int) -> np.n
 
     Rows are ranked by a hash of (seed, row), not by numpy's generator, whose streams may change between releases.
     """
+    from tessera.seeding import derive  # here: it imports torch, see above
+
     is_test = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)

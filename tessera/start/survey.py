@@ -12,9 +12,10 @@ from PIL import Image
 
 from tessera.artifacts.shards import spread
 from tessera.datasets.image_folder import TEST_FOLDERS, Config
-from tessera.sources.archives import Entry, Limits, Reader, open_source
+from tessera.sources.archives import Limits, Reader, open_source
 from tessera.sources.decoding import opened, pillow_warnings
 from tessera.sources.hashing import require_hashable
+from tessera.sources.listing import Entry
 from tessera.sources.records import Unreadable
 
 MAX_LOOKED_AT = 3000  # files that are opened; of more, as many, evenly spread

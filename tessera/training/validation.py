@@ -123,7 +123,8 @@ class PriorValidation:
             self.rows[split] = proportional_rows(tokens.labels, number, self.seed)
             real[split] = self.judge.features(splits[tokens.split].pixels, tokens.rows[self.rows[split]])
         self.moments = {split: frechet.moments(values) for split, values in real.items()}
-        self.real = torch.from_numpy(np.concatenate([real["test"], real["train"]]))  # a tie goes to the test image
+        together = np.concatenate([real["test"], real["train"]])  # a tie goes to the test image
+        self.real = torch.from_numpy(together).to(self.judge.device)
         number = self.settings.num_images
         self.labels = np.repeat(np.arange(self.spec.num_classes), quotas(number, self.spec.class_counts))
         seeding.numpy_generator(self.seed, "follow_labels").shuffle(self.labels)
@@ -220,7 +221,7 @@ class PriorValidation:
             pixels = to_uint8(decoded).cpu().numpy()
             features = self.judge.features(pixels)
             drawn.update(features)
-            nearest.append(torch.cdist(torch.from_numpy(features), self.real).argmin(dim=1))
+            nearest.append(torch.cdist(torch.from_numpy(features).to(self.real), self.real).argmin(dim=1).cpu())
             kept.append(pixels[np.isin(np.arange(start, start + len(pixels)), self.shown)])
         self._pictured = np.concatenate(kept)  # (len(shown), C, H, W)
         moments = drawn.moments()

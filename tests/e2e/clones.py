@@ -92,7 +92,7 @@ class Clone:
         return json.loads((self.folder / out / "manifest.json").read_text())
 
     def copy(self, folder: Path) -> "Clone":
-        """Real copies: DVC protects no file of a checkout against a write through a link."""
+        """Real copies: a write through a link would reach what others read, and root is not held up by read-only files."""
         shutil.copytree(self.folder, folder, symlinks=True)
         return Clone(folder)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tessera.nn.nearest import CHUNK_BYTES, nearest, nearest_others
+from tessera.nn.nearest import CHUNK_BYTES, DEVICE_BYTES, nearest, nearest_others, others_of
 from tessera.quantizers.vector import Config, Quantizer
 
 
@@ -117,6 +118,41 @@ def test_memory_of_the_search_does_not_grow_with_the_product_of_rows_and_codes()
         nearest(z, codebook)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert 0 < largest <= 2 * CHUNK_BYTES < 4096 * 16_384 * 4
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that a device is asked for, views apart, and the bytes of the largest result."""
+
+    number = largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.number += not (function.is_view or function is torch.ops.aten.alias.default)
+        self.largest = max(self.largest, *(each.nbytes for each in [found] if isinstance(each, torch.Tensor)), 0)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("search", "most"),
+    [(nearest, 16), (lambda z, codebook: others_of(codebook, z[:, 0].long(), 8), 80)],
+)
+def test_a_device_is_asked_for_few_and_bounded_operations(search, most):
+    z, codebook = torch.empty(65_536, 8, device="meta"), torch.empty(16_384, 8, device="meta")
+    with Launches() as launches:
+        search(z, codebook)
+    assert 3 < launches.number <= most and launches.largest <= DEVICE_BYTES
+
+
+@pytest.mark.parametrize("codes", [300, 40_000])
+def test_tiles_of_any_size_find_the_same_codes(codes, monkeypatch):
+    """What a device searches in one tile, beside what a CPU searches in many."""
+    generator = torch.Generator().manual_seed(0)
+    z, codebook = torch.randn(1000, 4, generator=generator), torch.randn(codes, 4, generator=generator)
+    of_cache = nearest(z, codebook), others_of(codebook, torch.arange(200), 3)
+    monkeypatch.setattr("tessera.nn.nearest.CHUNK_BYTES", 2**28)
+    monkeypatch.setattr("tessera.nn.nearest.CODES_PER_TILE", 2**28)
+    of_device = nearest(z, codebook), others_of(codebook, torch.arange(200), 3)
+    assert all(map(torch.equal, of_cache, of_device))
 
 
 def test_a_million_codes_can_be_searched_and_learned():

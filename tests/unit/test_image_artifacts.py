@@ -3,11 +3,18 @@
 import hashlib
 import io
 import json
-from functools import partial
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -15,18 +22,22 @@ from PIL import Image
 from stages import prepare_images
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
+from tessera.artifacts import shards
 from tessera.artifacts.folder import ArtifactError
 from tessera.artifacts.shards import Shards, ShardWriter
 from tessera.datasets import digits, image_folder
+from tessera.running.job import Job
+from tessera.sources import archives, processes
+from tessera.sources.listing import Entry, Listing
+
+ROOT = Path(__file__).parents[2]
 
 
 def prepare(config, out):
     """The lines that the stage says, and what it returns."""
-    lines = []
-    figures = prepare_images.run(
-        SimpleNamespace(dataset=config), out, SimpleNamespace(say=lines.append, require_fit=lambda *given: None)
-    )
-    return lines, figures
+    lines, job = [], Job("prepare_images", out.parent.with_name(f"{out.parent.name}-state"))
+    job.say, job.require_fit = lines.append, lambda *given: None
+    return lines, prepare_images.run(SimpleNamespace(dataset=config), out, job)
 
 
 def digits_config(**knobs):
@@ -91,7 +102,7 @@ def test_the_index_leads_from_every_file_to_its_pixels_and_back(tmp_path):
 
 
 def test_the_shard_of_the_index_is_the_file_that_holds_the_image(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_artifact, "ShardWriter", partial(ShardWriter, shard_bytes=7 * 72))  # 7 images each
+    monkeypatch.setattr(shards, "SHARD_BYTES", 7 * 72)  # 7 images each
     pixels = write_images(tmp_path / "source")
     prepare(folder_config(tmp_path / "source"), tmp_path / "images")
     index = pd.read_parquet(tmp_path / "images" / "index.parquet")
@@ -212,3 +223,178 @@ def test_meta_and_index_hold_no_clock_and_no_path_of_the_machine(tmp_path):
     texts = json.dumps(artifact.read_json(tmp_path / "images" / "meta.json"))
     texts += pd.read_parquet(tmp_path / "images" / "index.parquet").to_csv()
     assert str(tmp_path) not in texts
+
+
+# Interruptions and many files
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from stages import prepare_images
+from tessera.artifacts import shards
+from tessera.datasets import image_folder
+from tessera.running.job import Job
+
+folder, log = Path(sys.argv[1]), os.open(sys.argv[1] + "/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+shards.SHARD_BYTES, prepare_images.BATCH, prepare_images.HELD_ROWS = 7 * 72, 4, 10
+append = prepare_images._Index.append
+
+def slowly(self, *given):
+    time.sleep(0.002)
+    os.write(log, b"x")
+    append(self, *given)
+
+prepare_images._Index.append = slowly
+
+def prepare():
+    job = Job("prepare_images", folder / "state")
+    job.require_fit = lambda *given: None
+    config = image_folder.Config(
+        kind="image_folder", source=str(folder / "source"), height=6, width=4, max_unreadable_fraction=0.5
+    )
+    prepare_images.run(SimpleNamespace(dataset=config), folder / "images", job)
+
+chance, kills = random.Random(1), 0
+while True:
+    child = os.fork()
+    if child == 0:
+        try:
+            prepare()
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    if kills < 12:
+        time.sleep(chance.uniform(0.02, 0.4))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        print("kills", kills)
+        sys.exit(os.WEXITSTATUS(status))
+    kills += 1
+"""
+
+
+def test_a_preparation_that_is_killed_at_any_moment_goes_on_and_makes_the_same_bytes(tmp_path, monkeypatch):
+    write_images(tmp_path / "source", number=60)
+    (tmp_path / "source/a/cut.png").write_bytes(b"cut")
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    kills, looked_at = int(result.stdout.split()[-1]), len((tmp_path / "log").read_bytes())
+    monkeypatch.setattr(shards, "SHARD_BYTES", 7 * 72)
+    prepare(folder_config(tmp_path / "source", max_unreadable_fraction=0.5), tmp_path / "whole")
+    assert files_of(tmp_path / "images") == files_of(tmp_path / "whole")
+    assert kills >= 5 and 121 < looked_at <= 121 + 11 * kills  # ten rows of the index, and the one that filled it
+
+
+def test_what_was_kept_of_a_source_that_has_changed_or_was_damaged_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_images, "HELD_ROWS", 10)
+    write_images(tmp_path / "source")
+
+    def failing(self, source, most):
+        raise RuntimeError("killed")
+
+    def interrupted():
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+            patched.setattr(prepare_images._Index, "require_readable", failing)
+            prepare(folder_config(tmp_path / "source"), tmp_path / "images")
+        return max((tmp_path.with_name(f"{tmp_path.name}-state")).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+
+    interrupted()
+    lines, _ = prepare(folder_config(tmp_path / "source"), tmp_path / "images")
+    assert lines[0] == "goes on after 40 files, which were prepared before it was interrupted"
+    made = files_of(tmp_path / "images")
+    part = interrupted() / "index-00001.parquet"
+    part.write_bytes(part.read_bytes()[::-1])
+    lines, _ = prepare(folder_config(tmp_path / "source"), tmp_path / "images")
+    assert f"is made anew: {part} is not what was kept" in lines[0] and files_of(tmp_path / "images") == made
+    interrupted()
+    Image.fromarray(np.zeros((6, 4, 3), np.uint8)).save(tmp_path / "source/a/0.png")
+    lines, _ = prepare(folder_config(tmp_path / "source"), tmp_path / "images")
+    assert len(lines) == 1 and files_of(tmp_path / "images") != made
+
+
+@pytest.mark.parametrize("packed", [None, "tar", "gztar", "zip"])
+def test_processes_make_of_any_source_what_threads_make(tmp_path, packed, monkeypatch):
+    write_images(tmp_path / "source", number=40)
+    (tmp_path / "source/b/cut.png").write_bytes(b"cut")
+    (tmp_path / "source/b/.hidden").touch()
+    source = tmp_path / "source"
+    if packed:
+        source = shutil.make_archive(str(tmp_path / "packed"), packed, source)
+    monkeypatch.setattr(processes, "num_cores", lambda: 2)
+    monkeypatch.setattr(image_folder, "num_cores", lambda: 2)
+    for out, least in (("threads", 10**6), ("processes", 0)):
+        monkeypatch.setattr(image_folder, "PROCESSES_FROM", least)
+        prepare(folder_config(source, max_unreadable_fraction=0.5), tmp_path / out)
+    assert files_of(tmp_path / "threads") == files_of(tmp_path / "processes")
+
+
+def killed(data):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_over_an_image_is_told_with_the_files_it_may_have_been():
+    tasks = [[processes.Task(Entry("a.png"), b"a"), processes.Task(Entry("b.png"), b"b")]]
+    with pytest.raises(MemoryError, match=r"decodes images was killed, perhaps at one of 'a.png' to 'b.png'"):
+        list(processes.fates(tasks, None, killed))
+
+
+def test_processes_end_when_their_parent_is_killed(tmp_path):
+    program = (
+        "import os, signal, sys, time; from tessera.sources import processes; from tessera.sources.listing import Entry\n"
+        "def tasks():\n"
+        "    for _ in range(99): yield [processes.Task(Entry('a'), b'a')]\n"
+        "def forever():\n"
+        "    for found in processes.fates(tasks(), None, len):\n"
+        "        import multiprocessing\n"
+        "        print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "forever()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    children = [int(pid) for pid in result.stdout.split()]
+    assert children and result.returncode == -signal.SIGKILL, result.stderr
+    until = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+@pytest.mark.parametrize("held", [7, 16])
+def test_an_index_of_many_rows_is_the_same_table_in_row_groups(tmp_path, held, monkeypatch):
+    write_images(tmp_path / "source", number=50)
+    prepare(folder_config(tmp_path / "source"), tmp_path / "whole")
+    monkeypatch.setattr(prepare_images, "HELD_ROWS", held)
+    monkeypatch.setattr(prepare_images, "TABLE_ROWS", 20)
+    prepare(folder_config(tmp_path / "source"), tmp_path / "images")
+    read = [pd.read_parquet(tmp_path / out / "index.parquet") for out in ("whole", "images")]
+    pd.testing.assert_frame_equal(*read)
+    assert pq.ParquetFile(tmp_path / "images/index.parquet").num_row_groups == -(-100 // held)
+    whole, other = files_of(tmp_path / "whole"), files_of(tmp_path / "images")
+    assert {name for name in whole if whole[name] != other[name]} == {"index.parquet", "manifest.json"}
+
+
+def test_a_source_is_listed_once(tmp_path, monkeypatch):
+    write_images(tmp_path / "source")
+    walks = []
+    walk = archives._walk
+    monkeypatch.setattr(archives, "_walk", lambda root: walks.append(root) or walk(root))
+    prepare(folder_config(tmp_path / "source"), tmp_path / "images")
+    assert len(walks) == 1
+
+
+def test_a_listing_is_in_order_of_name_wherever_one_begins():
+    names = ["b", "a/b", "a-b", "a.b", "a/a/c", "\u00fc", "\U0001f600", "\uffff", "B", "a"]
+    entries = [Entry(name, number, 2**70 + number) for number, name in enumerate(names)]
+    listing = Listing(entries)
+    assert [entry.name for entry in listing] == sorted(names) and len(listing) == 10
+    assert [entry.place for entry in listing.since(8)] == [names.index(name) for name in sorted(names)[8:]]
+    assert [entry.name for entry in Listing(entries, is_sorted=False)] == names
+    assert listing.fingerprint == Listing(reversed(entries)).fingerprint
+    changed = [*entries[:-1], entries[-1]._replace(version="later")]
+    others = [Listing(entries[:-1]), Listing(changed), Listing(entries, version="of the archive")]
+    assert len({one.fingerprint for one in (listing, *others)}) == 4

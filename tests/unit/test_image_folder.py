@@ -631,7 +631,8 @@ def test_a_damaged_or_cut_archive_is_an_error_and_never_a_smaller_data_set(tmp_p
 def test_a_tar_that_shrinks_while_it_is_read_gives_a_reason(tmp_path):
     large = encoded(picture(height=200, width=200))  # larger than Python's read-ahead
     path = write_tar(tmp_path / "x.tar", [("a.png", encoded(picture())), ("b.png", large)])
-    with open_source(path, Limits(10**6, 10**9, 100)) as (entries, read):
+    with open_source(path, Limits(10**6, 10**9, 100)) as (listing, read):
+        entries = list(listing)
         assert read(entries[0]) == encoded(picture())
         os.truncate(path, 50_000)
         with pytest.raises(Unreadable, match="cut short"):

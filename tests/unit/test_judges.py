@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.images import to_float
@@ -15,7 +16,9 @@ from tessera.evaluation import garbage, trial
 from tessera.evaluation.figures import Recorder, without_network
 from tessera.evaluation.judge import Judge, judge_for
 from tessera.features import contrastive, random, timm
+from tessera.metrics import copy_rate
 from tessera.metrics.nearest_real import is_nearest_real
+from tessera.nn.neighbors import DEVICE_BYTES, nearest, number_within
 from tessera.params import FeaturesConfig
 from tessera.seeding import numpy_generator
 
@@ -313,3 +316,38 @@ def test_the_judge_fits_the_images_and_is_one_that_params_take(images, kind):
     from pydantic import TypeAdapter
 
     assert TypeAdapter(FeaturesConfig).validate_python(entry).kind == kind
+
+
+# Devices
+
+
+class Elsewhere(TorchDispatchMode):
+    """Inside, the meta device stands for one whose memory is not the host's: it has no data to copy, so that whoever copies a
+    tensor of it to the host fails. It answers when asked for a single value, and counts how often it is."""
+
+    asked = largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+            self.asked += 1
+            return 1.0 if args[0].is_floating_point() else True
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.device.type == "meta":
+            self.largest = max(self.largest, found.nbytes)
+        return found
+
+
+def test_features_stay_on_their_device_and_are_compared_there():
+    config = random.Config(kind="random")
+    judge = Judge(random.Model(config, spec(1, 8)), config)
+    judge.model, judge.device = judge.model.to("meta"), torch.device("meta")
+    pixels = np.zeros((1200, 1, 8, 8), np.uint8)
+    with Elsewhere() as device:
+        seen = judge.summary(pixels, 1000).features
+        assert device.asked == 2 * 3  # of each batch, whether it is finite
+        near = nearest(seen, torch.empty(200_000, seen.shape[1], dtype=torch.float64, device="meta"), 5)
+        within = number_within(near.distances, near.distances, 1.0)
+        copies = copy_rate.share_of_copies(near.distances, near.distances[:500])
+    assert {one.device.type for one in (seen, near.distances, near.rows, within)} == {"meta"}
+    assert seen.shape[0] == 1000 and near.rows.shape == (1000, 5) and 0 <= copies.rate <= 1
+    assert 100_000 * 8 < device.largest <= max(DEVICE_BYTES, 200_000 * 8 * (seen.shape[1] + 2))

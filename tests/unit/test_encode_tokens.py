@@ -1,0 +1,210 @@
+"""Encoding that is killed goes on where it was, and makes the bytes of one that was not; shards that grow."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from stages import encode_tokens
+from tessera.artifacts import checkpoints, shards
+from tessera.artifacts import folder as artifact
+from tessera.artifacts.background import Behind, read_ahead
+from tessera.artifacts.growing import Growing
+from tessera.artifacts.shards import ShardWriter
+from tessera.components import load, parse
+from tessera.params import read
+from tessera.running.job import Job
+
+ROOT = Path(__file__).parents[2]
+SHARD_BYTES = 2800  # 7 images of latents
+VQVAE = {
+    "kind": "vqvae",
+    "quantizer": {"kind": "vector", "codebook_size": 16, "code_dim": 4},
+    "channels": 8,
+    "num_blocks": 1,
+    "patch_size": 4,
+    "training": {"num_steps": 1},
+}
+RUN = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from stages import encode_tokens
+from tessera.artifacts import growing, shards
+from tessera.params import read
+from tessera.running.job import Job
+
+folder, images = Path(sys.argv[1]), Path(sys.argv[2])
+shards.SHARD_BYTES = int(sys.argv[3])
+log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+append = growing.Growing.append
+
+def slowly(self, stem, rows):
+    time.sleep(0.003)
+    append(self, stem, rows)
+    if stem.endswith("labels"):
+        os.write(log, f"{len(rows)}\\n".encode())
+
+growing.Growing.append = slowly
+
+def encode():
+    torch.set_num_threads(1)
+    job = Job("encode_tokens@vqvae", folder / "state")
+    job.checkpoint_seconds = 3600  # only full shards are kept
+    encode_tokens.run(read(folder / "params.yaml"), "vqvae", images, folder / "tokenizer", folder / "tokens", job)
+
+chance, kills, began = random.Random(0), 0, time.monotonic()
+while True:
+    child = os.fork()
+    if child == 0:
+        try:
+            encode()
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    if kills < 12:
+        time.sleep(chance.uniform(0.02, 0.5))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        print("kills", kills)
+        sys.exit(os.WEXITSTATUS(status))
+    kills += 1
+"""
+
+
+@pytest.fixture
+def place(tmp_path, image_spec):
+    """A checkout's worth of an encoding: params.yaml and an untrained tokenizer."""
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    prior = {"kind": "masked", "width": 16, "depth": 1, "heads": 2, "training": {"num_steps": 1}}
+    raw["tokenizers"] = {"vqvae": VQVAE}
+    raw["systems"] = {"vqvae-masked": {"tokenizer": "vqvae", "prior": prior, "sampling": {}}}
+    raw["encode_tokens"] |= {"warps": 2, "batch_size": 4}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    config = parse(load("tokenizers", "vqvae").Config, VQVAE)
+    torch.manual_seed(0)
+    with artifact.create(tmp_path / "tokenizer") as out:
+        model = load("tokenizers", "vqvae").Model(config, image_spec)
+        checkpoints.save(out, "tokenizers", config, image_spec, model, "code")
+    return tmp_path
+
+
+def encode(place: Path, images: Path, out: str = "tokens", said: list | None = None) -> dict[str, bytes]:
+    job = Job("encode_tokens@vqvae", place / "state")
+    job.checkpoint_seconds = 3600
+    job.say = (said if said is not None else []).append
+    encode_tokens.run(read(place / "params.yaml"), "vqvae", images, place / "tokenizer", place / out, job)
+    return contents(place / out)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_encoding_that_is_killed_at_any_moment_loses_at_most_a_shard_and_makes_the_same_bytes(
+    place, images_folder, monkeypatch
+):
+    command = [sys.executable, "-c", RUN, str(place), str(images_folder), str(SHARD_BYTES)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    kills, made = int(result.stdout.split()[-1]), contents(place / "tokens")
+    monkeypatch.setattr(shards, "SHARD_BYTES", SHARD_BYTES)
+    assert made == encode(place, images_folder, "whole") and len(made) > 12
+    appended = sum(map(int, (place / "log").read_text().split()))
+    assert kills >= 5 and 72 < appended <= 72 + kills * (7 + 4)  # a shard, and a batch that ends in the next one
+
+
+def interrupted(place: Path, images: Path, monkeypatch) -> Path:
+    """The state that an encoding leaves which fails at its sixth batch."""
+    others, starts = encode_tokens.views.others, []
+
+    def failing(batch, settings, seed, split, start):
+        starts.append(start)
+        if len(starts) == 6:
+            raise RuntimeError("killed")
+        return others(batch, settings, seed, split, start)
+
+    monkeypatch.setattr(shards, "SHARD_BYTES", SHARD_BYTES)
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(encode_tokens.views, "others", failing)
+        encode(place, images)
+    (state,) = (place / "state").iterdir()
+    assert json.loads((state / "tokens.json").read_text())["position"]["num_batches"] >= 3
+    return state
+
+
+def test_what_was_kept_is_made_anew_when_a_bit_of_it_flipped_and_left_alone_when_anything_else_is_encoded(
+    place, images_folder, monkeypatch
+):
+    state, said = interrupted(place, images_folder, monkeypatch), []
+    kept = sorted((state / "tokens/train").glob("latents-*.npy"))[1]
+    damaged = bytearray(kept.read_bytes())
+    damaged[-1] ^= 1
+    kept.write_bytes(damaged)
+    made = encode(place, images_folder, said=said)
+    assert f"is made anew: {kept} has rows of sha256" in said[0]
+    assert made == encode(place, images_folder, "whole")
+    settings = yaml.safe_load((place / "params.yaml").read_text())
+    settings["encode_tokens"]["warp_shift"] = 0.01
+    (place / "params.yaml").write_text(yaml.safe_dump(settings))
+    said.clear()
+    assert encode(place, images_folder, said=said) != made and len(said) == 1
+
+
+def test_what_was_kept_is_used(place, images_folder, monkeypatch):
+    interrupted(place, images_folder, monkeypatch)
+    said = []
+    made = encode(place, images_folder, said=said)
+    assert "images, which were encoded before it was interrupted" in said[0]
+    assert made == encode(place, images_folder, "whole")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32, np.uint16])
+@pytest.mark.parametrize("number", [1, 9, 10, 23])
+def test_shards_that_grow_are_those_of_the_writer(tmp_path, dtype, number, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_BYTES", 10 * 6 * np.dtype(dtype).itemsize)
+    rows = np.random.default_rng(0).integers(0, 200, (number, 3, 2)).astype(dtype)
+    with ShardWriter(tmp_path / "one/train", "a", shards.SHARD_BYTES) as writer:
+        writer.append(rows)
+    grown = Growing(tmp_path / "other", tmp_path / "other.json", 0.0)
+    assert grown.restored(pytest.fail) is None
+    for start in range(0, number, 4):
+        grown.append("train/a", rows[start : start + 4])
+        grown.append("train/a", rows[:0])
+        grown.keep({"next": start + 4})
+        grown.append("train/a", rows[:3])  # lost
+        grown.append("train/b", rows)
+        grown.finish()  # a stage that is killed while it ends
+        grown = Growing(tmp_path / "other", tmp_path / "other.json", 0.0)
+        assert grown.restored(pytest.fail) == {"next": start + 4}
+    grown.finish()
+    assert contents(tmp_path / "other") == contents(tmp_path / "one")
+
+
+def test_sums_on_a_device_are_those_of_the_cpu_up_to_rounding():
+    latents = torch.randn(7, 2, 3, 4, 5)
+    of_cpu = encode_tokens.sums_of(latents)
+    wide = latents.double()
+    assert np.allclose(of_cpu, [wide.sum((0, 1, 3, 4)), wide.square().sum((0, 1, 3, 4))], rtol=1e-12)
+
+
+def test_reading_ahead_and_writing_behind_keep_the_order_and_raise_what_fails():
+    read, written = [], []
+    for item in read_ahead(lambda item: read.append(item) or item, range(9), depth=2):
+        assert item in read and len(read) <= item + 4
+    assert read == list(range(9))
+    with pytest.raises(ZeroDivisionError):
+        list(read_ahead(lambda item: 1 // item, [2, 1, 0]))
+    with Behind() as behind:
+        for item in range(9):
+            behind.call(written.append, item)
+    assert written == list(range(9))
+    with pytest.raises(ZeroDivisionError), Behind() as behind:
+        behind.call(lambda: 1 // 0)
