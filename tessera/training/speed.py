@@ -1,7 +1,8 @@
 """How fast a training is, and what limits it: images, arithmetic and memory per second, and the share of time without rows.
 
 None of it is in history.csv, which is the same whenever a training is run again: it goes to the tracker, and to the timings.
-Operations are counted once, in the first step, by PyTorch's formulas: two for a multiplication with its addition.
+Operations are counted on a GPU, once, in the first step of all, by PyTorch's formulas: two for a multiplication with addition.
+On a CPU they are not: operators that are looked at may choose other kernels, and its trainings are the same to the last bit.
 """
 
 import contextlib
@@ -16,12 +17,14 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from tessera.artifacts import folder as artifact
 from tessera.bases.optimization import Training
 from tessera.contracts import Job
 from tessera.training.reading import Reader
 
 Item = TypeVar("Item")
 PROFILES = Path("data/profiles")
+COUNTED = "operations.json"  # in the state of a training
 PEAK_TFLOPS = {  # of dense products in bfloat16, by the makers' data sheets; what MFU is a share of
     "B200": 2250,
     "H200": 989,
@@ -54,23 +57,27 @@ class Speed:
     def __init__(self, settings: Training, reader: Reader, job: Job, processes: int):
         self.settings, self.reader, self.job, self.processes = settings, reader, job, processes
         self.steps = 0
-        self.flops: int | None = None  # of a step of this process; None: not known
+        self.flops = self._known()  # of a step of this process; None: not known
         self._began, self._left_out = time.monotonic(), 0.0
 
     def over(self, steps: Iterable[Item]) -> Iterator[Item]:
         """Pass the steps through, counting; with TESSERA_PROFILE=1 write a trace of some of them."""
         with _profiled(self.job) as profiler:
             for item in steps:
-                counts = (
-                    self.steps == 0 and not self.settings.compile
-                )  # what is compiled is not seen, operator by operator
+                counts = self.steps == 0 and is_counted(self.reader) and not self.settings.compile  # then none is seen
                 with Flops() if counts else contextlib.nullcontext() as counter:
                     yield item
-                if counts:
+                if counts and self.job.is_main:
                     self.flops = counter.total
+                    artifact.write_json(self.job.state / COUNTED, {"flops": self.flops})
                 self.steps += 1
                 if profiler:
                     profiler.step()
+
+    def _known(self) -> int | None:
+        """What the first step had, before the training was interrupted."""
+        path = self.job.state / COUNTED
+        return artifact.read_json(path)["flops"] if path.is_file() else None
 
     def leave_out(self, seconds: float) -> None:
         """Of validations: they are no part of the training's speed."""
@@ -97,6 +104,11 @@ class Speed:
     def log(self, step: int) -> None:
         """To the tracker, beside the row of this step."""
         self.job.log(step, {f"speed/{name}": value for name, value in self.figures().items()})
+
+
+def is_counted(reader: Reader) -> bool:
+    """Whether this is the first step of a training on a GPU: a training that is resumed has the bits of one that is not."""
+    return reader.device.type == "cuda" and reader.steps.start == 0
 
 
 def _peak(device: str) -> float | None:
