@@ -79,16 +79,20 @@ class Shards:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def gather(self, rows: np.ndarray) -> np.ndarray:
-        """The rows at these positions, in this order, as a new array (len(rows), *row_shape)."""
+    def gather(self, rows: np.ndarray, parts: np.ndarray | None = None) -> np.ndarray:
+        """The rows at these positions, in this order, as a new array (len(rows), *row_shape).
+
+        parts: (len(rows),) of each row only the element at this place of its first axis, and nothing else of it is read.
+        """
         rows = np.asarray(rows)
         if len(self.arrays) == 1:
-            return self.arrays[0][rows]
-        out = np.empty((len(rows), *self.row_shape), self.dtype)
+            return self.arrays[0][rows] if parts is None else self.arrays[0][rows, parts]
+        out = np.empty((len(rows), *(self.row_shape if parts is None else self.row_shape[1:])), self.dtype)
         shard = np.searchsorted(self.starts, rows, side="right") - 1
         for number in np.unique(shard):
             chosen = shard == number
-            out[chosen] = self.arrays[number][rows[chosen] - self.starts[number]]
+            places = rows[chosen] - self.starts[number]
+            out[chosen] = self.arrays[number][places if parts is None else (places, parts[chosen])]
         return out
 
     def all(self) -> np.ndarray:

@@ -72,7 +72,7 @@ class Tokens:
         """The tokens at these rows as they are stored, each in a view drawn from the generator, or in the first without one."""
         rows_ = rows.numpy()
         views = self._views(len(rows_), generator).numpy()
-        values = self.values.gather(self.rows[rows_])[np.arange(len(rows_)), views]
+        values = self.values.gather(self.rows[rows_], views)
         if self.learns == "latents":
             require_finite(values)
         else:

@@ -391,6 +391,16 @@ def test_shards_give_the_rows_asked_for_across_files(tmp_path):
     assert np.array_equal(shards.gather(wanted), rows[wanted]) and np.array_equal(shards.all(), rows)
 
 
+def test_of_each_row_one_part_alone_is_gathered_across_shards(tmp_path):
+    values = np.arange(14 * 3 * 2, dtype=np.int32).reshape(14, 3, 2)
+    rows, parts = np.array([13, 0, 5, 5, 9]), np.array([2, 0, 1, 2, 1])
+    for shard_bytes in (60, 10**6):
+        with ShardWriter(tmp_path / str(shard_bytes), "x", shard_bytes=shard_bytes) as writer:
+            writer.append(values)
+        found = Shards(tmp_path / str(shard_bytes), "x", np.int32).gather(rows, parts)
+        assert np.array_equal(found, values[rows, parts])
+
+
 def test_uint8_survives_the_way_through_float_exactly():
     every = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(images.to_uint8(images.to_float(every)), every)
