@@ -5,9 +5,9 @@ since the last full shard or the last minute.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.background import Behind, read_ahead
 from tessera.artifacts.growing import Growing
 from tessera.artifacts.images import Images, to_float
-from tessera.contracts import Encoded, Job, TokenSpec
+from tessera.contracts import Job, TokenSpec
 from tessera.params import EncodeTokens, Pipeline
 from tessera.training import views
 
@@ -41,9 +41,15 @@ def run(params: Pipeline, name: str, images: Path, tokenizer: Path, out: Path, j
         "device": device.type,  # the bits of latents depend on it
     }
     state = job.resumable(inputs, parts=(config,))
+    num_encoded = len(splits["train"]) * num_views + len(splits["test"])
+    encoder = _Encoder(model.to(device), device, splits, params, job)
+    if not job.is_main:  # the first process writes what all of them encode
+        for _ in encoder.batches(job.from_main(0)):
+            pass
+        return {"num_encoded": num_encoded}
     with artifact.create(out, begun=state / "tokens") as place:
         grown = Growing(place, state / "tokens.json", job.checkpoint_seconds)
-        sums = _encode(model.to(device), device, splits, params, grown, job)
+        sums = _encode(encoder, grown, job)
         num_values = len(splits["train"]) * num_views * math.prod(model.latent_shape[1:])
         mean = sums[0] / num_values
         deviation = np.sqrt(np.maximum(sums[1] / num_values - mean**2, 1e-12))
@@ -58,39 +64,73 @@ def run(params: Pipeline, name: str, images: Path, tokenizer: Path, out: Path, j
             tokenizer_fingerprint=artifact.fingerprint(tokenizer),
         )
         artifact.write_json(place / "meta.json", {"spec": token_spec.model_dump(), "num_views": num_views})
-    num_encoded = len(splits["train"]) * num_views + len(splits["test"])
     job.say(f"{num_encoded:,} views of {sum(map(len, splits.values())):,} images; wrote {out}")
     return {"num_encoded": num_encoded}
 
 
-def _encode(
-    model: Any, device: torch.device, splits: Mapping[str, Images], params: Pipeline, grown: Growing, job: Job
-) -> np.ndarray:
+def _encode(encoder: "_Encoder", grown: Growing, job: Job) -> np.ndarray:
     """Add all batches that are not there yet; (2, D) float64: sums of the training latents and of their squares."""
-    settings = params.encode_tokens
-    written = _Written(grown, settings, model, grown.restored(job.say))
-    done = written.num_batches
+    written = _Written(grown, encoder.params.encode_tokens, encoder.model, grown.restored(job.say))
+    done = job.from_main(written.num_batches)
     if done:
-        found = sum(grown.num_rows(f"{split}/labels") for split in splits)
+        found = sum(grown.num_rows(f"{split}/labels") for split in encoder.splits)
         job.say(f"goes on after {found:,} images, which were encoded before it was interrupted")
-    for split, dataset in splits.items():
-        starts = range(0, len(dataset), settings.batch_size)[done:]
-        done = max(0, done - len(range(0, len(dataset), settings.batch_size)))
-        is_augmented = split == "train" and views.count(settings) > 1
-
-        def read(start: int, dataset: Images = dataset) -> Tensor:
-            batch = dataset.uint8(np.arange(start, min(start + settings.batch_size, len(dataset))))
-            return batch.pin_memory() if device.type == "cuda" else batch
-
-        with Behind() as behind:
-            batches = zip(starts, read_ahead(read, starts), strict=True)
-            for start, pixels in job.track(batches, len(starts), split):
-                batch = to_float(pixels.to(device, non_blocking=True))
-                seen = [batch, *views.others(batch, settings, params.seed, split, start)] if is_augmented else [batch]
-                labels = dataset.labels[start : start + settings.batch_size]
-                behind.call(written.add, split, [model.encode(view) for view in seen], labels)
+    with Behind() as behind:
+        for batch in encoder.batches(done):
+            behind.call(written.add, batch)
     grown.finish()
     return written.sums
+
+
+class _Batch(NamedTuple):
+    """What is made of the images of one batch, in V views."""
+
+    split: str
+    labels: np.ndarray  # (B,)
+    latents: Tensor  # (B, V, D, h, w)
+    indices: Tensor | None  # (B, V, *index_grid)
+    sums: np.ndarray | None  # as `sums_of`, by the process that encoded it; None: not taken yet
+
+
+class _Encoder:
+    """The batches of all splits, encoded; each process of the stage encodes its part of them."""
+
+    def __init__(self, model: Any, device: torch.device, splits: Mapping[str, Images], params: Pipeline, job: Job):
+        self.model, self.device, self.splits, self.params, self.job = model, device, splits, params, job
+
+    def batches(self, done: int) -> Iterator[_Batch]:
+        """Those after the first `done`, in order, in the first process; in the others nothing."""
+        size = self.params.encode_tokens.batch_size
+        for split, dataset in self.splits.items():
+            all_starts = range(0, len(dataset), size)
+            starts, done = all_starts[done:], max(0, done - len(all_starts))
+
+            def read(start: int, dataset: Images = dataset) -> Tensor:
+                batch = dataset.uint8(np.arange(start, min(start + size, len(dataset))))
+                return batch.pin_memory() if self.device.type == "cuda" else batch
+
+            ahead = read_ahead(read, self.job.part(starts))
+
+            def encode(start: int, split: str = split, dataset: Images = dataset, ahead: Any = ahead) -> _Batch:
+                return self._encoded(split, start, next(ahead), dataset.labels[start : start + size])
+
+            yield from self.job.track(self.job.share(starts, encode), len(starts), split)
+
+    def _encoded(self, split: str, start: int, pixels: Tensor, labels: np.ndarray) -> _Batch:
+        settings = self.params.encode_tokens
+        batch = to_float(pixels.to(self.device, non_blocking=True))
+        is_augmented = split == "train" and views.count(settings) > 1
+        seen = [batch, *views.others(batch, settings, self.params.seed, split, start)] if is_augmented else [batch]
+        encoded = [self.model.encode(view) for view in seen]
+        latents = torch.stack([one.latents for one in encoded], dim=1)
+        indices = None
+        if encoded[0].indices is not None:
+            indices = torch.stack([one.indices for one in encoded], dim=1)
+        if self.job.is_alone:
+            return _Batch(split, labels, latents, indices, None)
+        # It goes to another process: the sums are taken where the latents are, as they are where there is one process
+        sums = sums_of(latents) if split == "train" else None
+        return _Batch(split, labels, latents.cpu(), None if indices is None else indices.cpu(), sums)
 
 
 class _Written:
@@ -106,14 +146,13 @@ class _Written:
             self.sums = np.array([[float.fromhex(value) for value in row] for row in position["sums"]])
 
     @torch.no_grad()
-    def add(self, split: str, encoded: list[Encoded], labels: np.ndarray) -> None:
-        """encoded: by view, of the images of these labels (B,)."""
-        latents = torch.stack([one.latents for one in encoded], dim=1)  # (B, V, D, h, w)
+    def add(self, batch: _Batch) -> None:
+        split, labels, latents, indices, sums = batch
         if split == "train":
-            self.sums += sums_of(latents)
-        if encoded[0].indices is not None:
-            indices = torch.stack([one.indices for one in encoded], dim=1).cpu().numpy()  # (B, V, *index_grid)
-            self.grown.append(f"{split}/indices", indices.astype(token_artifact.index_dtype(self.codebook_size)))
+            self.sums += sums_of(latents) if sums is None else sums
+        if indices is not None:
+            dtype = token_artifact.index_dtype(self.codebook_size)
+            self.grown.append(f"{split}/indices", indices.cpu().numpy().astype(dtype))
         if self.settings.store_latents:
             self.grown.append(f"{split}/latents", latents.cpu().numpy().astype(np.float32, copy=False))
         self.grown.append(f"{split}/labels", labels)

@@ -248,6 +248,7 @@ class Job(Protocol):
 
     name: str  # train_prior@vqgan-flow
     is_main: bool  # the first of the processes that share the stage: it speaks and writes for all
+    is_alone: bool  # no other shares it
     state: Path  # a private folder for resumable state
     figures: dict[str, float]  # about this execution (speed, memory): never part of an artifact
     checkpoint_seconds: float
@@ -258,6 +259,8 @@ class Job(Protocol):
     # raises ValueError, a sentence per problem, if a later stage could not work on images with these labels (of each split)
 
     def track(self, items: Iterable[Any], total: int, what: str = "") -> Iterator[Any]: ...  # the items, counted aloud
+    def part(self, items: Sequence[Any]) -> Sequence[Any]: ...  # those that this process works on when they are shared
+    def from_main(self, value: Any) -> Any: ...  # the first process's, in all of them
     def share(self, items: Sequence[Any], work: Callable[[Any], Any]) -> Iterator[Any]: ...  # work of each, in order
 
     # by all processes of the stage; only the first one, which is_main, is given anything

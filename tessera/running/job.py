@@ -60,7 +60,12 @@ class Job:
         """Pass the items through, with a line every few seconds that says how many of `total` are done."""
         return progress.track(items, f"{self.name}  {what}" if what else self.name, total)
 
-    share = staticmethod(launch.share)
+    part, share, from_main = staticmethod(launch.part), staticmethod(launch.share), staticmethod(launch.from_main)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other process shares the stage."""
+        return not launch.is_rank()
 
     def log(self, step: int, values: dict[str, float]) -> None:
         if self.run:

@@ -12,12 +12,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-SHARED = ("train_features", "train_tokenizer", "train_prior", "sample_images")  # the stages whose work can be shared
+SHARED = (
+    "train_features",
+    "train_tokenizer",
+    "train_prior",
+    "encode_tokens",
+    "sample_images",
+)  # the stages whose work can be shared
 Item, Made = TypeVar("Item"), TypeVar("Made")
 LAUNCHED = "TESSERA_LAUNCHED"  # set for the processes that `launch` starts
 PATIENCE = 300  # seconds for a checkpoint, when all are asked to stop
@@ -69,22 +75,42 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def part(items: Sequence[Item]) -> Sequence[Item]:
+    """Those of the items that `share` gives to this process."""
+    return items if not is_rank() else items[rank() :: _group().get_world_size()]
+
+
 def share(items: Sequence[Item], work: Callable[[Item], Made]) -> Iterator[Made]:
-    """work(item) of all items, in order, in the first process; each does every so-manieth, and the others yield nothing."""
+    """work(item) of all items, in order, in the first process; each works on its part, and the others yield nothing."""
     if not is_rank():
         yield from map(work, items)
         return
+    group = _group()
+    number, mine = group.get_world_size(), group.get_rank()
+    for start in range(0, len(items), number):
+        some = items[start : start + number]
+        made = work(some[mine]) if mine < len(some) else None
+        gathered = [None] * number if mine == 0 else None
+        group.gather_object(made, gathered)
+        yield from (gathered or ())[: len(some)]
+
+
+def from_main(value: Made) -> Made:
+    """What the first process gives, in all of them; what the others give is not looked at."""
+    if not is_rank():
+        return value
+    values = [value]
+    _group().broadcast_object_list(values)
+    return values[0]
+
+
+def _group() -> Any:
+    """torch.distributed, among the processes of this stage; by their hosts, for no device has what they give each other."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    number, mine = dist.get_world_size(), dist.get_rank()
-    for start in range(0, len(items), number):
-        part = items[start : start + number]
-        made = work(part[mine]) if mine < len(part) else None
-        gathered = [None] * number if mine == 0 else None
-        dist.gather_object(made, gathered)
-        yield from (gathered or ())[: len(part)]
+    return dist
 
 
 def use_device() -> None:

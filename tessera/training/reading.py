@@ -1,18 +1,15 @@
 """The batches of a training, read ahead: which rows a step takes, and a thread that has them ready before it."""
 
-import contextlib
 import time
-from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from functools import lru_cache
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tessera import seeding
+from tessera.artifacts.background import read_ahead
 
 STEPS_AHEAD = 3
 WORTH_A_THREAD = 2**20  # bytes of a step's rows
@@ -73,31 +70,19 @@ class Reader:
         return rows_of_step(step, self.batch_size, len(self.data), self.seed).view(self.shares)[:, self.rank]
 
     def __iter__(self) -> Iterator[list[Any]]:
-        source = self._ahead() if self._is_worth_a_thread() else map(self._stored, self.steps)
-        with contextlib.closing(source) if isinstance(source, Generator) else contextlib.nullcontext():
-            for _ in self.steps:
-                began = time.perf_counter()
-                stored = next(source)
-                self.seconds_waited += time.perf_counter() - began
-                yield [self.data.batch_of(_to(self.device, each)) for each in stored]
+        is_ahead = self._is_worth_a_thread()
+        source = read_ahead(self._stored, self.steps, STEPS_AHEAD) if is_ahead else map(self._stored, self.steps)
+        for _ in self.steps:
+            began = time.perf_counter()
+            stored = next(source)
+            self.seconds_waited += time.perf_counter() - began
+            yield [self.data.batch_of(_to(self.device, each)) for each in stored]
 
     def _is_worth_a_thread(self) -> bool:
         """Handing over costs a third of a millisecond: on a CPU more than it takes to gather a few small images."""
         if self.device.type != "cpu" or not self.steps:
             return True
         return sum(tensor.nbytes for each in self._stored(self.steps[0]) for tensor in each) >= WORTH_A_THREAD
-
-    def _ahead(self) -> Iterator[list[Any]]:
-        pool = ThreadPoolExecutor(1, "reader")
-        ahead = iter(self.steps)
-        waiting = deque(pool.submit(self._stored, step) for step in islice(ahead, STEPS_AHEAD))
-        try:
-            for _ in self.steps:
-                stored = waiting.popleft().result()
-                waiting.extend(pool.submit(self._stored, step) for step in islice(ahead, 1))
-                yield stored
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def _stored(self, step: int) -> list[Any]:
         draws = seeding.generator(self.seed, "batch", step, self.rank)

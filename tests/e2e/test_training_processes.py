@@ -211,16 +211,25 @@ def test_two_machines_train_one_tokenizer_though_only_the_first_has_its_state(cl
     assert not any(other.folder.glob(".state/train_tokenizer-vqgan/*/step-*"))
 
 
-@pytest.mark.parametrize("system", ["gan", "vqgan-autoregressive", "vqgan-flow"])
-def test_samples_of_two_processes_are_those_of_one_byte_for_byte(clone, system):
-    """A quarter of the images at a time, so that each process has a share, and one of them the last."""
-    params, out = clone.params(), f"data/samples/{system}"
+@pytest.mark.parametrize(
+    ("stage", "out", "said"),
+    [
+        ("sample_images@gan", "data/samples/gan", "36 images"),
+        ("sample_images@vqgan-autoregressive", "data/samples/vqgan-autoregressive", "36 images"),
+        ("sample_images@vqgan-flow", "data/samples/vqgan-flow", "36 images"),
+        ("encode_tokens@vqgan", "data/tokens/vqgan", "views of 1,797 images"),
+    ],
+)
+def test_what_two_processes_draw_or_encode_is_what_one_does_byte_for_byte(clone, stage, out, said):
+    """A part of the images at a time, so that each process has a share, and one of them the last."""
+    params = clone.params()
     params["sample_images"] |= {"num_images": 36, "batch_size": 8}
+    params["encode_tokens"]["batch_size"] = 300
     clone.write_params(params)
     made = []
     for number in ("1", "2"):
-        result = clone.run(*clone.command_of(f"sample_images@{system}"), TESSERA_PROCESSES=number)
-        assert result.returncode == 0 and result.stdout.count("36 images") == 1, result.stdout + result.stderr
+        result = clone.run(*clone.command_of(stage), TESSERA_PROCESSES=number)
+        assert result.returncode == 0 and result.stdout.count(said) == 1, result.stdout + result.stderr
         made.append(clone.hashes(out))
     assert made[0] == made[1]
 
