@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from flows.reproduce import Run, carry_out
 
 # isort: split
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.states import Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import experiments, locks, remote
 from flows.board import key_of
 from flows.plan import STATE, Outcome, Plan, read_part, require_sane, tell
-from flows.pool import is_unanswered, show
+from flows.pool import patiently, show
 
 STATE_SECONDS = 300.0  # between two checkpoints that are sent
 ANSWER_SECONDS = 600.0  # for which a server that does not answer is asked again
@@ -92,14 +92,15 @@ class _Part(Run):
         key = f"{plan.experiment.name if plan.experiment else ''}/{stage}"
         state = plan.root / STATE / stage.replace("@", "-")
         if stage.startswith("train_") and (step := remote.fetch_state(plan.root, state, key)):
-            tell(f"{stage} goes on from {step}, which another machine sent")
-        with _sending(plan.root, state, key) if stage.startswith("train_") else contextlib.nullcontext():
-            done = super().reproduce(stage)
+            get_run_logger().info(f"{stage} goes on from {step}, which another machine sent")
+        warn = get_run_logger().warning
+        with _sending(plan.root, state, key, warn) if stage.startswith("train_") else contextlib.nullcontext():
+            done = super().reproduce(stage)  # a training that has ended well has no state any more
         outcome = plan.outcomes.get(stage)
         if outcome is None:  # ended by a signal: the same task tries once more
             return done
         if outcome.code:
-            self._show(stage, outcome, done.message or "")
+            self._show(stage, outcome, " | ".join(self.last_lines.get(stage, [])) or done.message or "")
             return done
         if outcome.what == "ran":
             self._ran.add(stage)
@@ -129,34 +130,37 @@ class _Part(Run):
             "files": {} if outcome.code else remote.small_files(self.plan, [stage]),
         }
         ends = time.monotonic() + ANSWER_SECONDS
-        while True:
-            try:
-                show(self.id, key_of(stage, "result"), shown, f"what became of {stage}")
-                return
-            except Exception as error:
-                if not is_unanswered(error) or time.monotonic() > ends:
-                    raise
-                time.sleep(2.0)
+
+        def check() -> None:
+            if time.monotonic() > ends:
+                raise remote.Trouble(
+                    f"Prefect's server did not answer for {ANSWER_SECONDS:.0f} s: {stage} is done and sent"
+                )
+
+        key, description = key_of(stage, "result"), f"what became of {stage}"
+        patiently(lambda: show(self.id, key, shown, description), tell, check)
 
 
 @contextlib.contextmanager
-def _sending(root: Path, state: Path, key: str) -> Iterator[None]:
+def _sending(root: Path, state: Path, key: str, warn: Callable[[str], None]) -> Iterator[None]:
     """While it lasts, the newest checkpoint of a training goes to the remote every so often. What fails is told once."""
     ended = threading.Event()
     seconds = float(os.environ.get("TESSERA_STATE_SECONDS") or STATE_SECONDS)
 
     def send() -> None:
-        sent, told = "", False
-        while not ended.wait(seconds):
+        sent, is_told, is_last = "", False, False
+        while not is_last:
+            is_last = ended.wait(seconds)  # once more at the end: a training that is stopped has just saved its state
             try:
-                step = remote.send_state(root, state, key) if remote.newest(state) != sent else None
-                sent = step or sent
+                sent = (
+                    remote.send_state(root, state, key) if remote.newest(state) not in (None, sent) else None
+                ) or sent
             except FileNotFoundError:  # replaced by a newer one meanwhile
                 continue
             except Exception as error:  # the store's and the network's: the training goes on
-                if not told:
-                    tell(f"the training state is not sent ({error}): another machine would begin anew")
-                told = True
+                if not is_told:
+                    warn(f"the training state is not sent ({error}): another machine would begin anew")
+                is_told = True
 
     thread = threading.Thread(target=send, daemon=True)
     thread.start()

@@ -1,8 +1,10 @@
 """Flow runs that are left to the workers of a pool: handed over, waited for, cancelled, and found again when lost."""
 
 import json
+import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from httpx import HTTPStatusError, TransportError
@@ -14,10 +16,11 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.events.actions import ChangeFlowRunState
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelling
+from prefect.states import Cancelling, Crashed
 
-BEAT_SECONDS = 30  # between the heartbeats of a flow run: as often as Prefect lets them be
-LOST_SECONDS = 90  # without one, after which a run counts as crashed
+Answer = TypeVar("Answer")
+POLL_SECONDS = 2.0
+LOST_SECONDS = 90  # without a heartbeat, after which a run counts as crashed: three of those that prefect.yaml asks for
 BEAT = "prefect.flow-run.heartbeat"
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 
@@ -25,6 +28,22 @@ ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 def is_unanswered(error: Any) -> bool:
     """Whether the server was away or busy: what was asked of it goes on meanwhile, and is found again."""
     return isinstance(error, TransportError) or (isinstance(error, HTTPStatusError) and error.response.is_server_error)
+
+
+def patiently(ask: Callable[[], Answer], say: Callable[[str], None], check: Callable[[], None]) -> Answer:
+    """What the server answers, once it does. `check` is called before each attempt, and may raise to end the wait."""
+    is_told = False
+    while True:
+        check()
+        try:
+            return ask()
+        except Exception as error:
+            if not is_unanswered(error):
+                raise
+            if not is_told:
+                say(f"Prefect's server does not answer ({type(error).__name__}): what workers do goes on meanwhile")
+            is_told = True
+            time.sleep(POLL_SECONDS)
 
 
 def pool_of(deployment: str) -> str | None:
@@ -49,6 +68,20 @@ def hand_over(deployment: str, parameters: dict[str, Any], name: str, key: str) 
 def seen(run_id: UUID) -> FlowRun:
     with get_client(sync_client=True) as client:
         return client.read_flow_run(run_id)
+
+
+def is_forgotten(run: FlowRun, pool: str) -> bool:
+    """Whether a worker took the run and was gone before it began: then it has no heartbeat that could be missed."""
+    state, worker = run.state, worker_of(run)
+    if state is None or not state.is_pending() or not worker:
+        return False
+    is_old = time.time() > state.timestamp.timestamp() + LOST_SECONDS
+    return is_old and worker not in workers_online(pool)
+
+
+def give_up(run: FlowRun) -> None:
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run.id, Crashed(message="its worker was gone before it began"), force=True)
 
 
 def worker_of(run: FlowRun) -> str:

@@ -4,6 +4,7 @@ DVC's remote may be any that it knows: an S3 store, or a folder on a disk that a
 """
 
 import contextlib
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ SCHEMA = "2.0"  # of dvc.lock
 SMALL_BYTES = 100_000  # of a file that git keeps: a dozen figures
 STATES = "states"  # beside DVC's own folders in the remote
 MEND = "dvc remote add --default NAME URL (docs/operations.md, Remotes), and commit .dvc/config"
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Trouble(RuntimeError):
@@ -46,13 +48,16 @@ def require_answer(root: Path) -> None:
 
 
 def entries(root: Path, stages: list[str], whole: list[str]) -> dict[str, Any]:
-    """What dvc.lock says of these stages, as far as it knows them: all of it of `whole`, of the others what they made."""
-    known = _read(root)["stages"]
-    return {
-        stage: known[stage] if stage in whole else {key: known[stage][key] for key in ("cmd", "outs")}
-        for stage in [*stages, *whole]
-        if "outs" in known.get(stage, {})
-    }
+    """What dvc.lock says that these stages made, and all that it says of `whole`, where it may say nothing yet.
+
+    Raises Trouble if it does not know one of `stages`.
+    """
+    with repository(root) as repo, repo.lock:  # dvc may be writing it for another stage
+        known = _read(root)["stages"]
+    if missing := [stage for stage in stages if "outs" not in known.get(stage, {})]:
+        raise Trouble(f"dvc.lock in {root} does not say what {', '.join(missing)} made: run it again")
+    made = {stage: {key: known[stage][key] for key in ("cmd", "outs")} for stage in stages}
+    return made | {stage: known[stage] for stage in whole if stage in known}
 
 
 def small_files(plan: Plan, stages: list[str]) -> dict[str, str]:
@@ -77,7 +82,9 @@ def write(root: Path, lock: dict[str, Any], files: dict[str, str], is_all: bool 
     with repository(root) as repo, repo.lock:
         content = {"schema": SCHEMA, "stages": {}} if is_all else _read(root)
         content["stages"] |= lock
-        dump_yaml(root / LOCK, content)
+        beside = root / f".{LOCK}.new"
+        dump_yaml(beside, content)
+        beside.replace(root / LOCK)
         for name, text in files.items():
             path = (root / name).resolve()
             if not path.is_relative_to(root.resolve()):
@@ -133,7 +140,7 @@ def _telling(what: str) -> Iterator[None]:
     except Trouble:
         raise
     except Exception as error:  # DVC's, the store's and the operating system's errors
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = " ".join(COLOUR.sub("", str(error)).split()) or type(error).__name__
         raise Trouble(f"DVC's remote {what}: {said}; docs/operations.md, Remotes, says what that is") from error
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -105,13 +106,17 @@ class Run:
         self.work_pool = run.work_pool_name if run else None
         self.in_worker = ending.is_engine()
         self.board = Board(self.id)
+        self.last_lines: dict[str, deque[str]] = {}  # by stage
 
     def reproduce(self, stage: str) -> State[Any]:
         logger, plan, board = get_run_logger(), self.plan, self.board
         context = TaskRunContext.get()
         task_run_id = context.task_run.id if context else None
 
+        said = self.last_lines[stage] = deque(maxlen=2)
+
         def say(line: str) -> None:
+            said.append(line)
             if not self.in_worker:  # which prints what is logged
                 named = stage in line or self.places.number == 1
                 tell(line if named else f"{stage}  {line}")

@@ -27,7 +27,6 @@ from flows.board import key_of
 from flows.plan import Outcome, Plan
 
 PART = "part/part"  # the deployment of a chain
-POLL_SECONDS = 2.0
 LONELY_SECONDS = 20.0  # after which a chain that nobody takes is told
 MOST_ATTEMPTS = 5  # for a chain whose machine or process is lost
 RESULTS = ("dvc.lock", "data/")  # what a run writes: it travels as entries of dvc.lock
@@ -114,15 +113,23 @@ class Workers:
         # The same chain of the same inputs is one run, whoever asks for it: also that of a coordinator that was killed
         text = json.dumps([parameters, str(self.run_id) if plan.force else ""], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
-        for number in itertools.count():
-            run = pool.hand_over(PART, parameters, ", ".join(stages), f"{key}-{number}")
-            if run.state is None or not run.state.is_final() or pool.shown(run.id, key_of(stages[-1], "result")):
-                break
+        run = pool.patiently(lambda: self._run_of(parameters, stages, key), say, plan.check_going_on)
         chain = Chain(stages, run.id)
         self._chains |= dict.fromkeys(stages, chain)
         if len(stages) > 1:
             say(f"{stage} and then {', '.join(stages[1:])} are handed to a worker of pool {self.pool}")
         return chain
+
+    def _run_of(self, parameters: dict[str, Any], stages: list[str], key: str) -> FlowRun:
+        """The run with this key that is under way or has succeeded; a new one if those before did not."""
+        for number in itertools.count():
+            run = pool.hand_over(PART, parameters, ", ".join(stages), f"{key}-{number}")
+            if run.state is None or not run.state.is_final():
+                return run
+            last = pool.shown(run.id, key_of(stages[-1], "result"))
+            if last and not last["code"]:
+                return run
+        raise AssertionError
 
     def _chain(self, stage: str) -> list[str]:
         """The stage, and those after it with its key that wait for nothing else."""
@@ -136,40 +143,30 @@ class Workers:
         return chain
 
     def _wait(self, chain: Chain, stage: str, say: Callable[[str], None]) -> dict[str, Any] | None:
-        """What the worker shows of the stage when it has done it; None if its process or machine was lost before."""
-        is_away = False
+        """What the worker shows of the stage when it has done it; None if that is to be tried again."""
         while True:
-            self.plan.check_going_on()
-            try:
-                run = pool.seen(chain.run_id)  # before its results: what it showed last is seen below
-                if (done := pool.shown(chain.run_id, key_of(stage, "result"))) is not None:
-                    return {**done, "where": pool.worker_of(run) or done["where"]}
-            except Exception as error:
-                if not pool.is_unanswered(error):
-                    raise
-                if not is_away:
-                    say(f"Prefect does not answer ({type(error).__name__}): {stage} goes on meanwhile")
-                is_away = True
-                time.sleep(POLL_SECONDS)
-                continue
-            is_away = False
+            run, done = pool.patiently(lambda: self._look(chain, stage), say, self.plan.check_going_on)
             worker, state = pool.worker_of(run), run.state
+            if done is not None:
+                return {**done, "where": worker or done["where"]}
+            if state and state.is_crashed():
+                say(f"{worker or 'its worker'} lost {stage} ({state.message}): it goes to another one")
+                return None
+            if state and state.is_cancelled() and run.created and run.created.timestamp() < self._began:
+                say(f"the run that had {stage} done before was cancelled: it is handed over again")
+                return None
             if state and state.is_final():
-                if state.is_crashed():
-                    say(f"{worker or 'its worker'} lost {stage} ({state.message}): it goes to another one")
-                    return None
                 why = "ended before it" if state.is_completed() else f"is {state.name}: {state.message}"
-                if state.is_cancelled() and not self._is_own(run):
-                    say(
-                        f"another run that had {stage} done was cancelled, and {stage} with it: it is handed over again"
-                    )
-                    return None
                 return {"code": 1, "what": "failed", "seconds": 0, "where": worker, "message": f"its flow run {why}"}
             self._tell_where(chain, worker, say)
-            time.sleep(POLL_SECONDS)
+            time.sleep(pool.POLL_SECONDS)
 
-    def _is_own(self, run: FlowRun) -> bool:
-        return run.created is not None and run.created.timestamp() >= self._began
+    def _look(self, chain: Chain, stage: str) -> tuple[FlowRun, dict[str, Any] | None]:
+        run = pool.seen(chain.run_id)  # before its results: what it showed last is seen below
+        if pool.is_forgotten(run, self.pool):
+            pool.give_up(run)
+            run = pool.seen(chain.run_id)
+        return run, pool.shown(chain.run_id, key_of(stage, "result"))
 
     def _tell_where(self, chain: Chain, worker: str, say: Callable[[str], None]) -> None:
         if worker and chain.told != worker:
