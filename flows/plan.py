@@ -107,6 +107,13 @@ class Plan:
         changed = [above for above in self.upstream[stage] if self.outcomes[above].changed]
         return all(self._is_same(path) for above in changed for path in self.reads[stage][above])
 
+    def is_done(self) -> bool:
+        """Whether there is nothing to do: every stage is as it was, and nothing follows. Then all of them are cached."""
+        if self.force or self.stale or self.experiment:
+            return False
+        self.outcomes = dict.fromkeys(self.upstream, Outcome("cached"))
+        return True
+
     def _is_same(self, path: Path) -> bool:
         """Whether a small file has the content that it had at first; False for a folder or a large file: ask dvc."""
         return path in self.digests and _digest(path) == self.digests[path]
