@@ -173,3 +173,23 @@ def test_only_an_old_pending_run_of_a_worker_that_is_gone_is_forgotten(monkeypat
     assert forgotten("a", 200)
     assert not forgotten("a", 5) and not forgotten("b", 200) and not forgotten("", 200)
     assert not forgotten("a", 200, is_pending=False)
+
+
+def test_a_chain_that_is_under_way_or_done_is_joined_and_one_that_failed_is_run_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also that of a coordinator that was killed: the key says what is computed, not who asks."""
+    from flows import pool
+
+    states = {"key-0": "failed", "key-1": "done, but one stage", "key-2": "works"}
+
+    def hand_over(deployment: str, parameters: dict, name: str, key: str) -> SimpleNamespace:
+        return SimpleNamespace(id=key, state=SimpleNamespace(is_final=lambda: states[key] != "works"))
+
+    results = {"key-0": {"code": 1}, "key-1": None, "key-2": None}
+    monkeypatch.setattr(pool, "hand_over", hand_over)
+    monkeypatch.setattr(pool, "shown", lambda run, key: results[run])
+    workers = spread.Workers.__new__(spread.Workers)
+    assert workers._run_of({}, ["a", "b"], "key").id == "key-2"
+    results["key-1"] = {"code": 0}
+    assert workers._run_of({}, ["a", "b"], "key").id == "key-1"
