@@ -4,7 +4,7 @@
 #
 #   deploy/ssh/workers.sh start  gpu1 gpu2 gpu3     # in each: a worker of the pool gpu, which outlives the connection
 #   deploy/ssh/workers.sh status gpu1 gpu2 gpu3
-#   deploy/ssh/workers.sh stop   gpu1 gpu2 gpu3     # its runs are cancelled, trainings save and send their state
+#   deploy/ssh/workers.sh stop   gpu1 gpu2 gpu3     # ends what it runs, too: another worker takes that over after 90 s
 #
 # Each machine has a checkout in TESSERA_CHECKOUT (default: tessera, in the home of the user), made by make setup, with .env as
 # .env.example has it: PREFECT_API_URL, the key of DVC's remote, and MLflow. TESSERA_LIMIT is how many stages it takes at a
