@@ -30,10 +30,12 @@ Overrides = dict[str, Any] | list[str] | None
 
 
 class Experiment(NamedTuple):
-    name: str  # as `dvc exp show` lists it
+    name: str  # of its folder; as `dvc exp show` lists it
     checkout: Path
-    base: str  # the commit, or the stash of uncommitted changes, that it starts from
+    head: str  # the commit that it belongs to
+    base: str  # that commit, or the stash of uncommitted changes, that its files are of
     params: str  # the text of its params.yaml
+    is_kept: bool = True  # False: it is a part of a run elsewhere, which keeps what it makes
 
     @property
     def folder(self) -> Path:
@@ -66,7 +68,26 @@ def define(checkout: Path, preset: str | None, overrides: Overrides) -> Experime
     key = hashlib.sha256(f"{head} {tree} {params}".encode()).hexdigest()
     values = [setting.partition("=")[0].rpartition(".")[2] + "-" + setting.partition("=")[2] for setting in settings]
     slug = re.sub(r"[^a-z0-9]+", "-", "-".join([preset or "params", *values]).lower()).strip("-")
-    return Experiment(f"{slug[:NAME_CHARACTERS].strip('-')}-{key[:6]}", checkout, base, params)
+    return Experiment(f"{slug[:NAME_CHARACTERS].strip('-')}-{key[:6]}", checkout, head, base, params)
+
+
+def part(checkout: Path, commit: str, params: str, stage: str) -> Experiment:
+    """Where this machine does a stage of a run that another one coordinates: at its commit, with its params.
+
+    Raises ValueError if the commit cannot be had.
+    """
+    has = ["git", "cat-file", "-e", f"{commit}^{{commit}}"]
+    if subprocess.run(has, cwd=checkout, capture_output=True).returncode:
+        fetched = subprocess.run(["git", "fetch", "--all", "--quiet"], cwd=checkout, capture_output=True, text=True)
+        if subprocess.run(has, cwd=checkout, capture_output=True).returncode:
+            said = f" ({fetched.stderr.strip()[-200:]})" if fetched.returncode else ""
+            raise ValueError(
+                f"{checkout} has no commit {commit[:12]}, and git fetch brought none{said}: push it to where this checkout "
+                "fetches from"
+            )
+    key = hashlib.sha256(f"{commit} {params} {stage}".encode()).hexdigest()
+    slug = re.sub(r"[^a-z0-9]+", "-", stage.lower())
+    return Experiment(f"part-{slug[:NAME_CHARACTERS]}-{key[:6]}", checkout, commit, commit, params, is_kept=False)
 
 
 def prepare(experiment: Experiment) -> None:
@@ -103,11 +124,18 @@ def keep(experiment: Experiment, targets: list[str], unversioned: list[str]) -> 
         _git(experiment.checkout, "worktree", "remove", "--force", str(experiment.folder))
 
 
+def drop(experiment: Experiment) -> None:
+    """Remove the worktree; what was made there is elsewhere."""
+    with locks.some_of([experiment.checkout / RUNS / "git.lock"], experiment.name, print):
+        _git(experiment.checkout, "worktree", "remove", "--force", str(experiment.folder))
+
+
 def environment(experiment: Experiment) -> dict[str, str]:
     """The environment in which stages in the worktree report to the checkout's tracker, named as DVC names the experiment."""
     from tessera.tracking.mirror import tracking_uri
 
-    return {"MLFLOW_TRACKING_URI": tracking_uri(experiment.checkout), "DVC_EXP_NAME": experiment.name}
+    named = {"DVC_EXP_NAME": experiment.name} if experiment.is_kept else {}
+    return {"MLFLOW_TRACKING_URI": tracking_uri(experiment.checkout), **named}
 
 
 def shared_lock(experiment: Experiment, recipe: str) -> Path:
@@ -124,7 +152,7 @@ def _make(experiment: Experiment) -> None:
     if folder.exists():  # a run that was killed right here
         shutil.rmtree(folder)
     _git(checkout, "worktree", "prune")
-    _git(checkout, "worktree", "add", "--quiet", "--detach", str(folder), "HEAD")
+    _git(checkout, "worktree", "add", "--quiet", "--detach", str(folder), experiment.head)
     _git(folder, "restore", f"--source={experiment.base}", "--worktree", "--", ".")
     (folder / PARAMS).write_text(experiment.params, encoding="utf-8")
 

@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from tessera import params
 from tessera.sources.hashing import require_hashable
 from tessera.tracking.processes import start_uploader
 
+_reading = threading.Lock()
 STATE = Path(".state")
 BUSY_SECONDS = 1.0  # between attempts, while another dvc uses the files of a stage
 STAGE_COMMAND = "python -m tessera.running"  # in dvc.yaml, of our stages
@@ -51,6 +52,7 @@ class Outcome(NamedTuple):
     code: int = 0
     changed: bool = False  # whether its outputs may differ from those at the start
     interrupted: bool = False  # by a signal that the flow did not send, e.g. the out-of-memory killer's
+    where: str = ""  # the worker that ran it, if that was another process than the flow's
 
 
 @dataclass
@@ -69,6 +71,9 @@ class Plan:
     experiment: experiments.Experiment | None = None  # whose worktree `root` is
     recipes: dict[str, str] = field(default_factory=dict)  # of an experiment's stages: equal ones compute the same
     afterwards: bool = False  # whether a step follows once all stages have succeeded
+    elsewhere: "Callable[[str, Callable[[str], None]], Outcome] | None" = None  # runs a stage on a worker; None: here
+    options: tuple[str, ...] = ()  # of `dvc repro`, for every stage
+    environment: dict[str, str] = field(default_factory=dict)  # of every stage
     champion_code: int = 0  # the exit code of the step that chooses the champion
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     interrupted: set[str] = field(default_factory=set)  # stages that are run once more
@@ -84,7 +89,10 @@ class Plan:
         The first time that a signal ends a stage, no outcome is recorded: call again, and it resumes.
         """
         self._begun.add(stage)
-        outcome = Outcome("cached") if self._is_clean(stage) else self._run(stage, say, places)
+        if self._is_clean(stage):
+            outcome = Outcome("cached")
+        else:
+            outcome = self.elsewhere(stage, say) if self.elsewhere else self._run(stage, say, places)
         self._ended = time.monotonic()
         if outcome.interrupted and stage not in self.interrupted:
             self.interrupted.add(stage)
@@ -99,6 +107,13 @@ class Plan:
         changed = [above for above in self.upstream[stage] if self.outcomes[above].changed]
         return all(self._is_same(path) for above in changed for path in self.reads[stage][above])
 
+    def is_done(self) -> bool:
+        """Whether there is nothing to do: every stage is as it was, and nothing follows. Then all of them are cached."""
+        if self.force or self.stale or self.experiment:
+            return False
+        self.outcomes = dict.fromkeys(self.upstream, Outcome("cached"))
+        return True
+
     def _is_same(self, path: Path) -> bool:
         """Whether a small file has the content that it had at first; False for a folder or a large file: ask dvc."""
         return path in self.digests and _digest(path) == self.digests[path]
@@ -110,11 +125,11 @@ class Plan:
         if self.experiment:  # another one may be computing the same, and this one takes it from the cache
             single.append(experiments.shared_lock(self.experiment, self.recipes[stage]))
         with contextlib.ExitStack() as held:
-            mine = [held.enter_context(locks.some_of([path], owner, say, self._check_going_on)) for path in single]
+            mine = [held.enter_context(locks.some_of([path], owner, say, self.check_going_on)) for path in single]
             wanted = places.wanted(stage)
             self._waiting.add(stage)
             try:
-                place = places.some(wanted, owner, say, self._check_going_on, lambda: self._gives_way(stage))
+                place = places.some(wanted, owner, say, self.check_going_on, lambda: self._gives_way(stage))
                 devices, environment = held.enter_context(place)
             finally:
                 self._waiting.discard(stage)
@@ -122,8 +137,9 @@ class Plan:
                 start_uploader(self.experiment.checkout)
                 environment = environment | experiments.environment(self.experiment)
             began = time.monotonic()
-            command = dvc("--wait-for-lock", "repro", "--single-item", stage, *(["--force"] if self.force else []))
-            environment = {"DVC_NO_ANALYTICS": "true", "PATH": search_path(), **environment}
+            forced = ["--force"] if self.force else []
+            command = dvc("--wait-for-lock", "repro", "--single-item", stage, *forced, *self.options)
+            environment = {"DVC_NO_ANALYTICS": "true", "PATH": search_path(), **environment, **self.environment}
             keep = [lock.descriptor for lock in chain(*mine, devices)]
             was_told = False
             while True:
@@ -136,7 +152,7 @@ class Plan:
                         f"{stage} waits for another dvc in this checkout, which uses its files: process {heard.blocking[0]}"
                     )
                 was_told = True
-                self._check_going_on()
+                self.check_going_on()
                 time.sleep(BUSY_SECONDS)
             heard.tell_rest()
             seconds = time.monotonic() - began
@@ -155,7 +171,8 @@ class Plan:
         coming = any(name not in self._begun and self.upstream[name] <= succeeded for name in before)
         return coming and time.monotonic() < self._ended + HAND_OVER_SECONDS
 
-    def _check_going_on(self) -> None:
+    def check_going_on(self) -> None:
+        """Raises Stopped once the flow is ending."""
         if self.processes.stopping.is_set():
             raise Stopped("the flow is ending")
 
@@ -189,7 +206,8 @@ class Plan:
         found = {stage: self.outcomes.get(stage, Outcome("not run")) for stage in self.upstream}
         for stage, outcome in found.items():
             if outcome.what != "cached":
-                tell(f"{stage:<{width}}  {outcome.what:<7}  {outcome.seconds:8.1f} s")
+                where = f"  on {outcome.where}" if outcome.where else ""
+                tell(f"{stage:<{width}}  {outcome.what:<7}  {outcome.seconds:8.1f} s{where}")
         if cached := sum(outcome.what == "cached" for outcome in found.values()):
             tell(f"nothing changed in {cached} of the {len(found)} stages")
 
@@ -224,14 +242,22 @@ class _Heard:
             self.say(line)
 
 
+@contextlib.contextmanager
+def repository(root: Path) -> Iterator[Any]:
+    """DVC's repository, in this process. One at a time: DVC resolves names relative to the working directory, which all
+    threads share."""
+    from dvc.repo import Repo
+
+    with _reading, contextlib.chdir(root), Repo(_wait_for_lock=True) as repo:
+        yield repo
+
+
 def read_plan(root: Path, targets: list[str], force: bool, experiment: experiments.Experiment | None = None) -> Plan:
     """DVC's graph above the targets (all stages if there are none), and which of them are stale now."""
     import networkx
     from dvc.lock import LockError
-    from dvc.repo import Repo
 
-    # DVC resolves the names of stages relative to the working directory, which all threads share
-    with _reading, contextlib.chdir(root), Repo(_wait_for_lock=True) as repo:
+    with repository(root) as repo:
         graph = repo.index.graph  # its edges lead from a stage to what it depends on
         wanted = {stage for target in targets for stage in repo.stage.collect(target)} if targets else set(graph)
         wanted = wanted.union(*(networkx.descendants(graph, stage) for stage in wanted))
@@ -262,6 +288,21 @@ def read_plan(root: Path, targets: list[str], force: bool, experiment: experimen
             experiment=experiment,
             recipes=_recipes(order, graph) if experiment else {},
         )
+
+
+def read_part(root: Path, stages: list[str], force: bool, experiment: experiments.Experiment) -> Plan:
+    """The plan of these stages alone, in a worktree that has what others made as entries of dvc.lock and as no files.
+
+    Whether something changed, dvc is asked for each of them when its inputs are there.
+    """
+    whole = read_plan(root, stages, True, experiment)  # forced: it asks for no status
+    return replace(
+        whole,
+        upstream={stage: above & set(stages) for stage, above in whole.upstream.items() if stage in stages},
+        stale=set(stages),
+        force=force,
+        options=("--allow-missing",),  # what did not change is left where it is
+    )
 
 
 def _shared(stage: Any, above: Any) -> list[Path]:
@@ -311,9 +352,6 @@ def require_sane(checkout: Path, text: str) -> None:
         return
     outline = params.outline(text, Path(experiments.PARAMS))
     require_hashable(checkout / outline.dataset.source)
-
-
-_reading = threading.Lock()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Runs the pipeline through Prefect: DVC's own graph, one task per stage, each of them `dvc repro --single-item STAGE`.
 
     python -m flows.reproduce [TARGET ...] [--force] [--preset NAME] [-S KEY=VALUE ...] [--champion "METRIC < NUMBER"]
+        [--spread]
 
 DVC decides what is stale; Prefect decides when and where it runs, and shows it. Without PREFECT_API_URL no server is
 needed: Prefect starts one for the run, on the loopback interface, with its files in .prefect.
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,6 +41,7 @@ from flows import ending, experiments  # noqa: E402
 from flows.board import Board  # noqa: E402
 from flows.places import Places  # noqa: E402
 from flows.plan import Plan, opened, tell  # noqa: E402
+from flows.spread import Workers, require  # noqa: E402
 from flows.stack.prefect_server import start_temporary_ones  # noqa: E402
 from tessera.running.launch import SHARED  # noqa: E402
 
@@ -63,6 +66,7 @@ def reproduce(
     targets: list[str] | None = None,
     force: bool = False,
     champion: str | None = None,
+    spread: bool = False,
 ) -> State[Any]:
     """Bring the targets up to date, or everything. The flow fails if a stage fails; stages that can run, still do.
 
@@ -74,29 +78,45 @@ def reproduce(
         force: run the stages even if nothing changed.
         champion: "generation/fd_classifier < 0.5" gives MLflow's alias champion to the best registered system by this
             metric once all stages have succeeded, if it is below (or with >, above) the number.
+        spread: leave the stages to all workers of a pool, on several machines, and wait for them here.
     """
     if champion:
         champions.arguments(champion)  # an invalid one is refused before the work
     with contextlib.nullcontext(_plan) if _plan else opened(targets or [], force, preset, overrides) as plan:
-        return _carry_out(plan, targets or [], champion)
+        run = Run(plan)
+        if spread:
+            workers = Workers(plan, run.id, bool(champion), run.work_pool)
+            plan.elsewhere = workers.carry_out
+        try:
+            return carry_out(run, targets or [], champion)
+        except BaseException:
+            if spread:
+                workers.cancel()
+            raise
 
 
-class _Run:
-    """What the tasks of one flow run do; Prefect's decorators are in `_carry_out`."""
+class Run:
+    """What the tasks of one flow run do; Prefect's decorators are in `carry_out`."""
 
     def __init__(self, plan: Plan) -> None:
-        run = FlowRunContext.get()
+        context = FlowRunContext.get()
+        run = context.flow_run if context else None
         self.plan, self.places = plan, Places(plan.systems)
-        self.id = run.flow_run.id if run and run.flow_run else None
+        self.id = run.id if run else None
+        self.work_pool = run.work_pool_name if run else None
         self.in_worker = ending.is_engine()
         self.board = Board(self.id)
+        self.last_lines: dict[str, deque[str]] = {}  # by stage
 
     def reproduce(self, stage: str) -> State[Any]:
         logger, plan, board = get_run_logger(), self.plan, self.board
         context = TaskRunContext.get()
         task_run_id = context.task_run.id if context else None
 
+        said = self.last_lines[stage] = deque(maxlen=2)
+
         def say(line: str) -> None:
+            said.append(line)
             if not self.in_worker:  # which prints what is logged
                 named = stage in line or self.places.number == 1
                 tell(line if named else f"{stage}  {line}")
@@ -109,8 +129,9 @@ class _Run:
             say(f"{stage} was ended by a signal, possibly out of memory; it continues from its checkpoint")
             return Failed(name=INTERRUPTED, message="ended by a signal")
         if outcome.code:
-            return Failed(message=f"dvc repro ended with exit code {outcome.code}")
-        if outcome.what == "ran":
+            where = f" on {outcome.where}" if outcome.where else ""
+            return Failed(message=f"dvc repro ended with exit code {outcome.code}{where}")
+        if outcome.what == "ran" and not outcome.where:
             board.done(stage, task_run_id)
             board.link(stage, plan.experiment.checkout if plan.experiment else plan.root, began, task_run_id)
         if outcome.what == "ran" or not any(stage in above for above in plan.upstream.values()):  # the table: always
@@ -140,8 +161,9 @@ class _Run:
         return kept
 
 
-def _carry_out(plan: Plan, targets: list[str], champion: str | None) -> State[Any]:
-    run = _Run(plan)
+def carry_out(run: Run, targets: list[str], champion: str | None) -> State[Any]:
+    """Run the tasks of a plan, and what follows once all stages have succeeded."""
+    plan = run.plan
     if run.id and str(run.id) == os.environ.get("PREFECT__FLOW_RUN_ID"):  # it has this process for itself
         ending.watch(plan, plan.code)
     plan.afterwards = bool(plan.experiment or champion)
@@ -191,6 +213,7 @@ def main() -> int:
     parser.add_argument(
         "-S", "--set", action="append", metavar="KEY=VALUE", help="other params, as `dvc exp run -S` takes them"
     )
+    parser.add_argument("--spread", action="store_true", help="leave the stages to the workers of PREFECT_API_URL")
     arguments = parser.parse_args()
     from dvc.exceptions import DvcException
 
@@ -201,7 +224,13 @@ def main() -> int:
             champions.arguments(arguments.champion)
         with contextlib.ExitStack() as stack:
             opening = opened(arguments.targets, arguments.force, arguments.preset, arguments.set)
-            return _run(stack.enter_context(opening), arguments)
+            plan = stack.enter_context(opening)
+            if arguments.spread:
+                require(plan.root, None)
+            if not os.environ.get("PREFECT_API_URL") and not arguments.champion and plan.is_done():
+                plan.report()  # to start a server for that would take ten seconds, and nobody could see it there
+                return 0
+            return _run(plan, arguments)
     except (DvcException, ValueError) as error:
         print(f"cannot reproduce {' '.join(arguments.targets) or 'the pipeline'}: {error}", file=sys.stderr)
         return 2
@@ -228,7 +257,14 @@ def _run(plan: Plan, arguments: argparse.Namespace) -> int:
     if not os.environ.get("PREFECT_API_URL"):
         print("Prefect starts its server for this run, which takes some seconds.", flush=True)
     try:
-        given = arguments.preset, arguments.set, arguments.targets, arguments.force, arguments.champion
+        given = (
+            arguments.preset,
+            arguments.set,
+            arguments.targets,
+            arguments.force,
+            arguments.champion,
+            arguments.spread,
+        )
         state = reproduce(*given, return_state=True)
         if not plan.settled():  # Prefect did not start them, e.g. because its server failed
             print(

@@ -8,10 +8,10 @@ worker runs leaves them to the workers of the pool where `reproduce` is deployed
 
 import argparse
 import itertools
-import json
 import re
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -22,20 +22,15 @@ from flows.reproduce import reproduce
 # isort: split
 
 import yaml
-from httpx import HTTPStatusError, TransportError
 from prefect import allow_failure, flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
-from prefect.client.schemas import filters
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
-from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound
 from prefect.futures import wait
-from prefect.states import Cancelling, Completed, Failed, State
+from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import experiments
+from flows import experiments, pool
 from flows.board import METRICS, Board
 from flows.ending import is_engine, leave_later, stop_all
 from flows.places import Places
@@ -127,7 +122,7 @@ def sweep(
     except BaseException:
         stop_all()
         if run and is_shared:
-            _cancel_cells(run.id)
+            pool.cancel_below(run.id)
         raise
     kept = {
         label: future.result() for label, future in zip(labels, futures, strict=True) if future.state.is_completed()
@@ -143,52 +138,31 @@ def sweep(
 
 
 def _is_unanswered(task: Any, run: Any, state: State[Any]) -> bool:
-    """Whether the server was away or busy while a cell was waited for: it goes on meanwhile, and is found again."""
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, TransportError) or (isinstance(error, HTTPStatusError) and error.response.is_server_error)
+    """Whether the server did not answer while a cell was waited for."""
+    return pool.is_unanswered(state.result(raise_on_failure=False))
 
 
 def _workers_share_cells(run: FlowRun) -> bool:
     """Whether the cells have a pool of their own. In the pool of the sweep they could wait forever for the slot it holds."""
     if not is_engine() or not run.work_pool_name:
         return False
-    with get_client(sync_client=True) as client:
-        try:
-            deployment = client.read_deployment_by_name(CELL)
-        except ObjectNotFound:
-            return False
-    return deployment.work_pool_name not in (None, run.work_pool_name)
+    return pool.pool_of(CELL) not in (None, run.work_pool_name)
 
 
 def _left_to_workers(sweep_id: UUID, label: str, parameters: dict[str, Any]) -> dict[str, Any]:
     """What a cell has kept, once a worker has run it. A cell of a sweep is one run, however often it is asked for."""
-    key = f"{sweep_id}: {label}"
-    run = run_deployment(
-        CELL, parameters=parameters, flow_run_name=label, poll_interval=POLL_SECONDS, idempotency_key=key
-    )
-    if run.state is None or not run.state.is_completed():
-        name = run.state.name if run.state else "unknown"
-        raise RuntimeError(f"the run of cell {label} is {name}: its own page says why")
-    with get_client(sync_client=True) as client:
-        wanted = filters.ArtifactFilter(
-            flow_run_id=filters.ArtifactFilterFlowRunId(any_=[run.id]),
-            key=filters.ArtifactFilterKey(any_=[METRICS]),
-        )
-        found = client.read_artifacts(artifact_filter=wanted)
-    if not found:
+    run = pool.hand_over(CELL, parameters, label, f"{sweep_id}: {label}")
+    while run.state is None or not run.state.is_final():
+        time.sleep(POLL_SECONDS)
+        run = pool.seen(run.id)
+    if not run.state.is_completed():
+        raise RuntimeError(f"the run of cell {label} is {run.state.name}: its own page says why")
+    found = pool.shown(run.id, METRICS)
+    if found is None:
         raise RuntimeError(
             f"cell {label} is done and kept, but Prefect has no metrics of it: compare it by dvc exp show"
         )
-    return json.loads(found[0].data)
-
-
-def _cancel_cells(sweep_id: UUID) -> None:
-    """Withdraw the cells that wait; those that run are cancelled by their workers."""
-    parent = filters.FlowRunFilterParentFlowRunId(any_=[sweep_id])
-    with get_client(sync_client=True) as client:
-        for cell in client.read_flow_runs(flow_run_filter=filters.FlowRunFilter(parent_flow_run_id=parent)):
-            if cell.state is None or not cell.state.is_final():
-                client.set_flow_run_state(cell.id, Cancelling())
+    return found
 
 
 def compare(kept: dict[str, dict[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from flows.places import devices
 from serving.hosts import for_mlflow, further_hosts
 from tessera.tracking.journal import redact
 
-# Sweeps only wait for their cells: in the pool of the cells, they would take the slots that those wait for
+# Sweeps only wait for their cells, and runs that spread for their parts: in the pool of those, they would take their slots
 POOLS = {"worker": "gpu", "control": "control"}
 MEMBERS = {
     "prefect": "Prefect's server",

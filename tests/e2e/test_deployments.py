@@ -216,14 +216,16 @@ def team(clone: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]
 
 def test_every_deployment_is_made_on_a_fresh_server_and_the_nightly_one_is_off(team: Team) -> None:
     found = {f"{made['name']}": made for made in team.ask("POST", "/deployments/filter", {})}
-    assert set(found) == {"reproduce", "sweep", "nightly"}
     assert {name: made["work_pool_name"] for name, made in found.items()} == {
-        "reproduce": "gpu", "nightly": "gpu", "sweep": "control"
+        "reproduce": "gpu", "nightly": "gpu", "part": "gpu", "sweep": "control", "spread": "control"
+    }  # fmt: skip
+    assert {name: made["parameters"].get("spread") for name, made in found.items()} == {
+        "reproduce": False, "nightly": False, "part": None, "sweep": None, "spread": True
     }  # fmt: skip
     (schedule,) = found["nightly"]["schedules"]
     assert (schedule["active"], schedule["schedule"]["cron"]) == (False, "0 2 * * *")
     assert set(found["reproduce"]["parameter_openapi_schema"]["properties"]) == {
-        "preset", "overrides", "targets", "force", "champion"
+        "preset", "overrides", "targets", "force", "champion", "spread"
     }  # fmt: skip
     for name in found:  # the form on the page explains each of them
         properties = found[name]["parameter_openapi_schema"]["properties"]

@@ -5,24 +5,18 @@ clone, a copy of the finished one, and run in order; whoever breaks something me
 """
 
 import hashlib
-import json
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 from clones import AT_THE_END, cell, ran
+from store import BUCKET, Store
 
 pytestmark = pytest.mark.e2e(seconds=120)
-BUCKET = "tessera"
 WEIGHTS = "data/tokenizers/vqgan/weights.safetensors"
 GUIDANCE = "systems.vqgan-flow.sampling.guidance_scale"
 
@@ -50,51 +44,14 @@ s3fs.S3FileSystem(endpoint_url=sys.argv[1]).put(".dvc/cache/files/md5/", "tesser
 """
 
 
-class Team:
+class Team(Store):
     """A store, a git repository that clones share, and clones, each with a cache of its own; in the first the pipeline ran."""
 
     def __init__(self, first: Any, folder: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        self.first, self.folder, self.origin = first, folder, folder / "origin.git"
+        super().__init__(folder)
+        self.first, self.origin = first, folder / "origin.git"
         first.environment = {key: value for key, value in first.environment.items() if not key.startswith("AWS_")}
         self.output = folder / "output.log"  # of every command
-        self.log = (folder / "store.log").open("w")
-        command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
-        self.environment = {
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": str(folder / "none"),
-            "AWS_SHARED_CREDENTIALS_FILE": str(folder / "none"),
-            "DVC_SITE_CACHE_DIR": str(folder / "site"),  # what DVC remembers of clones and stores
-            "NO_PROXY": "127.0.0.1",
-        }
-
-    def open(self) -> None:
-        """Wait for the store, make the bucket and a user; from then on it asks for the user's key."""
-        end = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.url}/moto-api/", timeout=5).close()
-                break
-            except (urllib.error.URLError, OSError):
-                assert self.process.poll() is None and time.monotonic() < end, (self.folder / "store.log").read_text()
-                time.sleep(0.2)
-        root = {"aws_access_key_id": "root", "aws_secret_access_key": "root", "region_name": "us-east-1"}
-        users = boto3.client("iam", endpoint_url=self.url, **root)
-        users.create_user(UserName="team")
-        allowed = {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}
-        policy = json.dumps({"Version": "2012-10-17", "Statement": [allowed]})
-        users.put_user_policy(UserName="team", PolicyName="store", PolicyDocument=policy)
-        key = users.create_access_key(UserName="team")["AccessKey"]
-        self.secret = key["SecretAccessKey"]
-        self.environment |= {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": self.secret}
-        keys = {"aws_access_key_id": key["AccessKeyId"], "aws_secret_access_key": self.secret}
-        self.store = boto3.client("s3", endpoint_url=self.url, region_name="us-east-1", **keys)
-        self.store.create_bucket(Bucket=BUCKET)
-        headers = {"content-type": "text/plain"}
-        urllib.request.urlopen(urllib.request.Request(f"{self.url}/moto-api/reset-auth", b"0", headers)).close()
 
     def machine(self, name: str) -> Any:
         """A new clone, with an empty cache."""
@@ -148,9 +105,7 @@ def team(clone: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]
         first.git("remote", "add", "origin", str(team.origin))
         yield team
     finally:
-        team.process.terminate()
-        team.process.wait(30)
-        team.log.close()
+        team.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,11 @@ import importlib.metadata
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +22,7 @@ import pytest
 import yaml
 from foreign_host import check_names
 from ports import free_ports
+from postgres import postgres_server
 
 from flows.stack import members, servers
 from tessera.tracking.processes import process_start
@@ -104,31 +103,8 @@ def checkout(tmp_path: Path) -> Iterator[Checkout]:
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[tuple[Path, int]]:
     """A database server of Debian's, whose superuser is tessera; its folder and port."""
-    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not binaries:
-        pytest.skip("no PostgreSQL below /usr/lib/postgresql: install it, for example with apt-get install postgresql")
-    prefix = []
-    folder = Path(tempfile.mkdtemp(prefix="stack-postgres-"))
-    (folder / "password").write_text(PASSWORD)
-    if os.geteuid() == 0:  # which PostgreSQL refuses
-        if shutil.which("runuser") is None:
-            pytest.skip("PostgreSQL does not run as root, and there is no runuser: run the test as another user")
-        prefix = ["runuser", "-u", "postgres", "--"]
-        for path in (folder, folder / "password"):
-            shutil.chown(path, "postgres")
-    (port,) = free_ports(1)
-    data, control = folder / "data", [*prefix, str(binaries[-1].with_name("pg_ctl")), "-D", str(folder / "data")]
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-    create = [str(binaries[-1]), "-D", str(data), "-U", "tessera", f"--pwfile={folder / 'password'}"]
-    try:
-        subprocess.run([*prefix, *create, "-A", "scram-sha-256", "--no-sync"], check=True, stdout=subprocess.DEVNULL)
-        (folder / "password").unlink()
-        log = ["-l", str(folder / "log"), "-o", options]
-        subprocess.run([*control, "-w", *log, "start"], check=True, stdout=subprocess.DEVNULL)
-        yield folder, port
-    finally:
-        subprocess.run([*control, "-m", "immediate", "stop"], check=False, stdout=subprocess.DEVNULL)
-        shutil.rmtree(folder)
+    with postgres_server(PASSWORD) as server:
+        yield server
 
 
 PASSWORD = "pg-canary/@ %x1"  # what an address, an ini file and a configuration could stumble over
