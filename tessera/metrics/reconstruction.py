@@ -33,16 +33,18 @@ class Pairs:
     """`psnr_db` and `ssim`: means over images."""
 
     def __init__(self, config: Config, spec: ImageSpec, device: torch.device):
-        self.psnr: list[Tensor] = []
-        self.ssim: list[Tensor] = []
+        self.psnr: list[
+            float
+        ] = []  # numbers: small tensors that stay, among large ones that go, keep memory from shrinking
+        self.ssim: list[float] = []
 
     def update(self, originals: Tensor, decoded: Tensor) -> None:
-        self.psnr.append(psnr_db(decoded / 255, originals / 255))
-        self.ssim.append(ssim(decoded / 255, originals / 255))
+        self.psnr += psnr_db(decoded / 255, originals / 255).tolist()
+        self.ssim += ssim(decoded / 255, originals / 255).tolist()
 
     def record(self, protocol: Any, found: Record) -> None:
-        found.add_mean("psnr_db", torch.cat(self.psnr), protocol(window=WINDOW))
-        found.add_mean("ssim", torch.cat(self.ssim), protocol(window=WINDOW))
+        found.add_mean("psnr_db", self.psnr, protocol(window=WINDOW))
+        found.add_mean("ssim", self.ssim, protocol(window=WINDOW))
 
 
 def psnr_db(images: Tensor, originals: Tensor, ceiling: float = 100.0) -> Tensor:
