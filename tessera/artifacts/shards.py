@@ -13,7 +13,7 @@ from tessera.artifacts.folder import ArtifactError
 SHARD_BYTES = 256 * 2**20
 BATCH = 500  # rows that are read at a time
 MAPPED_BYTES = 256 * 2**20  # of pages that may stay mapped after they were read
-AROUND = 2**16  # bytes: what the kernel maps beside a page that is asked for
+AROUND = 2**21  # bytes: the largest piece of a file that the kernel may map for one page that is asked for
 
 
 class ShardWriter:
