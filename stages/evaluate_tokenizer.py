@@ -52,14 +52,15 @@ def run(  # its paths are the options of its command
     group = found.group("reconstruction")
 
     batches = partial(_batches, job, params.encode_tokens.batch_size)
-    pairs, shown = AllPairs(panel, spec, device), []
+    pairs, chosen = AllPairs(panel, spec, device), spread(len(test), SHOWN)
+    shown = np.empty((2 * len(chosen), *test.pixels.row_shape), np.uint8)
     decoded = Decoded(panel, "r", test.labels, are_originals=True)
     for rows, originals in batches(test, np.arange(len(test)), "test images"):
         after = reconstruct(originals)
         decoded.update(after)
         pairs.update(originals, after)
-        is_shown = np.isin(rows, spread(len(test), SHOWN))
-        shown += [image.numpy() for pair in zip(originals[is_shown], after[is_shown], strict=True) for image in pair]
+        is_shown, at = np.isin(rows, chosen), np.isin(chosen, rows)
+        shown[0::2][at], shown[1::2][at] = originals[is_shown], after[is_shown]
     pairs.record(test, artifact.part_sha256(images, "test"), group)
     decoded.measure(OF_TEST, group)
 
@@ -82,7 +83,7 @@ def run(  # its paths are the options of its command
     decoded.measure("reconstructions of training images", group)
 
     _write_uses(codebook_uses, counts)
-    pictures.save_grid(picture, np.stack(shown), 10)
+    pictures.save_grid(picture, shown, 10)
     job.attach(picture, "reconstructions.png")
     measured = found.measured()
     measured.write(metrics)

@@ -19,7 +19,7 @@ def run(params: Pipeline, name: str, images: Path, features: Path, out: Path, jo
         for split, dataset in splits.items():
             summary = judge.summary(dataset.pixels, params.reference_stats.max_features)
             with ShardWriter(place, f"features-{split}") as writer:
-                writer.append(summary.features.float().cpu().numpy())
+                writer.append(summary.stored.float().cpu().numpy())
             reference.write_moments(place / f"{split}.npz", summary.moments)
             described[split] = reference.Split(
                 num_images=len(dataset),

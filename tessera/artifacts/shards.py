@@ -1,5 +1,6 @@
 """Rows of one shape and dtype in numbered .npy files: written as a stream, read memory-mapped, gathered in batches."""
 
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,8 @@ from tessera.artifacts.folder import ArtifactError
 
 SHARD_BYTES = 256 * 2**20
 BATCH = 500  # rows that are read at a time
+MAPPED_BYTES = 256 * 2**20  # of pages that may stay mapped after they were read
+AROUND = 2**21  # bytes: the largest piece of a file that the kernel may map for one page that is asked for
 
 
 class ShardWriter:
@@ -55,7 +58,8 @@ class ShardWriter:
 
 
 class Shards:
-    """Read-only rows of all shards of a stem. Memory use is that of the rows asked for.
+    """Read-only rows of all shards of a stem. Memory use is that of the rows asked for: what was read is unmapped now and then,
+    and stays in the system's cache alone.
 
     Raises ArtifactError, naming the file, unless all of them hold rows of one shape in the dtype that is expected.
     """
@@ -75,6 +79,10 @@ class Shards:
                 )
         self.starts = np.cumsum([0, *(len(array) for array in self.arrays)])
         self.dtype, self.row_shape = self.arrays[0].dtype, self.arrays[0].shape[1:]
+        self._row_reach = AROUND + self.dtype.itemsize * int(
+            np.prod(self.row_shape)
+        )  # bytes that reading a row may map
+        self._mapped = 0  # bytes, at most
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -85,6 +93,7 @@ class Shards:
         parts: (len(rows),) of each row only the element at this place of its first axis, and nothing else of it is read.
         """
         rows = np.asarray(rows)
+        self._count(len(rows))
         if len(self.arrays) == 1:
             return self.arrays[0][rows] if parts is None else self.arrays[0][rows, parts]
         out = np.empty((len(rows), *(self.row_shape if parts is None else self.row_shape[1:])), self.dtype)
@@ -97,7 +106,18 @@ class Shards:
 
     def all(self) -> np.ndarray:
         """Every row, in memory: for labels and small sets."""
-        return np.concatenate(self.arrays)
+        found = np.concatenate(self.arrays)
+        self._count(len(self))
+        return found
+
+    def _count(self, num_rows: int) -> None:
+        """Unmap what was read so far, once it may be much. It stays in the system's cache, and is mapped again if asked for."""
+        self._mapped += num_rows * self._row_reach
+        if self._mapped > MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            for array in self.arrays:
+                if isinstance(array.base, mmap.mmap):
+                    array.base.madvise(mmap.MADV_DONTNEED)
+            self._mapped = 0
 
 
 def _remedy(folder: Path) -> str:

@@ -39,7 +39,8 @@ class Summary:
     def __init__(self, num_images: int, max_features: int):
         self.kept = spread(num_images, max_features)  # which images the features are of
         self._is_kept = np.isin(np.arange(num_images), self.kept)
-        self._moments, self._features, self._seen = MomentsAccumulator(), [], 0
+        self._moments, self._seen, self._num_kept = MomentsAccumulator(), 0, 0
+        self._features = torch.empty(0)
 
     def update(self, features: Tensor) -> None:
         """features: (n, D) of the next n images. They stay on the device where they are."""
@@ -47,8 +48,13 @@ class Summary:
         chosen = np.flatnonzero(
             self._is_kept[self._seen : self._seen + len(features)]
         )  # a mask would wait for the device
-        self._features.append(features[torch.from_numpy(chosen).to(features.device)])
-        self._seen += len(features)
+        if (
+            not self._seen
+        ):  # room for all: pieces that stay, among what is freed, keep a process's memory from shrinking
+            self._features = features.new_empty(len(self.kept), features.shape[1])
+        number = self._num_kept + len(chosen)
+        self._features[self._num_kept : number] = features[torch.from_numpy(chosen).to(features.device)]
+        self._num_kept, self._seen = number, self._seen + len(features)
 
     @property
     def moments(self) -> Moments:
@@ -60,7 +66,13 @@ class Summary:
     @property
     def features(self) -> Tensor:
         """(len(kept), D) float64"""
-        return torch.cat(self._features).double()
+        return self.stored.double()
+
+    @property
+    def stored(self) -> Tensor:
+        """The same as the network gave them."""
+        assert self._num_kept == len(self.kept), (self._num_kept, len(self.kept))
+        return self._features
 
 
 class Judge:

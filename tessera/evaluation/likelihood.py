@@ -37,8 +37,12 @@ def bits_of_each(model: nn.Module, dataset: Tokens, rows: Tensor, seed: int) -> 
     """(n,) bits of the first views of (n,) rows under a prior that has `bits`."""
     model.eval()
     generator = seeding.generator(seed, "bits", device=next(model.parameters()).device)
-    pieces = rows.split(BATCH)
-    return torch.cat([model.bits(*_batch(model, dataset, piece), generator).double().cpu() for piece in pieces])
+    found = torch.empty(
+        len(rows), dtype=torch.float64
+    )  # in one piece: many small ones keep a process's memory from shrinking
+    for into, piece in zip(found.split(BATCH), rows.split(BATCH), strict=True):
+        into.copy_(model.bits(*_batch(model, dataset, piece), generator))
+    return found
 
 
 def _batch(module: nn.Module, dataset: Tokens, rows: Tensor) -> TokenBatch:

@@ -34,7 +34,8 @@ class Shift(NamedTuple):
 def of_samples(config: Config, samples: SeenSamples, found: Record) -> None:
     """`brightness_shift`: how much brighter samples are than test images, all of them."""
     ours, theirs = (
-        torch.cat([levels(batch) for batch in batches]) for batches in (samples.pixels(), samples.test_pixels())
+        torch.tensor([level for batch in batches for level in levels(batch).tolist()], dtype=torch.float64)
+        for batches in (samples.pixels(), samples.test_pixels())
     )
     difference = shift(ours, theirs)
     found.add("brightness_shift", difference.value, samples.protocol(), difference.standard_error)
@@ -44,15 +45,18 @@ class Pairs:
     """`reconstruction_brightness_shift`: of reconstructions, each beside its original."""
 
     def __init__(self, config: Config, spec: ImageSpec, device: torch.device):
-        self.decoded: list[Tensor] = []
-        self.originals: list[Tensor] = []
+        self.decoded: list[
+            float
+        ] = []  # numbers: small tensors that stay, among large ones that go, keep memory from shrinking
+        self.originals: list[float] = []
 
     def update(self, originals: Tensor, decoded: Tensor) -> None:
-        self.decoded.append(levels(decoded))
-        self.originals.append(levels(originals))
+        self.decoded += levels(decoded).tolist()
+        self.originals += levels(originals).tolist()
 
     def record(self, protocol: Any, found: Record) -> None:
-        difference = shift(torch.cat(self.decoded), torch.cat(self.originals), paired=True)
+        ours, theirs = (torch.tensor(each, dtype=torch.float64) for each in (self.decoded, self.originals))
+        difference = shift(ours, theirs, paired=True)
         found.add(
             "reconstruction_brightness_shift", difference.value, protocol(window=WINDOW), difference.standard_error
         )

@@ -8,6 +8,7 @@ pixel, with the image mirrored at its edges. Where an image is smaller than 11 p
 odd side that fits (7x7 for an 8x8 image), so such figures compare only among equal image sizes.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ FIGURES = (Shown("psnr_db", "{:.2f}", better="higher"), Shown("ssim", better="hi
 WINDOW = 11  # pixels
 SIGMA = 1.5  # pixels
 K1, K2 = 0.01, 0.03
-CHUNK_IMAGES = 256  # whose float64 maps are in memory at a time
+CHUNK_NUMBERS = 2**14  # of the images whose float64 maps are in memory at a time: then they stay in a processor's cache
 
 
 class Config(Params):
@@ -32,16 +33,18 @@ class Pairs:
     """`psnr_db` and `ssim`: means over images."""
 
     def __init__(self, config: Config, spec: ImageSpec, device: torch.device):
-        self.psnr: list[Tensor] = []
-        self.ssim: list[Tensor] = []
+        self.psnr: list[
+            float
+        ] = []  # numbers: small tensors that stay, among large ones that go, keep memory from shrinking
+        self.ssim: list[float] = []
 
     def update(self, originals: Tensor, decoded: Tensor) -> None:
-        self.psnr.append(psnr_db(decoded / 255, originals / 255))
-        self.ssim.append(ssim(decoded / 255, originals / 255))
+        self.psnr += psnr_db(decoded / 255, originals / 255).tolist()
+        self.ssim += ssim(decoded / 255, originals / 255).tolist()
 
     def record(self, protocol: Any, found: Record) -> None:
-        found.add_mean("psnr_db", torch.cat(self.psnr), protocol(window=WINDOW))
-        found.add_mean("ssim", torch.cat(self.ssim), protocol(window=WINDOW))
+        found.add_mean("psnr_db", self.psnr, protocol(window=WINDOW))
+        found.add_mean("ssim", self.ssim, protocol(window=WINDOW))
 
 
 def psnr_db(images: Tensor, originals: Tensor, ceiling: float = 100.0) -> Tensor:
@@ -52,7 +55,7 @@ def psnr_db(images: Tensor, originals: Tensor, ceiling: float = 100.0) -> Tensor
     _check(images, originals)
     errors = [
         (a.double() - b.double()).square().mean(dim=(1, 2, 3))  # (n,)
-        for a, b in zip(images.split(CHUNK_IMAGES), originals.split(CHUNK_IMAGES), strict=True)
+        for a, b in _chunks(images, originals)
     ]
     return (-10 * torch.cat(errors).log10()).clamp(max=ceiling)
 
@@ -63,8 +66,13 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
     Both (N, C, H, W) float in [0, 1].
     """
     _check(images, originals)
-    pairs = zip(images.split(CHUNK_IMAGES), originals.split(CHUNK_IMAGES), strict=True)
-    return torch.cat([_ssim_of_each(a.double(), b.double()) for a, b in pairs])
+    return torch.cat([_ssim_of_each(a.double(), b.double()) for a, b in _chunks(images, originals)])
+
+
+def _chunks(images: Tensor, originals: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few images at a time. Each is measured by itself, so that it does not matter how many."""
+    size = max(1, CHUNK_NUMBERS // images[0].numel())
+    return zip(images.split(size), originals.split(size), strict=True)
 
 
 def _ssim_of_each(x: Tensor, y: Tensor) -> Tensor:
