@@ -59,7 +59,6 @@ def accept(root: Path, stages: list[str], why: str) -> None:
     """
     if not why.strip():
         raise ValueError("--why is empty: say in a sentence why the change of code cannot change the result")
-    by = _name_in_git(root)
     _refresh(root)
     status, lock = _status(root), changes.read_lock(root)
     found = changes.since_last_run(root, root / changes.FOLDER)
@@ -71,6 +70,7 @@ def accept(root: Path, stages: list[str], why: str) -> None:
         others = _reasons(status[stage], besides=f"{changes.FOLDER}/{stage}")
         if others:
             raise ValueError(f"{stage} is stale for more than its code ({'; '.join(others)}): run dvc repro {stage}")
+    by = _name_in_git(root)
     rows = []
     for stage in stages:
         before = next(dep["md5"] for dep in lock[stage]["deps"] if dep["path"] == f"{changes.FOLDER}/{stage}")

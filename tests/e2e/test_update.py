@@ -84,16 +84,16 @@ def test_a_person_keeps_a_training_whose_code_changed_and_that_is_written_down(c
         clone, "accept", "train_prior@gan", "--why", "x", fails=True
     )
     assert "--why is empty" in code(clone, "accept", stage, "--why", " ", fails=True)
-    clone.git("config", "user.name", "")
-    assert "git config user.name NAME" in code(clone, "accept", stage, "--why", "x", fails=True)
-    clone.git("config", "user.name", "a name")
     before = clone.params()
     changed = clone.params()
     changed["systems"]["vqgan-autoregressive"]["prior"]["depth"] = 2
     clone.write_params(changed)
     assert "is stale for more than its code" in code(clone, "accept", stage, "--why", "x", fails=True)
     clone.write_params(before)
+    clone.git("config", "user.name", "")
+    assert "git config user.name NAME" in code(clone, "accept", stage, "--why", "x", fails=True)
     assert not (clone.folder / "data/accepted.csv").exists()
+    clone.git("config", "user.name", "a name")
 
     code(clone, "accept", stage, "--why", "a constant that nothing uses")
     (row,) = csv.DictReader((clone.folder / "data/accepted.csv").open())
