@@ -152,9 +152,9 @@ def _sending(root: Path, state: Path, key: str, warn: Callable[[str], None]) -> 
         while not is_last:
             is_last = ended.wait(seconds)  # once more at the end: a training that is stopped has just saved its state
             try:
-                sent = (
-                    remote.send_state(root, state, key) if remote.newest(state) not in (None, sent) else None
-                ) or sent
+                step = remote.newest(state)
+                if step is not None and step.name != sent:
+                    sent = remote.send_state(root, state, key) or sent
             except FileNotFoundError:  # replaced by a newer one meanwhile
                 continue
             except Exception as error:  # the store's and the network's: the training goes on

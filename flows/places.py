@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flows import locks
+from tessera.artifacts.background import num_cores
 from tessera.running import launch
 from tessera.running.progress import AT_ONCE
 
@@ -40,7 +41,7 @@ class Places:
     def __init__(self, systems: int = 1) -> None:
         gpus = devices()
         self.gpus = len(gpus)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = num_cores()
         text = os.environ.get("TESSERA_PARALLEL") or str(len(gpus) or max(1, min(cores, systems)))
         if not text.isdecimal() or int(text) == 0:
             raise ValueError(

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.plan import Plan, repository
+from tessera.code.changes import LOCK, read_lock
 
-LOCK = "dvc.lock"
 SCHEMA = "2.0"  # of dvc.lock
 SMALL_BYTES = 100_000  # of a file that git keeps: a dozen figures
 STATES = "states"  # beside DVC's own folders in the remote
@@ -53,7 +53,7 @@ def entries(root: Path, stages: list[str], whole: list[str]) -> dict[str, Any]:
     Raises Trouble if it does not know one of `stages`.
     """
     with repository(root) as repo, repo.lock:  # dvc may be writing it for another stage
-        known = _read(root)["stages"]
+        known = read_lock(root)
     if missing := [stage for stage in stages if "outs" not in known.get(stage, {})]:
         raise Trouble(f"dvc.lock in {root} does not say what {', '.join(missing)} made: run it again")
     made = {stage: {key: known[stage][key] for key in ("cmd", "outs")} for stage in stages}
@@ -80,8 +80,7 @@ def write(root: Path, lock: dict[str, Any], files: dict[str, str], is_all: bool 
     from dvc.utils.serialize import dump_yaml
 
     with repository(root) as repo, repo.lock:
-        content = {"schema": SCHEMA, "stages": {}} if is_all else _read(root)
-        content["stages"] |= lock
+        content = {"schema": SCHEMA, "stages": ({} if is_all else read_lock(root)) | lock}
         beside = root / f".{LOCK}.new"
         dump_yaml(beside, content)
         beside.replace(root / LOCK)
@@ -119,13 +118,6 @@ def inputs(plan: Plan, stage: str, without: set[str]) -> list[str]:
     return sorted(found - set(plan.unversioned))
 
 
-def _read(root: Path) -> dict[str, Any]:
-    from dvc.utils.serialize import load_yaml
-
-    found = load_yaml(root / LOCK) if (root / LOCK).is_file() else None
-    return found or {"schema": SCHEMA, "stages": {}}
-
-
 def _states(root: Path) -> tuple[Any, str]:
     """The remote's file system, and the folder of training states there."""
     with repository(root) as repo:
@@ -147,10 +139,10 @@ def _telling(what: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ states of trainings
 
 
-def newest(state: Path) -> str | None:
-    """The name of the newest whole checkpoint."""
-    names = sorted(path.parent.name for path in state.glob("*/step-*/manifest.json"))
-    return names[-1] if names else None
+def newest(state: Path) -> Path | None:
+    """The folder of the newest whole checkpoint."""
+    whole = (path.parent for path in state.glob("*/step-*/manifest.json"))
+    return max(whole, key=lambda path: path.name, default=None)
 
 
 def send_state(root: Path, state: Path, key: str) -> str | None:
@@ -158,10 +150,9 @@ def send_state(root: Path, state: Path, key: str) -> str | None:
 
     Its manifest is sent last, so that half a checkpoint has none.
     """
-    steps = sorted((path.parent for path in state.glob("*/step-*/manifest.json")), key=lambda path: path.name)
-    if not steps:
+    step = newest(state)
+    if step is None:
         return None
-    step = steps[-1]
     files = [path for path in step.iterdir() if path.name != "manifest.json"]
     beside = [path for path in state.rglob("*") if path.is_file() and not _is_unwanted(path.relative_to(state).parts)]
     fs, folder = _states(root)
@@ -180,7 +171,8 @@ def fetch_state(root: Path, state: Path, key: str) -> str | None:
     fs, folder = _states(root)
     folder = fs.join(folder, key)
     there = _steps(fs, folder)
-    if not there or (newest(state) or "") >= there[-1].rpartition("/")[2]:
+    here = newest(state)
+    if not there or (here is not None and here.name >= there[-1].rpartition("/")[2]):
         return None
     shutil.rmtree(state, ignore_errors=True)
     for found in fs.find(folder):

@@ -1,5 +1,6 @@
 """Reading ahead and writing behind, each in a thread of its own, so that a device does not wait for a disk."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,6 +9,11 @@ from typing import Any, TypeVar
 
 Item, Read = TypeVar("Item"), TypeVar("Read")
 DEPTH = 2  # items that lie ready, or wait to be written
+
+
+def num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_ahead(read: Callable[[Item], Read], items: Iterable[Item], depth: int = DEPTH) -> Iterator[Read]:

@@ -11,19 +11,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from tessera.artifacts.background import num_cores
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-SHARED = (
-    "train_features",
-    "train_tokenizer",
-    "train_prior",
-    "encode_tokens",
-    "sample_images",
-)  # the stages whose work can be shared
+    from tessera.nn.processes import Processes
+
+# The stages whose work can be shared
+SHARED = ("train_features", "train_tokenizer", "train_prior", "encode_tokens", "sample_images")
 Item, Made = TypeVar("Item"), TypeVar("Made")
 LAUNCHED = "TESSERA_LAUNCHED"  # set for the processes that `launch` starts
 PATIENCE = 300  # seconds for a checkpoint, when all are asked to stop
@@ -77,40 +77,29 @@ def rank() -> int:
 
 def part(items: Sequence[Item]) -> Sequence[Item]:
     """Those of the items that `share` gives to this process."""
-    return items if not is_rank() else items[rank() :: _group().get_world_size()]
+    return _processes().part(items)
 
 
 def share(items: Sequence[Item], work: Callable[[Item], Made]) -> Iterator[Made]:
     """work(item) of all items, in order, in the first process; each works on its part, and the others yield nothing."""
-    if not is_rank():
-        yield from map(work, items)
-        return
-    group = _group()
-    number, mine = group.get_world_size(), group.get_rank()
-    for start in range(0, len(items), number):
-        some = items[start : start + number]
-        made = work(some[mine]) if mine < len(some) else None
-        gathered = [None] * number if mine == 0 else None
-        group.gather_object(made, gathered)
-        yield from (gathered or ())[: len(some)]
+    return _processes().in_order(items, work)
 
 
 def from_main(value: Made) -> Made:
     """What the first process gives, in all of them; what the others give is not looked at."""
-    if not is_rank():
-        return value
-    values = [value]
-    _group().broadcast_object_list(values)
-    return values[0]
+    return _processes().from_main(value)
 
 
-def _group() -> Any:
-    """torch.distributed, among the processes of this stage; by their hosts, for no device has what they give each other."""
+@cache
+def _processes() -> "Processes":
+    """Those of this stage."""
     import torch.distributed as dist
 
-    if not dist.is_initialized():
+    from tessera.nn.processes import Processes
+
+    if is_rank() and not dist.is_initialized():
         dist.init_process_group("gloo")
-    return dist
+    return Processes(dist.get_world_size() if is_rank() else 1)
 
 
 def use_device() -> None:
@@ -136,8 +125,7 @@ def launch(name: str, command: list[str], wanted: Launch) -> int:
     for logger in (of_agents, *(logging.getLogger(f"torch.distributed.{part}") for part in ("elastic", "launcher"))):
         logger.setLevel(logging.CRITICAL + 1)  # they tell of every failure in forty lines
     os.environ[LAUNCHED] = "1"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // wanted.processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // wanted.processes)))
     config = LaunchConfig(
         min_nodes=wanted.nodes,
         max_nodes=wanted.nodes,

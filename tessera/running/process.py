@@ -48,14 +48,14 @@ SECTIONS = {  # of params.yaml, that the key of a stage is looked up in; of all 
 def main(command: list[str]) -> None:
     """Run the stage that the first word names, with what the others give it, and exit."""
     run, name, arguments = _parsed(command)
-    is_main = launch.rank() == 0
+    is_main, began = launch.rank() == 0, time.monotonic()
     try:
         params = _required(name, arguments)
         wanted = launch.asked(name.partition("@")[0])
         if not wanted.is_one:
             sys.exit(launch.launch(name, command, wanted))
         with _sole_owner(name, is_main):
-            _execute(run, name, params, arguments, is_main)
+            _execute(run, name, params, arguments, is_main, began)
     except (ValueError, OSError) as error:
         _fail(name, str(error), error)
     except (MemoryError, RuntimeError) as error:
@@ -98,8 +98,9 @@ def _required(name: str, arguments: dict[str, Any]) -> Pipeline:
     return params
 
 
-def _execute(run: Callable, name: str, params: Pipeline, arguments: dict[str, Any], is_main: bool) -> None:
-    began = time.monotonic()
+def _execute(
+    run: Callable, name: str, params: Pipeline, arguments: dict[str, Any], is_main: bool, began: float
+) -> None:
     state = STATE / name.replace("@", "-")
     state.mkdir(parents=True, exist_ok=True)
     described = params.describe(name)._asdict()

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tessera.artifacts.background import num_cores
 from tessera.sources.decoding import pillow_warnings
 from tessera.sources.listing import Entry
 from tessera.sources.records import Unreadable
@@ -39,11 +40,6 @@ class Fate(NamedTuple):
     sha256: str  # of its bytes; "" if they could not be read
     image: np.ndarray | None  # (C, H, W) uint8
     reason: str = ""  # why there is no image
-
-
-def num_cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def task(entry: Entry, read: Read, read_now: bool) -> Task:

@@ -25,7 +25,7 @@ from tessera import seeding
 from tessera.bases.optimization import Training, learning_rate_factor, update_average
 from tessera.contracts import Job, Objective
 from tessera.nn.draw import MovesOncePerStep
-from tessera.training.processes import Processes
+from tessera.nn.processes import Processes
 from tessera.training.reading import Data, Reader
 from tessera.training.speed import Speed
 from tessera.training.state import State
@@ -84,7 +84,7 @@ def fit(
         validation.begin(start)
     network = _prepared(objective, settings, accelerator)
     reader = _reader(data, settings, range(start, settings.num_steps), seed, accelerator)
-    terms = Terms(objective.phases, accelerator.device)
+    terms = Terms(objective.phases, accelerator.device, reader.rows)
     row_interval = max(1, math.ceil(settings.num_steps / HISTORY_ROWS))
     speed = Speed(settings, reader, job, accelerator.num_processes)
     with job.stopping_between_steps(), contextlib.closing(state), contextlib.closing(speed.over(reader)) as batches:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.checkpoints import read_weights
 from tessera.artifacts.folder import ArtifactError
-from tessera.training.processes import Processes
+from tessera.nn.processes import Processes
 
 FILES = ("objective", "average", "optimizers")
 WORST_SHARE = 0.05  # of the time, at most, is a checkpoint being made

@@ -5,6 +5,7 @@ loss or gradient is not finite no optimizer takes another step, and the terms st
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ class Diverged(ValueError):
 
 
 class Terms:
-    def __init__(self, phases: tuple[str, ...], device: torch.device):
-        self.phases = phases
+    def __init__(self, phases: tuple[str, ...], device: torch.device, rows_of: Callable[[int], Tensor]):
+        """rows_of: the rows of a step, to name some where its loss is not finite."""
+        self.phases, self.rows_of = phases, rows_of
         self.found_inf = torch.zeros(
             (), device=device
         )  # 1: something was not finite. As torch's own optimizers call it
@@ -66,7 +68,7 @@ class Terms:
             for name in self._names[phase]:
                 number = numbers.pop(0)
                 if not math.isfinite(number):
-                    raise Diverged(_sentence(phase, name, number, int(step)))
+                    raise Diverged(self._sentence(phase, name, number, int(step)))
                 if name != GRADIENT and phase in self._noted:
                     found[f"{phase}_loss" if name == "loss" and phase != self.phases[0] else name] = number
         return found
@@ -75,13 +77,14 @@ class Terms:
         """Raises Diverged as `read` does."""
         self.read()
 
-
-def _sentence(phase: str, name: str, number: float, step: int) -> str:
-    what = f"the gradient of phase '{phase}'" if name == GRADIENT else f"{phase} term '{name}'"
-    return (
-        f"{what} is {number} at step {step + 1}: not applied, the last checkpoint stays. "
-        f"Lower training.learning_rate, or use precision: fp32"
-    )
+    def _sentence(self, phase: str, name: str, number: float, step: int) -> str:
+        is_gradient = name == GRADIENT
+        what = f"the gradient of phase '{phase}'" if is_gradient else f"{phase} term '{name}'"
+        rows = "" if is_gradient else f"; rows {self.rows_of(step).flatten()[:8].tolist()}..."
+        return (
+            f"{what} is {number} at step {step + 1}: not applied, the last checkpoint stays. "
+            f"Lower training.learning_rate, or use precision: fp32{rows}"
+        )
 
 
 def summed(sums: dict[str, Tensor], terms: dict[str, Any], of: int) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ def test_an_ordinary_step_reads_nothing_from_the_device_and_copies_nothing_to_it
     folder, module, config = _trainable(folder, kind)
     spec, rows = _training_data(folder, kind, image_spec, token_spec)
     objective = module.Objective(module.Model(config, spec), config).train().to(META)
-    optimizers, terms = objective.optimizers(), Terms(objective.phases, META)
+    optimizers, terms = objective.optimizers(), Terms(objective.phases, META, torch.tensor)
     batch = type(rows.whole)(*(tensor.to(META) for tensor in rows.whole))
     for step in range(4):  # a codebook passes the first by, and is placed in the second
         with Copies() as copies:
@@ -76,7 +76,7 @@ def test_a_row_of_the_history_is_read_at_once(monkeypatch):
     reads, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or tolist(self))
     monkeypatch.setattr(torch.Tensor, "item", None)
-    terms = Terms(("a", "b"), torch.device("cpu"))
+    terms = Terms(("a", "b"), torch.device("cpu"), torch.tensor)
     for step in range(3):
         terms.begin(step)
         terms.note("a", {"loss": torch.tensor(1.5 + step), "size": torch.tensor(2.0)}, torch.tensor(1.0))

@@ -4,35 +4,22 @@ What they share is what real ones would: git's origin, a server of Prefect, one 
 """
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from clones import Clone
 from ports import free_ports
+from prefect_api import Asks
 from store import BUCKET, Store
-
-ENDS = {"Completed", "Failed", "Crashed", "Cancelled"}
-
-
-def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> float:
-    """Wait until it is true; how long that took."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() < began + seconds, f"{what}: not within {seconds:g} s"
-        time.sleep(0.2)
-    return time.monotonic() - began
+from waiting import wait_for
 
 
-class Team(Store):
+class Team(Store, Asks):
     """The servers, and the origin that machines clone from."""
 
     def __init__(self, first: Clone, folder: Path, database: str = "") -> None:
@@ -99,43 +86,10 @@ class Team(Store):
         log = (self.folder / f"{name}.log").open("a")
         return subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log, start_new_session=True)
 
-    def ask(self, method: str, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"{self.environment['PREFECT_API_URL']}{path}", data, {"content-type": "application/json"}, method=method
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=20) as answer:
-                return json.loads(answer.read() or "null")
-        except (urllib.error.URLError, OSError) as error:
-            print(f"{method} {path}: {error}")
-            return None
-
-    def submit(self, deployment: str, **parameters: Any) -> str:
-        """The id of a new flow run."""
-        found = self.ask("GET", f"/deployments/name/{deployment}")
-        return self.ask("POST", f"/deployments/{found['id']}/create_flow_run", {"parameters": parameters})["id"]
-
-    def state(self, run: str) -> dict[str, Any]:
-        return (self.ask("GET", f"/flow_runs/{run}") or {}).get("state") or {"name": "unknown"}
-
-    def ends(self, run: str, state: str = "Completed", seconds: float = 600) -> float:
-        took = wait_for(f"run {run} ends", lambda: self.state(run)["name"] in ENDS, seconds)
-        assert self.state(run)["name"] == state, f"{self.state(run)}\n{self.logs(run)}"
-        return took
-
     def below(self, run: str) -> list[dict[str, Any]]:
         """The flow runs that a run has handed to workers."""
         query = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}, "sort": "START_TIME_ASC"}
         return self.ask("POST", "/flow_runs/filter", query)
-
-    def logs(self, run: str) -> str:
-        query = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200, "sort": "TIMESTAMP_ASC"}
-        return "\n".join(line["message"] for line in self.ask("POST", "/logs/filter", query))
-
-    def tasks(self, run: str) -> dict[str, str]:
-        found = self.ask("POST", "/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}, "limit": 200})
-        return {task["name"]: task["state"]["name"] for task in found}
 
     def close(self) -> None:
         for machine in self.machines.values():

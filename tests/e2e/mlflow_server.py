@@ -5,11 +5,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
+
+from waiting import wait_for
 
 from tessera.tracking.processes import uploader_lock
 
@@ -38,13 +38,6 @@ def replay(root: Path, uri: str | None) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=120,
     )
-
-
-def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        time.sleep(0.1)
 
 
 def pid_of_uploader(root: Path) -> int | None:

@@ -14,15 +14,15 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ports import free_ports
+from prefect_api import Asks
+from waiting import wait_for
 
 from flows import champion
 
@@ -32,7 +32,7 @@ OUT = "data/tokenizers/vqgan"
 STEPS = 400
 
 
-class Team:
+class Team(Asks):
     """A Prefect server, a worker of pool gpu, and a clone that both of them and the tests use."""
 
     def __init__(self, clone: Any, folder: Path):
@@ -81,53 +81,10 @@ class Team:
         self.processes[name].kill()
         self.processes[name].wait()
 
-    def ask(self, method: str, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"{self.environment['PREFECT_API_URL']}{path}", data, {"content-type": "application/json"}, method=method
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=20) as answer:
-                return json.loads(answer.read() or "null")
-        except (urllib.error.URLError, OSError) as error:
-            print(f"{method} {path}: {error}")
-            return None
-
     def prefect(self, *arguments: str) -> str:
         done = self.clone.run(sys.executable, "-m", "prefect", *arguments, **self.environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
-
-    def submit(self, deployment: str = "reproduce/reproduce", **parameters: Any) -> str:
-        """The id of a new flow run."""
-        found = self.insist("GET", f"/deployments/name/{deployment}")
-        return self.insist("POST", f"/deployments/{found['id']}/create_flow_run", {"parameters": parameters})["id"]
-
-    def insist(self, method: str, path: str, body: Any = None) -> Any:
-        """A server on SQLite that is busy may refuse once."""
-        for _ in range(10):
-            if (answer := self.ask(method, path, body)) is not None:
-                return answer
-            time.sleep(1)
-        raise AssertionError(f"the server refused {method} {path}: see {self.folder}/server.log")
-
-    def state(self, run: str) -> str:
-        found = self.ask("GET", f"/flow_runs/{run}")
-        return found["state"]["name"] if found else "unknown"
-
-    def ends(self, run: str, state: str = "Completed", seconds: float = 240) -> None:
-        ends = {"Completed", "Failed", "Crashed", "Cancelled"}
-        wait_for(f"run {run} ends", lambda: self.state(run) in ends, seconds)
-        assert self.state(run) == state, self.logs(run)
-
-    def logs(self, run: str) -> str:
-        query = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200, "sort": "TIMESTAMP_ASC"}
-        return "\n".join(line["message"] for line in self.insist("POST", "/logs/filter", query))
-
-    def tasks(self, run: str) -> dict[str, str]:
-        """{stage: state} of a flow run."""
-        found = self.insist("POST", "/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}, "limit": 200})
-        return {task["name"]: task["state"]["name"] for task in found}
 
     def artifacts(self, run: str) -> dict[str, Any]:
         query = {"artifacts": {"flow_run_id": {"any_": [run]}}, "limit": 100}
@@ -181,15 +138,6 @@ class Team:
 def kill_group(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(os.getpgid(pid), signal.SIGKILL)
-
-
-def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> float:
-    """Wait until it is true; how long that took."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() < began + seconds, f"{what}: not within {seconds:g} s"
-        time.sleep(0.1)
-    return time.monotonic() - began
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from waiting import wait_for
 
 from flows import board, experiments, locks, processes, reproduce, sweep
 from flows import plan as plans
@@ -133,13 +134,6 @@ def alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return stat.rpartition(")")[2].split()[0] not in "ZX"
-
-
-def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        time.sleep(0.1)
 
 
 def outcomes(output: str) -> dict[str, str]:

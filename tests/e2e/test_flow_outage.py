@@ -11,7 +11,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from mlflow_server import Server, replay_without_uploader, sent, wait_for
+from mlflow_server import Server, replay_without_uploader, sent
+from waiting import wait_for
 
 from tessera.tracking import journal as journal_module
 from tessera.tracking.processes import folder_of

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 from clones import AT_THE_END, Clone, cell
-from machines import Machine, Team, wait_for
+from machines import Machine, Team
 from postgres import postgres_server
+from waiting import wait_for
 
 pytestmark = pytest.mark.e2e(seconds=400)
 PARENT = "0123456789abcdef0123456789abcdef"
@@ -115,12 +116,12 @@ def test_a_run_in_the_pool_that_is_to_do_its_stages_is_refused(team: Team, c: Ma
         team.ends(run, "Failed", 120)
     finally:
         os.killpg(c.workers[-1].pid, signal.SIGKILL)
-    assert "Run the deployment reproduce/spread, in the pool control" in team.state(run)["message"]
+    assert "Run the deployment reproduce/spread, in the pool control" in team.whole_state(run)["message"]
 
 
 def test_two_machines_share_a_run_and_make_the_bits_of_one(team: Team, c: Machine, finished: Clone) -> None:
     run = team.submit("reproduce/spread")
-    team.ends(run)
+    team.ends(run, seconds=600)
     by = workers(team, run)
     assert set(by) == {*AT_THE_END}.union(*(cell(system) for system in SYSTEMS))
     assert {by[f"train_prior@{system}"] for system in SYSTEMS} == {"a", "b"}
@@ -134,7 +135,7 @@ def test_two_machines_share_a_run_and_make_the_bits_of_one(team: Team, c: Machin
     for name in ("a", "b"):  # what a part had for itself is gone
         assert not list((team.machines[name].folder / ".state/runs").glob("part-*/"))
     again = team.submit("reproduce/spread")
-    seconds = team.ends(again)
+    seconds = team.ends(again, seconds=600)
     assert team.below(again) == []
     print(f"everything cached: {seconds:.1f} s")
 
@@ -162,7 +163,7 @@ def test_a_cancelled_run_takes_back_what_waits_and_ends_what_works(team: Team, c
     for below in team.below(run):
         wait_for(
             "its parts have ended",
-            lambda below=below: team.state(below["id"])["name"] in ("Cancelled", "Completed"),
+            lambda below=below: team.state(below["id"]) in ("Cancelled", "Completed"),
             60,
         )
     assert not any(team.machines[name].runs("train_prior gan") for name in ("a", "b"))

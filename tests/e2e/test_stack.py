@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -23,6 +23,7 @@ import yaml
 from foreign_host import check_names
 from ports import free_ports
 from postgres import postgres_server
+from waiting import wait_for
 
 from flows.stack import members, servers
 from tessera.tracking.processes import process_start
@@ -123,13 +124,6 @@ def has_ended(process: int) -> bool:
         return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
-
-
-def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        time.sleep(0.1)
 
 
 def code_of(url: str, login: str = "", body: bytes | None = None) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow_server import Server, environment, pid_of_uploader, replay, replay_without_uploader, sent, wait_for
+from mlflow_server import Server, environment, pid_of_uploader, replay, replay_without_uploader, sent
+from waiting import wait_for
 
 from tessera.tracking import journal as journal_module
 from tessera.tracking import uploader

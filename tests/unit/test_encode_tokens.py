@@ -31,8 +31,10 @@ VQVAE = {
     "training": {"num_steps": 1},
 }
 RUN = """
-import os, random, signal, sys, time
+import os, sys, time
 from pathlib import Path
+sys.path.append("tests/unit")
+import kills
 import torch
 from stages import encode_tokens
 from tessera.artifacts import growing, shards
@@ -58,27 +60,7 @@ def encode():
     job.checkpoint_seconds = 3600  # only full shards are kept
     encode_tokens.run(read(folder / "params.yaml"), "vqvae", images, folder / "tokenizer", folder / "tokens", job)
 
-chance, kills, began = random.Random(0), 0, time.monotonic()
-while True:
-    child = os.fork()
-    if child == 0:
-        try:
-            encode()
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
-    if kills < 12:
-        grown = (folder / "log").stat().st_size + chance.randint(0, 12)  # by what it did, however busy the machine is
-        while (folder / "log").stat().st_size < grown and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.01))
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if not os.WIFSIGNALED(status):
-        print("kills", kills)
-        sys.exit(os.WEXITSTATUS(status))
-    kills += 1
+kills.until_done(encode, folder / "log", most=12, seed=0)
 """
 
 

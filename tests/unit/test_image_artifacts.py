@@ -228,8 +228,10 @@ def test_meta_and_index_hold_no_clock_and_no_path_of_the_machine(tmp_path):
 # Interruptions and many files
 
 KILLED = """
-import os, random, signal, sys, time
+import os, sys, time
 from pathlib import Path
+sys.path.append("tests/unit")
+import kills
 from types import SimpleNamespace
 from stages import prepare_images
 from tessera.artifacts import shards
@@ -255,27 +257,7 @@ def prepare():
     )
     prepare_images.run(SimpleNamespace(dataset=config), folder / "images", job)
 
-chance, kills = random.Random(1), 0
-while True:
-    child = os.fork()
-    if child == 0:
-        try:
-            prepare()
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
-    if kills < 12:
-        grown = (folder / "log").stat().st_size + chance.randint(0, 30)  # by what it did, however busy the machine is
-        while (folder / "log").stat().st_size < grown and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.01))
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if not os.WIFSIGNALED(status):
-        print("kills", kills)
-        sys.exit(os.WEXITSTATUS(status))
-    kills += 1
+kills.until_done(prepare, folder / "log", most=30, seed=1)
 """
 
 
