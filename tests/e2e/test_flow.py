@@ -364,8 +364,15 @@ def test_a_stage_of_several_processes_has_as_many_devices_at_once_or_none(device
     monkeypatch.setenv("TESSERA_PROCESSES", "2")
     monkeypatch.setenv("TESSERA_PROCESSES_TRAIN_TOKENIZER", "auto")
     places, said = Places(), []
-    stages = ("train_prior@a", "train_tokenizer@b", "sample_images@a", "prepare_images")
-    assert [places.wanted(stage) for stage in stages] == [2, 3, 1, 1]
+    stages = (
+        "train_prior@a",
+        "train_tokenizer@b",
+        "encode_tokens@b",
+        "sample_images@a",
+        "evaluate@a",
+        "prepare_images",
+    )
+    assert [places.wanted(stage) for stage in stages] == [2, 3, 2, 2, 1, 1]
     asked = iter(range(2))
 
     def give_up() -> None:

@@ -499,25 +499,54 @@ def test_a_sample_shows_the_images_and_indices_of_its_command(page, root, studio
     assert np.array_equal(images_in(page.inner_html("#drawn")), studio.draw("flow", None, 6, 0).images)
 
 
+def seen_of_the_editor(page: Any) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(page.locator("#editor canvas").first.screenshot())).convert("RGB")).astype(
+        int
+    )
+
+
+def is_painted(pixels: np.ndarray) -> np.ndarray:
+    """Where the paint's colour is, which no picture of these has."""
+    return pixels.max(axis=2) - pixels.min(axis=2) > 40
+
+
+def at_rest(page: Any, other_than: np.ndarray | None = None) -> np.ndarray:
+    """The editor once a picture with paint is on it, another than this, and nothing has changed for a second."""
+    before = seen_of_the_editor(page)
+    for _ in range(PATIENCE):
+        page.wait_for_timeout(1000)
+        now = seen_of_the_editor(page)
+        is_awaited = is_painted(now).any() and not np.array_equal(now, other_than)
+        if is_awaited and np.array_equal(now, before):
+            return now
+        before = now
+    raise AssertionError("the picture does not come to rest")
+
+
 def paint(page: Any) -> None:
-    """A stroke above the half that is painted at first."""
+    """A stroke above the half that is painted at first; again, as a person would, if the editor was not ready for it."""
+    at_rest(page)
     box = page.locator("#editor canvas").first.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2 - 70
-    page.mouse.move(x - 90, y)
-    page.mouse.down()
-    page.mouse.move(x, y, steps=2)
-    page.mouse.move(x + 90, y, steps=2)
-    page.mouse.up()
-    page.wait_for_timeout(1000)
+    x, y = box["width"] / 2, box["height"] / 2 - 70
+    for _ in range(5):
+        page.mouse.move(box["x"] + x - 90, box["y"] + y)
+        page.mouse.down()
+        page.mouse.move(box["x"] + x, box["y"] + y, steps=2)
+        page.mouse.move(box["x"] + x + 90, box["y"] + y, steps=2)
+        page.mouse.up()
+        if is_painted(at_rest(page))[int(y), int(x)]:
+            return
+    raise AssertionError("no stroke is seen on the editor")
 
 
 def test_what_the_mouse_paints_is_inpainted_and_the_rest_stays(page, root, studio, monkeypatch, tmp_path) -> None:
     page.get_by_role("tab", name="Inpaint").click()
+    before = at_rest(page)
     page.fill("#number-inpaint input", "7")
     page.click("#take-inpaint")
     source, label, _ = studio.take_test_image(7)
     page.wait_for_function(f"document.querySelector('[aria-label=\"The picture shows\"]').value == '{label}'")
-    page.wait_for_timeout(3000)  # until the picture is on the canvas
+    at_rest(page, other_than=before)
     paint(page)
     page.click("#inpaint")
     result = page.locator("#inpainted img")
@@ -555,11 +584,11 @@ def test_the_first_click_on_every_tab_gives_a_result(page) -> None:
 
 def test_a_click_on_a_thumbnail_takes_it_and_keeps_what_is_painted(page, root, studio) -> None:
     page.get_by_role("tab", name="Inpaint").click()
-    page.wait_for_timeout(3000)  # until the picture is on the canvas
     paint(page)
+    before = seen_of_the_editor(page)
     page.click("#thumbnails-inpaint button >> nth=7")
     page.wait_for_function(f"document.querySelector('#number-inpaint input').value == '{studio.rows[7]}'")
-    page.wait_for_timeout(1500)
+    at_rest(page, other_than=before)
     page.click("#inpaint")
     page.wait_for_selector("#inpainted img")
     commands = page.locator(".command textarea").evaluate_all("all => all.map(one => one.value)")
