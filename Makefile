@@ -49,7 +49,7 @@ test: setup  ## every test, on tiny data, in three processes of one thread each
 	OMP_NUM_THREADS=1 pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 check: setup  ## style, import rules and contracts, in seconds
-	ruff format --check . && ruff check . && lint-imports && pytest -q tests/contract
+	ruff format --check . && ruff check . && mypy && lint-imports && pytest -q tests/contract
 
 ui: setup  ## MLflow on http://127.0.0.1:5000 with every run; another port: make ui UI_PORT=5010
 	$(call require_free,UI_PORT,if make stack runs then its MLflow is there: open that)
@@ -89,7 +89,7 @@ bench: setup  ## our parts beside their peers', in one run
 	python -m benchmarks.quantizer && python -m benchmarks.sampling && python -m benchmarks.frechet
 
 lock: setup  ## resolve the dependencies of pyproject.toml anew
-	uv pip compile pyproject.toml --extra dev --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet --output-file requirements.lock
+	uv pip compile pyproject.toml --all-extras --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet --output-file requirements.lock
 
 data-mnist data-fashion-mnist data-cifar10: data-%: setup  ## download a data set into data/raw
 	python data/download.py $*

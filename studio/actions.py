@@ -16,7 +16,6 @@ import numpy as np
 from PIL import Image
 
 from studio import edit
-from studio.frame import Frame
 from tessera import params as all_params
 from tessera import seeding
 from tessera.artifacts import checkpoints
@@ -27,6 +26,7 @@ from tessera.artifacts.shards import spread
 from tessera.components import kinds, load
 from tessera.nn.weightless import WithoutWeights
 from tessera.sources.decoding import opened
+from tessera.sources.frame import Frame
 from tessera.sources.records import Unreadable
 from tessera.system import CannotEdit, System
 

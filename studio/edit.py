@@ -23,7 +23,6 @@ import torch
 import yaml
 from PIL import Image
 
-from studio.frame import PREPROCESSING, Frame, size_text
 from tessera import params as all_params
 from tessera import plain_yaml, seeding
 from tessera.artifacts import pictures
@@ -31,6 +30,7 @@ from tessera.artifacts.images import to_uint8
 from tessera.components import kinds, load, parse
 from tessera.params import Pipeline
 from tessera.sources.decoding import decode, pillow_warnings
+from tessera.sources.frame import PREPROCESSING, Frame, size_text
 from tessera.sources.records import Unreadable
 from tessera.system import System
 

@@ -36,6 +36,19 @@ def file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def folder(out: Path) -> Iterator[Path]:
+    """As `file`: yield an empty folder beside `out`, which is not there yet, and becomes it when the block ends well."""
+    beside = out.parent / f".{out.name}.partial"
+    with naming(out, beside):
+        remove(beside)
+        beside.mkdir(parents=True)
+        yield beside
+        for path in (*(path for path in beside.rglob("*") if path.is_file()), beside):
+            sync(path)
+        move(beside, out)
+
+
+@contextlib.contextmanager
 def naming(path: Path, beside: Path | None = None, keep: bool = False) -> Iterator[None]:
     """Inside, what the system refuses is an ArtifactError that names `path`, and the bytes that are free if they are too few.
 

@@ -25,8 +25,10 @@ def tile_shape(codes: int, device: torch.device) -> tuple[int, int]:
 @torch.no_grad()
 def nearest(z: Tensor, codebook: Tensor) -> Tensor:
     """Van den Oord et al., equation 1: (M, D), (K, D) -> (M,) the row of the nearest code."""
-    rows, codes = len(z), len(codebook)
     offsets = codebook.square().sum(dim=1) / 2  # (K,)
+    if torch.compiler.is_exporting():  # a graph for batches of any size, to which tiles would be cut
+        return torch.addmm(offsets, z, codebook.T, alpha=-1).argmin(dim=1)
+    rows, codes = len(z), len(codebook)
     chunk, tile = tile_shape(codes, z.device)
     chunk = max(1, min(rows, chunk))
     buffer = z.new_empty(chunk, tile)

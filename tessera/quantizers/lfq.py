@@ -97,7 +97,7 @@ class Quantizer(nn.Module):
 
 def _joint(on: Tensor, off: Tensor) -> Tensor:
     """(N, g), (N, g) -> (N, 2**g) the probability of each combination of bits, for a token's independent bits."""
-    joint = on.new_ones(len(on), 1)
+    joint = on.new_ones(on.shape[0], 1)
     for bit in range(on.shape[1]):
         joint = torch.cat([joint * off[:, bit : bit + 1], joint * on[:, bit : bit + 1]], dim=1)
     return joint
@@ -110,7 +110,7 @@ def _mean_assignment(on: Tensor, off: Tensor) -> Tensor:
     """
     half = on.shape[1] // 2
     low, high = _joint(on[:, :half], off[:, :half]), _joint(on[:, half:], off[:, half:])
-    return (high.T @ low).flatten() / len(on)
+    return (high.T @ low).flatten() / on.shape[0]
 
 
 def _entropy(probs: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class Quantizer(nn.Module):
             )  # (1, D, 1, n)
             found = scale * found[0, :, 0].T
             if codes is None:
-                codes = found.new_empty(len(flat), found.shape[1])
+                codes = found.new_empty(flat.shape[0], found.shape[1])
             codes[rows] = found
         batch, height, _ = indices.shape
         return codes.view(batch, height, -1, self.indices_per_code, codes.shape[1]).sum(dim=3).permute(0, 3, 1, 2)

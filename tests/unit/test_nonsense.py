@@ -12,12 +12,12 @@ from torch import nn
 
 from stages import prepare_images
 from studio import edit as editing
-from studio.frame import Frame
 from tessera import params as all_params
 from tessera.artifacts.images import to_uint8
 from tessera.check import __main__ as check
 from tessera.edits import restyle
 from tessera.evaluation.judge import Judge
+from tessera.sources.frame import Frame
 from tessera.system import CannotDraw, System
 
 

@@ -1,0 +1,116 @@
+"""The card of an exported system: README.md with what it is, how good it is by which protocol, and how to use it.
+
+Its head is what the Hugging Face Hub reads (YAML between two lines of ---).
+"""
+
+from typing import Any
+
+import yaml
+
+from tessera.contracts import ImageSpec
+from tessera.export import layout
+from tessera.params import Pipeline
+
+GROUPS = ("generation", "reconstruction", "prior", "codebook")  # of the metrics, in this order
+LABELS_SHOWN = 20
+
+
+def text(
+    params: Pipeline, name: str, images: ImageSpec, figures: dict[str, Any] | None, *, has_grid: bool, has_onnx: bool
+) -> str:
+    """figures: data/metrics/systems/NAME.json, or None where the system was not evaluated."""
+    system = params.systems[name]
+    tokenizer = params.tokenizers[system.tokenizer]
+    sections = [
+        f"---\n{yaml.safe_dump(_head(params, images), sort_keys=False, allow_unicode=True)}---",
+        f"# {params.dataset.name}-{name}",
+        f"Draws images of {images.channels} x {images.height} x {images.width} pixels like those of the data set "
+        f"{images.name}: a {system.prior.kind} prior on the tokens of a {tokenizer.kind} tokenizer.",
+        f"![samples, as they came](./{layout.GRID})" if has_grid else "",
+        _use(images, has_onnx),
+        _labels(images),
+        _figures(figures),
+        f"## Data and licence\n\nTrained on {images.name}. Licence of its images: {images.licence}. What it means for the "
+        "weights is for their publisher to say here.",
+        _made(params, name),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _head(params: Pipeline, images: ImageSpec) -> dict[str, Any]:
+    task = (
+        {"pipeline_tag": "unconditional-image-generation"} if images.num_classes == 1 else {}
+    )  # the Hub has none of labels
+    return {
+        "library_name": "tessera",
+        **task,
+        "license": "other",
+        "license_name": "see-card",
+        "datasets": [params.dataset.name],
+        "tags": ["image-generation", "vector-quantization", "two-stage"],
+    }
+
+
+def _use(images: ImageSpec, has_onnx: bool) -> str:
+    asked = "labels=[0, 0]" if images.num_classes > 1 else "labels=[0] * 4"
+    lines = [
+        "## Use",
+        "```python",
+        "import tessera",
+        "",
+        'system = tessera.load("FOLDER")  # this one',
+        f"images = system.sample({asked}, seed=1)  # (B, C, H, W) uint8",
+        "tokens = system.encode(images)",
+        'system.pictures(system.decode(tokens))[0].save("one.png")',
+        "```",
+        "",
+        "From the Hub and to it, with `huggingface_hub`: `hf download OWNER/NAME --local-dir FOLDER`, "
+        "`hf upload OWNER/NAME FOLDER`.",
+    ]
+    if has_onnx:
+        lines += ["", f"`{layout.ONNX}/` holds the encoder, the decoder and one step of the prior, for onnxruntime."]
+    return "\n".join(lines)
+
+
+def _labels(images: ImageSpec) -> str:
+    if images.num_classes == 1:
+        return ""
+    named = [f"{label} {name}" for label, name in enumerate(images.class_names[:LABELS_SHOWN])]
+    more = [f"and {images.num_classes - LABELS_SHOWN} more"] if images.num_classes > LABELS_SHOWN else []
+    return f"Labels: {', '.join([*named, *more])}."
+
+
+def _figures(figures: dict[str, Any] | None) -> str:
+    if figures is None:
+        return "## Figures\n\nIt was not evaluated: `dvc repro` of its checkout does so."
+    rows = ["| metric | value | error | images | against | network |", "| --- | --- | --- | --- | --- | --- |"]
+    for group in GROUPS:
+        for key, one in sorted(figures.get(group, {}).items()):
+            protocol = figures["protocols"].get(one["protocol"], {})
+            against = f"{protocol.get('num_reference_images', 0):,} {protocol.get('reference_split', '')}"
+            error = "" if one["standard_error"] is None else f"{one['standard_error']:.4g}"
+            rows.append(
+                f"| {group}/{key} | {one['value']:.4g} | {error} | {one['num_images']:,} | "
+                f"{against if protocol.get('num_reference_images') else ''} | {protocol.get('network', '')} |"
+            )
+    return "\n".join(
+        [
+            "## Figures",
+            "",
+            f"error: standard error over other draws; the whole protocols are in [{layout.METRICS}](./{layout.METRICS}).",
+            "",
+            *rows,
+        ]
+    )
+
+
+def _made(params: Pipeline, name: str) -> str:
+    system = params.systems[name]
+    settings = {
+        "tokenizer": params.tokenizers[system.tokenizer].model_dump(mode="json"),
+        "prior": system.prior.model_dump(mode="json"),
+        "sampling": params.sampling(name).model_dump(mode="json"),
+    }
+    listed = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    said = f"By the pipeline of Tessera, with these settings and seed {params.seed}:"
+    return f"## How it was made\n\n{said}\n\n```yaml\n{listed}```"

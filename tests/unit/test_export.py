@@ -1,0 +1,386 @@
+"""Exported systems: the pipeline's own bits without the pipeline, ONNX beside torch, and twenty folders that are refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+
+import tessera
+from stages import sample_images
+from tessera import params as all_params
+from tessera.artifacts import checkpoints
+from tessera.artifacts import folder as artifact
+from tessera.artifacts.samples import Samples
+from tessera.components import load as part
+from tessera.components import parse
+from tessera.contracts import ImageSpec, TokenSpec
+from tessera.export import __main__ as command
+from tessera.export import layout
+from tessera.export import onnx as networks
+from tessera.params import Pipeline
+from tessera.running.job import Job
+from tessera.system import System
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ImageSpec(
+    name="digits", channels=1, height=8, width=8, num_classes=10, class_names=tuple("0123456789"), licence="CC BY 4.0"
+)
+SYSTEMS = list(all_params.read(ROOT / "presets/zoo.yaml").systems)
+
+
+@pytest.fixture(scope="module")
+def params() -> Pipeline:
+    """The zoo's, with few images, in batches of which the last is smaller."""
+    values = yaml.safe_load((ROOT / "presets/zoo.yaml").read_text())
+    values["sample_images"] = {"num_images": 10, "batch_size": 4}
+    for system in values["systems"].values():
+        system["sampling"] |= {key: 2 for key in ("num_steps", "decoding_steps") if key in system["sampling"]}
+    return parse(Pipeline, values)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory, params: Pipeline) -> Path:
+    """Every system of the zoo as a training leaves it, but for the training."""
+    root = tmp_path_factory.mktemp("checkout")
+    torch.manual_seed(0)
+    for name, config in params.tokenizers.items():
+        out = root / "data/tokenizers" / name
+        with artifact.create(out) as place:
+            checkpoints.save(
+                place, "tokenizers", config, DIGITS, part("tokenizers", config.kind).Model(config, DIGITS), "code"
+            )
+    for name, system in params.systems.items():
+        tokenizer, _, _ = checkpoints.load_model(root / "data/tokenizers" / system.tokenizer, "tokenizers")
+        depth = tokenizer.latent_shape[0]
+        spec = TokenSpec(
+            codebook_size=tokenizer.codebook_size, latent_shape=tokenizer.latent_shape, index_grid=tokenizer.index_grid,
+            num_classes=10, class_counts=(5,) * 9 + (0,), latent_mean=(0.1,) * depth, latent_std=(2.0,) * depth,
+            tokenizer_fingerprint=artifact.fingerprint(root / "data/tokenizers" / system.tokenizer),
+        )  # fmt: skip
+        with artifact.create(root / "data/priors" / name) as place:
+            made = part("priors", system.prior.kind).Model(system.prior, spec)
+            checkpoints.save(place, "priors", system.prior, spec, made, "code")
+    return root
+
+
+@pytest.fixture(scope="module")
+def exported(checkout: Path, params: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an export of each system."""
+    folder = tmp_path_factory.mktemp("exported")
+    for name in SYSTEMS:
+        command.write(params, name, checkout, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_loaded_system_draws_the_bits_of_the_pipeline_and_knows_its_own_tokens(
+    name: str, checkout: Path, exported: Path, params: Pipeline, tmp_path: Path
+) -> None:
+    data = checkout / "data"
+    parts = data / "tokenizers" / params.systems[name].tokenizer, data / "priors" / name
+    sample_images.run(
+        params, name, *parts, tmp_path / "samples", tmp_path / "grid.png", Job("sample", tmp_path / "state")
+    )
+    drawn = Samples(tmp_path / "samples", DIGITS)
+    system = tessera.load(exported / name, device="cpu")
+    labels = np.asarray(drawn.labels).tolist()
+    images = system.sample(labels, seed=params.seed)
+    assert np.array_equal(images.numpy(), drawn.pixels.all())
+    assert len(set(labels)) == 9 and system.labels == list(range(9))
+    assert not torch.equal(system.sample(labels, seed=params.seed + 1), images)
+    inside = System.read(*parts)
+    tokens = system.encode(images)
+    assert torch.equal(tokens, inside.encode(images / 127.5 - 1))
+    again = system.decode(tokens)
+    assert again.dtype == torch.uint8 and again.shape == images.shape
+    if params.systems[name].tokenizer == "none":
+        assert torch.equal(again, images)
+    pictures = system.pictures(images)
+    assert [one.size for one in pictures] == [(8, 8)] * 10
+    assert torch.equal(system.preprocess(pictures), images)
+
+
+def test_edits_are_those_of_the_shell_and_refuse_as_it_does(exported: Path, checkout: Path, params: Pipeline) -> None:
+    from studio import edit
+
+    system = tessera.load(exported / "vqgan-masked", device="cpu")
+    images = system.sample([3], seed=1)
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[4:] = True
+    ours = system.edit("inpaint", images, mask=mask, labels=[3], seed=5)
+    inside = edit.open_system(params, "vqgan-masked", checkout)
+    asked = edit.request(params, "vqgan-masked", "inpaint", label=3, seed=5)
+    picture = Image.fromarray(mask.numpy())
+    theirs = edit.edit(inside, asked, params, system.pictures(images)[0], picture)
+    assert np.array_equal(ours[0, 0].numpy(), np.asarray(theirs))
+    assert torch.equal(ours[..., :4, :], images[..., :4, :]) and not torch.equal(ours, images)
+    flow = tessera.load(exported / "vae-flow", device="cpu")
+    other = flow.sample([4], seed=2)
+    assert torch.equal(flow.edit("interpolate", images, other=other, share=0.0), images)
+    assert torch.equal(flow.edit("interpolate", images, other=other, share=1.0), other)
+    small = images[..., ::2, ::2].contiguous()
+    larger = flow.edit("enhance", small, settings={"damage": "downsample", "factor": 2})
+    assert larger.shape == images.shape
+    assert flow.edit("variations", images, labels=[3], settings={"strength": 0.5}).shape == images.shape
+    with pytest.raises(tessera.CannotEdit, match="gan cannot inpaint"):
+        tessera.load(exported / "gan").edit("inpaint", images, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda system: system.sample([9]), "no image of label 9"),
+        (lambda system: system.sample([]), "expected a list of at least one label"),
+        (lambda system: system.sample([1], tempo=3), "sampling.tempo: unknown key"),
+        (lambda system: system.encode(torch.zeros(1, 1, 8, 8)), "expected torch.uint8 of .B, 1, 8, 8."),
+        (lambda system: system.decode(torch.zeros(1, 3, 3).long()), "expected torch.int64 of .B, 4, 4."),
+        (lambda system: system.decode(torch.full((1, 4, 4), 10**6)), "outside the codebook"),
+        (lambda system: system.edit("paint", system.sample([1])), "there is no edit 'paint': expected one of enhance"),
+        (lambda system: system.edit("inpaint", system.sample([1])), "inpaint needs a mask"),
+        (lambda system: system.edit("restyle", system.sample([1]), labels=[1, 2]), "expected one for each of 1 images"),
+    ],
+)
+def test_a_call_that_makes_no_sense_is_one_sentence(exported: Path, call: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told) as caught:
+        call(tessera.load(exported / "vqgan-masked", device="cpu"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["lfq-masked", "residual-autoregressive", "vae-diffusion", "gan"])
+def test_onnxruntime_agrees_with_torch_on_batches_of_other_sizes(
+    name: str, checkout: Path, params: Pipeline, tmp_path: Path
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    system = System.read(checkout / "data/tokenizers" / params.systems[name].tokenizer, checkout / "data/priors" / name)
+    networks.write(system, tmp_path / "onnx")
+    for file, (network, given, _) in networks.networks(system).items():
+        five = {key: torch.cat([one, one.flip(0), one])[:5] for key, one in given.items()}
+        session = onnxruntime.InferenceSession(tmp_path / f"onnx/{file}.onnx")
+        (found,) = session.run(None, {key: one.numpy() for key, one in five.items()})
+        with torch.no_grad():
+            np.testing.assert_allclose(found, network(*five.values()).numpy(), atol=1e-4, rtol=0)
+
+
+def test_the_card_has_figures_licence_classes_and_a_head_that_the_hub_reads(
+    checkout: Path, params: Pipeline, tmp_path: Path
+) -> None:
+    figures = json.loads((ROOT / "docs/results/metrics/systems/vqgan-masked.json").read_text())
+    metrics = checkout / "data/metrics/systems/vqgan-masked.json"
+    metrics.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "docs/results/metrics/systems/vqgan-masked.json", metrics)
+    picture = checkout / "data/pictures/samples/vqgan-masked.png"
+    picture.parent.mkdir(parents=True)
+    Image.new("L", (80, 80)).save(picture)
+    command.write(params, "vqgan-masked", checkout, tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.data.library_name == "tessera" and card.data.license == "other"
+    one = figures["generation"]["fd_classifier"]
+    assert (
+        f"| generation/fd_classifier | {one['value']:.4g} | {one['standard_error']:.4g} | 1,000 | 359 test | classifier |"
+        in card.text
+    )
+    assert "CC BY 4.0" in card.text and "3 3, 4 4" in card.text and "(./samples.png)" in card.text
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == figures
+    metrics.unlink()
+    picture.unlink()
+    assert tessera.load(tmp_path / "out").sampling == params.sampling("vqgan-masked").model_dump(mode="json")
+
+
+def _json(path: Path, **changed: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
+def _without(path: Path, key: str) -> None:
+    value = json.loads(path.read_text())
+    del value[key]
+    path.write_text(json.dumps(value))
+
+
+def _sealed(folder: Path) -> None:
+    """As somebody would who changes a file and makes all the hashes fit."""
+    for name in layout.PARTS:
+        files = {
+            path.name: artifact.sha256(path) for path in (folder / name).iterdir() if path.name != artifact.MANIFEST
+        }
+        artifact.write_json(folder / name / artifact.MANIFEST, files)
+    manifests = {name: artifact.sha256(folder / name / artifact.MANIFEST) for name in layout.PARTS}
+    _json(folder / "config.json", manifests=manifests)
+
+
+def _link_out(folder: Path) -> None:
+    outside = folder.parent / "outside.safetensors"
+    (folder / "prior/weights.safetensors").rename(outside)
+    (folder / "prior/weights.safetensors").symlink_to(outside)
+
+
+def _half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _pickled(folder: Path) -> None:
+    torch.save({}, folder / "prior/weights.safetensors")
+    _sealed(folder)
+
+
+def _other_network(folder: Path) -> None:
+    config = folder / "prior/config.json"
+    value = json.loads(config.read_text())
+    value["config"]["depth"] += 1
+    config.write_text(json.dumps(value))
+    _sealed(folder)
+
+
+def _other_kind(folder: Path) -> None:
+    config = folder / "prior/config.json"
+    value = json.loads(config.read_text())
+    value["config"]["kind"] = "of_the_future"
+    config.write_text(json.dumps(value))
+    _sealed(folder)
+
+
+def _not_finite(folder: Path) -> None:
+    import safetensors.torch
+
+    path = folder / "prior/weights.safetensors"
+    weights = safetensors.torch.load_file(path)
+    next(iter(weights.values())).view(-1)[0] = torch.nan
+    safetensors.torch.save_file(weights, path)
+    _sealed(folder)
+
+
+BROKEN = {
+    "no folder": (lambda folder: shutil.rmtree(folder), "is no folder: expected one that"),
+    "a file": (lambda folder: (shutil.rmtree(folder), folder.write_text("x")), "is no folder"),
+    "nothing in it": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "config.json cannot be read"),
+    "config of another library": (lambda folder: _json(folder / "config.json", library_name="diffusers"), "of no exported"),
+    "config is no JSON": (lambda folder: _half(folder / "config.json"), "config.json cannot be read"),
+    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "of no exported system"),
+    "a future version": (lambda folder: _json(folder / "config.json", format=2, new={}), "newer version .format 2.*update"),
+    "an unknown key": (lambda folder: _json(folder / "config.json", extra=1), "extra: unknown key"),
+    "a missing key": (lambda folder: _without(folder / "config.json", "sampling"), "sampling: this key is missing"),
+    "wrong sha": (lambda folder: _json(folder / "config.json", manifests={"tokenizer": "0" * 64, "prior": "0" * 64}), "sha256"),
+    "no hash of a part": (lambda folder: _json(folder / "config.json", manifests={}), "expected one of it"),
+    "missing weights": (lambda folder: (folder / "prior/weights.safetensors").unlink(), "no file"),
+    "missing part": (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer/manifest.json is not"),
+    "half the weights": (lambda folder: _half(folder / "prior/weights.safetensors"), "is damaged: sha256"),
+    "a flipped config": (lambda folder: _json(folder / "prior/config.json", part="tokenizers"), "is damaged: sha256"),
+    "pickled weights": (_pickled, "is a pickle or a zip"),
+    "a pickle beside them": (lambda folder: torch.save({}, folder / "prior/more.pt"), "more.pt is not among the files"),
+    "another architecture": (_other_network, "does not fit its config.json"),
+    "a kind that is not here": (_other_kind, "there is no tessera/priors/of_the_future.py"),
+    "not finite": (_not_finite, "is not finite in"),
+    "a link out of it": (_link_out, "leads out of"),
+    "sampling of another prior": (lambda folder: _json(folder / "config.json", sampling={"eta": 1.0}), "eta: unknown key"),
+    "images of another size": (
+        lambda folder: _json(
+            folder / "config.json",
+            preprocessing=json.loads((folder / "config.json").read_text())["preprocessing"] | {"width": 9},
+        ),
+        "tokenizer of images .1, 8, 8., expected .1, 8, 9.",
+    ),
+    "the tokenizer of another system": (
+        lambda folder: (
+            shutil.rmtree(folder / "tokenizer"),
+            shutil.copytree(folder.parent / "simvq-autoregressive/tokenizer", folder / "tokenizer"),
+            _sealed(folder),
+        ),
+        "trained on tokens of another tokenizer",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_folder_that_is_not_as_it_was_written_is_one_sentence_and_nothing_is_loaded(
+    what: str, exported: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "vqgan-masked"
+    shutil.copytree(exported / "vqgan-masked", folder)
+    shutil.copytree(exported / "simvq-autoregressive", tmp_path / "simvq-autoregressive")
+    breaks, told = BROKEN[what]
+    breaks(folder)
+    with pytest.raises(tessera.ArtifactError, match=told) as caught:
+        tessera.load(folder)
+    sentence = str(caught.value)
+    assert len(sentence.splitlines()) == 1 and "dvc" not in sentence, sentence
+
+
+def test_a_folder_in_the_cache_of_huggingface_hub_is_opened(exported: Path, tmp_path: Path) -> None:
+    """Its files are links to blobs beside the snapshots."""
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/0123", tmp_path / "models--a--b/blobs"
+    shutil.copytree(exported / "gan", snapshot)
+    blobs.mkdir()
+    for path in [path for path in snapshot.rglob("*") if path.is_file()]:
+        blob = blobs / artifact.sha256(path)
+        path.rename(blob)
+        path.symlink_to(blob)
+    assert tessera.load(snapshot).sample([1]).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["vqgan", "out"], "there is no system 'vqgan' in params.yaml: expected one of gan"),
+        (["gan", "there"], "there exists: expected the name of a new folder"),
+        (["gan", "out"], "data/tokenizers/none does not exist"),
+    ],
+)
+def test_a_command_that_cannot_work_leaves_nothing(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "presets/zoo.yaml", "params.yaml")
+    Path("there").mkdir()
+    assert command.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("nothing was exported: ") and told in said and not Path("out").exists()
+
+
+OTHERS = "accelerate dvc gradio matplotlib mlflow pandas prefect psutil pyarrow scipy sklearn timm yaml"
+
+
+def test_the_wheel_alone_opens_an_export_with_the_packages_that_it_names(exported: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"  # the build leaves files beside what it reads
+    shutil.copytree(ROOT / "tessera", source / "tessera", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        tmp_path,
+    ]
+    subprocess.run([*build, source], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("tessera-*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    assert (tmp_path / "site/tessera/py.typed").is_file() and not (tmp_path / "site/stages").exists()
+    script = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {OTHERS.split()!r}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+sys.path.insert(0, {str(tmp_path / "site")!r})
+import tessera
+assert tessera.__file__.startswith({str(tmp_path)!r})
+for folder in sys.argv[1:]:
+    system = tessera.load(folder, device="cpu")
+    system.decode(system.encode(system.sample(labels=[3, 3, 7], seed=1)))
+"""
+    folders = [str(exported / name) for name in SYSTEMS]
+    done = subprocess.run([sys.executable, "-c", script, *folders], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
