@@ -21,7 +21,7 @@ BIND = "import socket; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, sock
 require_free = @python -c $(call BIND,$($(1))) 2>/dev/null || { echo "make $@ cannot listen on 127.0.0.1:$($(1)): expected a \
 free port ($(2)); stop what uses it, or choose another: make $@ $(1)=$$(($($(1)) + 10))" >&2; exit 2; }
 .DEFAULT_GOAL := help
-.PHONY: help setup start repro test check ui studio serve plots results map stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
+.PHONY: help setup start repro demo test check ui studio serve plots results docs map stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9 -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -33,6 +33,17 @@ setup: .venv/.ready  ## build .venv from the hash-locked requirements
 	.venv/bin/python -m pip install --quiet --require-hashes -r requirements-bootstrap.lock
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --require-hashes -r requirements.lock
 	touch $@
+
+# The core's packages alone, where nothing is installed yet
+DEMO := $(if $(wildcard .venv/.ready),.venv,.venv-demo)
+.venv-demo/.ready: requirements-core.lock requirements-bootstrap.lock
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/python -m pip install --quiet --require-hashes -r requirements-bootstrap.lock
+	.venv-demo/bin/uv pip install --quiet --python .venv-demo/bin/python --require-hashes -r requirements-core.lock
+	touch $@
+
+demo: $(DEMO)/.ready  ## draw digits into demo.png with weights that lie in the repository
+	@$(DEMO)/bin/python -m tools.demo
 
 start: setup  ## params.yaml for your own images: make start IMAGES=photographs; OPTIONS="--resolution 32 --minutes 10"
 	@[ "$(IMAGES)" ] || { echo "make start needs a folder, tar or zip of images: make start IMAGES=photographs" >&2; exit 2; }
@@ -82,6 +93,10 @@ stack-status: setup  ## which of them run, and where
 results: setup  ## keep the evidence of the default run in docs/results, README's table with it
 	python -m tools.results
 
+docs: setup  ## build the site into site/, without the internet; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
+	@echo "open site/index.html"
+
 map: setup  ## draw the rooms of the code and who imports whom into docs/floors.svg
 	python -m tools.floors
 
@@ -90,6 +105,7 @@ bench: setup  ## our parts beside their peers', in one run
 
 lock: setup  ## resolve the dependencies of pyproject.toml anew
 	uv pip compile pyproject.toml --all-extras --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet --output-file requirements.lock
+	uv pip compile pyproject.toml --constraint requirements.lock --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet --output-file requirements-core.lock
 
 data-mnist data-fashion-mnist data-cifar10: data-%: setup  ## download a data set into data/raw
 	python data/download.py $*
