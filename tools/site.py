@@ -9,7 +9,7 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-DISPLAY = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DISPLAY = re.compile(r"^( *)```math\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<![\\$`\w])\$([^$\n`]+)\$(?![\w$])")
 CODE = re.compile(r"(^ *```.*?^ *```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)]+)\)")
@@ -18,7 +18,7 @@ NAMES = {r"\arg\min": r"\operatorname{argmin}", r"\arg\max": r"\operatorname{arg
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """mkdocs calls this for each page before Markdown reads it."""
-    markdown = DISPLAY.sub(lambda found: f"\n<div>{mathml(found[1], 'block')}</div>\n", markdown)
+    markdown = DISPLAY.sub(lambda found: f"\n{found[1]}<div>{mathml(found[2], 'block')}</div>\n", markdown)
     pieces = CODE.split(markdown)
     return "".join(piece if number % 2 else _prose(piece) for number, piece in enumerate(pieces))
 
