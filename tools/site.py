@@ -18,7 +18,7 @@ NAMES = {r"\arg\min": r"\operatorname{argmin}", r"\arg\max": r"\operatorname{arg
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """mkdocs calls this for each page before Markdown reads it."""
-    markdown = DISPLAY.sub(lambda found: f"\n{found[1]}<div>{mathml(found[2], 'block')}</div>\n", markdown)
+    markdown = DISPLAY.sub(_block, markdown)
     pieces = CODE.split(markdown)
     return "".join(piece if number % 2 else _prose(piece) for number, piece in enumerate(pieces))
 
@@ -30,8 +30,15 @@ def mathml(latex: str, display: str) -> str:
     made = convert(" ".join(latex.split()), display=display)
     left = re.search(r"\\[A-Za-z]+", html.unescape(re.sub(r"<[^>]*>", " ", made)))
     if left:
-        raise ValueError(f"latex2mathml does not know {left[0]}: write the formula otherwise, or name it in tools/site.py")
+        raise ValueError(
+            f"latex2mathml does not know {left[0]}: write the formula otherwise, or name it in tools/site.py"
+        )
     return made
+
+
+def _block(found: re.Match[str]) -> str:
+    """A formula on a line of its own, which scrolls where it is wider than the page."""
+    return f'\n{found[1]}<div style="overflow-x: auto">{mathml(found[2], "block")}</div>\n'
 
 
 def _prose(text: str) -> str:
