@@ -17,9 +17,8 @@ def main() -> int:
     labels = [label for label in system.labels for _ in range(OF_EACH)]
     images = system.sample(labels, seed=SEED)
     pictures.save_grid(OUT, images.numpy(), OF_EACH)
-    print(
-        f"{OUT}: {len(labels)} images drawn by {system.name} in {time.monotonic() - began:.0f} s, one class per row, seed {SEED}"
-    )
+    seconds = time.monotonic() - began
+    print(f"{OUT}: {len(labels)} images by {system.name}, one class per row, seed {SEED}, in {seconds:.0f} s")
     print(f"Its figures and settings: {FOLDER}/README.md. Next:")
     print("  make repro                      trains six systems on 8x8 digits in minutes and compares them")
     print("  make start IMAGES=photographs   begins with your own images: docs/tutorial.md")
