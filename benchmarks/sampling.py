@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from tessera.bases.optimization import Training
+from tessera.bases.optimization import PriorTraining
 from tessera.contracts import TokenSpec
 from tessera.priors.autoregressive import Config, Model, Sampling, draw
 
@@ -39,7 +39,7 @@ def main() -> None:
         latent_std=(1.0,) * 8,
         tokenizer_fingerprint="0" * 64,
     )
-    model = Model(Config(width=256, depth=4, heads=4, training=Training(num_steps=1)), spec).eval()
+    model = Model(Config(width=256, depth=4, heads=4, training=PriorTraining(num_steps=1)), spec).eval()
     labels, seconds, drawn = torch.arange(BATCH) % 10, {}, {}
     for name, sample in {"without cache": without_cache, "with cache": Model.sample}.items():
         rounds = []

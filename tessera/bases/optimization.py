@@ -6,10 +6,10 @@ Juditsky, 1992, with exponential weights.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
@@ -39,6 +39,23 @@ class Training(Params):
     compile: bool = False  # torch.compile of the networks: minutes at the start, faster steps on a GPU
     gradient_checkpointing: bool = False  # blocks are run again in the backward pass: a third slower, far less memory
     data_on_device: bool = False  # the training data lie on the GPU as stored (uint8 images), for sets that fit there
+
+
+class PriorTraining(Training):
+    """The training of a prior that learns in one phase: the processes that share it may share its weights too."""
+
+    # full: each process keeps its share of weights, average, gradients and optimizer state (training/sharding.py); one process
+    # has all of them as ever. Written only where it is set, so that what older params describe stays the same text
+    sharding: Literal["none", "full"] = Field("none", exclude_if=lambda value: value == "none")
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Self:
+        if self.sharding == "full" and self.optimizer == "muon":
+            raise ValueError(
+                "optimizer muon needs whole matrices, and sharding full divides them among the processes: write optimizer: "
+                "adamw, or sharding: none"
+            )
+        return self
 
 
 def learning_rate_factor(step: int, settings: Training) -> float:

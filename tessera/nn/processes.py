@@ -39,14 +39,14 @@ class Processes:
         self.rank = dist.get_rank() if number > 1 else 0
         self.is_main = self.rank == 0
 
-    def any(self, flag: Callable[[], bool]) -> bool:
-        """Whether the flag is up in any process: all of them must stop at the same step."""
-        here = flag()
+    def any(self, *flags: Callable[[], bool]) -> list[bool]:
+        """Of each flag whether it is up in any process: what they do together, they must do at the same step."""
+        here = [flag() for flag in flags]
         if self.group is None:
             return here
-        seen = torch.tensor(float(here))
+        seen = torch.tensor(here, dtype=torch.float)
         dist.all_reduce(seen, group=self.group)
-        return bool(seen)
+        return [bool(each) for each in seen.tolist()]
 
     def from_main(self, value: Made) -> Made:
         """The first process's value, in all of them: plain, and small. What the others give is not looked at."""
@@ -56,16 +56,16 @@ class Processes:
         dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
-    def tensors_from_main(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The first process's tensors, on the CPU, in all of them."""
+    def tensors_from_main(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The first process's tensors, on the CPU, in all of them: one after the other, for those that keep a part of each."""
         if self.group is None:
-            return tensors
+            yield from tensors.items()
+            return
         shapes = self.from_main({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
-        received = {}
         for name, (shape, dtype) in shapes.items():
-            received[name] = tensors[name].contiguous() if self.is_main else torch.empty(shape, dtype=dtype)
-            dist.broadcast(received[name], src=0, group=self.group)
-        return received
+            received = tensors[name].contiguous() if self.is_main else torch.empty(shape, dtype=dtype)
+            dist.broadcast(received, src=0, group=self.group)
+            yield name, received
 
     def part(self, items: Sequence[Item]) -> Sequence[Item]:
         """Those of the items that `in_order` gives to this process."""

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tessera.bases.conditional import ConditionalConfig, ConditionalModel, ConditionalObjective, RampedSampling, guided
-from tessera.bases.optimization import Training
+from tessera.bases.optimization import PriorTraining
 from tessera.bases.transformer import TransformerConfig
 from tessera.components import Fraction
 from tessera.contracts import Learns, TokenSpec
@@ -39,7 +39,7 @@ class Config(TransformerConfig, ConditionalConfig):
     token_dropout: Fraction = 0.0  # share of the indices read that are replaced by random ones
     # shares of num_steps between which the share of images read in a random order falls from 1 to 0; (0, 0): raster only
     random_order_until: tuple[Fraction, Fraction] = (0.0, 0.0)
-    training: Training
+    training: PriorTraining
 
     @model_validator(mode="after")
     def _orders_are_annealed_forwards(self) -> "Config":

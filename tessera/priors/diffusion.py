@@ -25,7 +25,7 @@ from tessera.bases.conditional import (
     guided,
     rising,
 )
-from tessera.bases.optimization import Training
+from tessera.bases.optimization import PriorTraining
 from tessera.components import DenoiserConfig, Fraction, Steps, load
 from tessera.contracts import Learns, TokenSpec
 from tessera.nn import noise_levels, samplers
@@ -48,7 +48,7 @@ class Config(ConditionalConfig):
     sigma_log_mean: LogSigma = -0.5  # edm: of log sigma in training; EDM's -1.2, in units of the data's std
     sigma_log_std: Annotated[float, Field(ge=0.01, le=5)] = 1.2
     min_snr: Snr | None = None  # largest weight of the data's squared error; null: the velocity's weight
-    training: Training
+    training: PriorTraining
 
 
 class Sampling(IntervalSampling):

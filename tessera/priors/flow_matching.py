@@ -24,7 +24,7 @@ from tessera.bases.conditional import (
     IntervalSampling,
     guided,
 )
-from tessera.bases.optimization import Training
+from tessera.bases.optimization import PriorTraining
 from tessera.components import DenoiserConfig, Steps, load
 from tessera.contracts import Learns, TokenSpec
 from tessera.nn import samplers
@@ -39,7 +39,7 @@ class Config(ConditionalConfig):
     predicts: Literal["velocity", "data"] = "velocity"  # what the network's output means; the loss is the velocity's
     time_mean: Annotated[float, Field(ge=-10, le=10)] = 0.0  # of the normal whose sigmoid is the training time
     time_std: Annotated[float, Field(ge=0.01, le=10)] = 1.0
-    training: Training
+    training: PriorTraining
 
 
 class Sampling(IntervalSampling):

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tessera.bases.conditional import ConditionalConfig, ConditionalModel, ConditionalObjective, RampedSampling, guided
-from tessera.bases.optimization import Training
+from tessera.bases.optimization import PriorTraining
 from tessera.bases.transformer import TransformerConfig
 from tessera.components import Fraction, Steps
 from tessera.contracts import Learns, TokenSpec
@@ -40,7 +40,7 @@ class Config(TransformerConfig, ConditionalConfig):
     dropout: Fraction = 0.1
     mask_schedule: MaskSchedule = "arccos"  # how the share of masked places is drawn
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the indices, in training alone
-    training: Training
+    training: PriorTraining
 
 
 class Sampling(RampedSampling):

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
@@ -27,6 +28,7 @@ from tessera.contracts import Job, Objective
 from tessera.nn.draw import MovesOncePerStep
 from tessera.nn.processes import Processes
 from tessera.training.reading import Data, Reader
+from tessera.training.sharding import gathered, is_sharded, shard, whole
 from tessera.training.speed import Speed
 from tessera.training.state import State
 from tessera.training.terms import Diverged, Terms, summed
@@ -52,7 +54,8 @@ class Validation(Protocol):
 class Preview(Protocol):
     """Shows the averaged model to whoever waits, when it thinks fit, and changes nothing; asked in the main process only."""
 
-    def show_if_due(self, model: nn.Module) -> None: ...
+    def is_due(self) -> bool: ...
+    def show(self, model: nn.Module) -> None: ...
 
 
 def fit(
@@ -73,12 +76,12 @@ def fit(
     """
     accelerator = _accelerator(settings, job, is_validated=validation is not None)
     rank, is_main = accelerator.process_index, accelerator.is_main_process
-    objective.to(accelerator.device).train()
-    average = copy.deepcopy(objective.model).requires_grad_(False)
+    processes = Processes(accelerator.num_processes)
+    average = _placed(objective, settings, accelerator)
     optimizers = objective.optimizers()
-    state = State(job.state, objective, average, optimizers)
+    state = State(job.state, objective, average, optimizers, processes)
     history = job.history(settings.num_steps, quiet=not is_main)
-    start = state.load(job.say, processes := Processes(accelerator.num_processes))
+    start = state.load(job.say)
     history.resume(start)  # also from 0: a training that was killed before its first checkpoint left rows
     if validation and is_main:
         validation.begin(start)
@@ -103,17 +106,18 @@ def fit(
                     row |= _validated(validation, done, average, accelerator, speed)
                 history.add(done, row, settings.batch_size)
                 speed.log(done)
-            if preview and is_main:
-                preview.show_if_due(average)
-            stopping = processes.any(job.stop_requested)
-            if is_main and (stopping or state.is_due(job.checkpoint_seconds)):
+            stopping, is_saved, is_shown = _due(processes, job, state, preview)
+            if is_shown and (shown := gathered(average, is_main)) is not None:
+                preview.show(shown)
+            if stopping or is_saved:
                 terms.require_finite()
                 _diagnosed(objective, job, is_main)  # whoever resumes does not see these steps again
                 state.save(done, wait=stopping)
             if stopping:
                 job.stop(f"stopped after step {done}; the same command continues from there")
     job.figures |= speed.figures()
-    return average.cpu().eval() if is_main else None
+    trained = gathered(average, is_main)
+    return trained.cpu().eval() if trained is not None else None
 
 
 def _accelerator(settings: Training, job: Job, is_validated: bool) -> Accelerator:
@@ -142,6 +146,15 @@ def _accelerator(settings: Training, job: Job, is_validated: bool) -> Accelerato
     return accelerator
 
 
+def _placed(objective: Objective, settings: Training, accelerator: Accelerator) -> nn.Module:
+    """Put the objective on the device, whole or a shard of it; returns the average of its model, likewise."""
+    average = copy.deepcopy(objective.model).requires_grad_(False)
+    if is_sharded(settings, accelerator.num_processes):
+        shard(objective, average, accelerator.device)
+    objective.to(accelerator.device).train()
+    return average.to(accelerator.device).train()
+
+
 def _prepared(objective: Objective, settings: Training, accelerator: Accelerator) -> nn.Module:
     """The objective as it is called in a step: compiled where asked for, and averaging gradients over processes."""
     for module in objective.modules():
@@ -153,7 +166,7 @@ def _prepared(objective: Objective, settings: Training, accelerator: Accelerator
         compile_networks(objective)
     for harmless in ("`broadcast_buffers` is deprecated", "Grad strides do not match bucket view strides"):
         warnings.filterwarnings("ignore", harmless)  # each process would print them; channels last is what is wanted
-    return accelerator.prepare(objective)
+    return objective if isinstance(objective, FSDPModule) else accelerator.prepare(objective)
 
 
 def _reader(data: Data, settings: Training, steps: range, seed: int, accelerator: Accelerator) -> Reader:
@@ -169,12 +182,22 @@ def _reader(data: Data, settings: Training, steps: range, seed: int, accelerator
     )
 
 
+def _due(processes: Processes, job: Job, state: State, preview: Preview | None) -> list[bool]:
+    """Whether to stop, which any process may ask for; to save and to show, by the clock of the first."""
+    return processes.any(
+        job.stop_requested,
+        lambda: processes.is_main and state.is_due(job.checkpoint_seconds),
+        lambda: processes.is_main and preview is not None and preview.is_due(),
+    )
+
+
 def _validated(
     validation: Validation, step: int, average: nn.Module, accelerator: Accelerator, speed: Speed
 ) -> dict[str, float]:
     """The metrics that the main process measured, none in the others; all wait, which is no part of the training's speed."""
     began = time.monotonic()
-    metrics = validation.measure(step, average) if accelerator.is_main_process else {}
+    model = gathered(average, accelerator.is_main_process)
+    metrics = validation.measure(step, model) if model is not None else {}
     accelerator.wait_for_everyone()
     speed.leave_out(time.monotonic() - began)
     return metrics
@@ -218,7 +241,8 @@ def _step(
         means: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, 1):
             is_last = number == len(batches)
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(network):  # gradients meet once
+            # gradients meet once, but for those of shards, which nobody keeps whole
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(network):
                 with accelerator.autocast():
                     losses = network(batch, phase, step)
                 if losses is None:
@@ -228,7 +252,7 @@ def _step(
         if not means:
             continue
         parameters = [p for optimizer in optimizers[phase] for g in optimizer.param_groups for p in g["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, gradient_clip, foreach=True)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, gradient_clip, foreach=True))
         terms.note(phase, means, norm)
         for optimizer in optimizers[phase]:
             terms.take(optimizer)

@@ -37,12 +37,13 @@ class Previews:
         self._began = time.monotonic()
         self._spent = self._longest = 0.0
 
-    def show_if_due(self, model: nn.Module) -> None:
-        began = time.monotonic()
-        elapsed = began - self._began
-        if elapsed < FIRST_SECONDS or (self._longest and self._spent + self._longest > SHARE * elapsed):
-            return
-        was_training = model.training
+    def is_due(self) -> bool:
+        """Whether a picture may be made now, by the time that those before it took."""
+        elapsed = time.monotonic() - self._began
+        return elapsed >= FIRST_SECONDS and not (self._longest and self._spent + self._longest > SHARE * elapsed)
+
+    def show(self, model: nn.Module) -> None:
+        began, was_training = time.monotonic(), model.training
         try:
             with torch.no_grad():
                 images = self._draw(model.eval())

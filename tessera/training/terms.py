@@ -1,7 +1,8 @@
 """The terms of a step, kept on the device, and the first of them that is not finite.
 
 A number that the host reads is waited for, with all that was queued before it; so none is read in an ordinary step. Once a
-loss or gradient is not finite no optimizer takes another step, and the terms stay those of that moment until somebody asks.
+loss or gradient of any process is not finite no optimizer takes another step, and the terms stay those of that moment until
+somebody asks.
 """
 
 import math
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tessera.nn.processes import all_reduce
+
 GRADIENT = "gradient"  # the norm of it, beside the terms of its phase
+NOT_APPLIED = "not applied, the last checkpoint stays. Lower training.learning_rate, or use precision: fp32"
 
 
 class Diverged(ValueError):
@@ -45,7 +49,9 @@ class Terms:
             values = torch.where(self.found_inf > 0, self._values[phase], values)
         self._noted.add(phase)
         self._names[phase], self._values[phase] = names, values
-        self.found_inf = torch.maximum(self.found_inf, 1 - values.isfinite().all().float())
+        found_inf = 1 - values.isfinite().all().float()
+        all_reduce(found_inf)  # one process that took the step without the others would have other weights than they
+        self.found_inf = torch.maximum(self.found_inf, found_inf.clamp(max=1))
 
     def take(self, optimizer: Optimizer) -> None:
         """A step of the optimizer, unless something was not finite."""
@@ -61,8 +67,8 @@ class Terms:
 
         Raises Diverged if anything has not been finite since the training began or resumed.
         """
-        tensors = [self._step.reshape(1), *(values.double() for values in self._values.values())]
-        step, *numbers = torch.cat(tensors).tolist()
+        known = torch.stack([self._step, self.found_inf.double()])
+        step, found_inf, *numbers = torch.cat([known, *(values.double() for values in self._values.values())]).tolist()
         found: dict[str, float] = {}
         for phase in self._values:
             for name in self._names[phase]:
@@ -71,6 +77,8 @@ class Terms:
                     raise Diverged(self._sentence(phase, name, number, int(step)))
                 if name != GRADIENT and phase in self._noted:
                     found[f"{phase}_loss" if name == "loss" and phase != self.phases[0] else name] = number
+        if found_inf:
+            raise Diverged(f"a term of another process is not finite at step {int(step) + 1}: {NOT_APPLIED}")
         return found
 
     def require_finite(self) -> None:
@@ -81,10 +89,7 @@ class Terms:
         is_gradient = name == GRADIENT
         what = f"the gradient of phase '{phase}'" if is_gradient else f"{phase} term '{name}'"
         rows = "" if is_gradient else f"; rows {self.rows_of(step).flatten()[:8].tolist()}..."
-        return (
-            f"{what} is {number} at step {step + 1}: not applied, the last checkpoint stays. "
-            f"Lower training.learning_rate, or use precision: fp32{rows}"
-        )
+        return f"{what} is {number} at step {step + 1}: {NOT_APPLIED}{rows}"
 
 
 def summed(sums: dict[str, Tensor], terms: dict[str, Any], of: int) -> dict[str, Tensor]:

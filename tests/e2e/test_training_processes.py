@@ -3,6 +3,7 @@
 The tests share a copy of the finished clone. Death at any step of any part is in test_components.py, in one process.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ import safetensors.numpy
 from clones import ROOT
 from ports import free_ports
 
-pytestmark = pytest.mark.e2e(seconds=90)
+pytestmark = pytest.mark.e2e(seconds=120)
 TOKENIZER, PRIOR = "train_tokenizer@vqgan", "train_prior@vqgan-flow"
 
 
@@ -167,6 +168,39 @@ def test_two_processes_train_the_prior_that_one_process_trains(clone):
     np.testing.assert_allclose(losses[1].test_loss, losses[0].test_loss, atol=1e-4)
     for key, one in weights[0].items():
         assert np.abs(weights[1][key] - one).mean() < 1e-5, key
+
+
+def test_kill_9_of_a_sharded_training_and_again_gives_the_same_bits_and_whoever_samples_notices_nothing(
+    clone, tmp_path
+):
+    clone = clone.copy(tmp_path / "own")
+    name = "vqgan-autoregressive"
+    params = clone.params()
+    params["systems"][name]["prior"]["training"] |= {"num_steps": 20, "optimizer": "adamw", "sharding": "full"}
+    params["follow_training"] |= {"every": 10, "num_images": 20}
+    clone.write_params(params)
+    command, out = clone.command_of(f"train_prior@{name}"), f"data/priors/{name}"
+    made = clone.run(*command, TESSERA_PROCESSES="2")
+    assert made.returncode == 0 and "2 processes" in made.stdout, made.stdout[-2000:] + made.stderr[-3000:]
+    whole = clone.hashes(out)
+    shutil.rmtree(clone.folder / out)
+    both = clone.start(*command, TESSERA_PROCESSES="2", TESSERA_CHECKPOINT_SECONDS="0")
+    try:
+        state = clone.folder / f".state/train_prior-{name}"
+        wait_for(lambda: any(state.glob("*/step-*[3-9]/manifest.json")), both)
+        ranks = psutil.Process(both.pid).children()
+    finally:
+        os.killpg(both.pid, signal.SIGKILL)
+        both.wait()
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.kill()
+    assert not (clone.folder / out).exists(), "it ended before it could be killed"
+    again = clone.run(*command, TESSERA_PROCESSES="2")
+    assert again.returncode == 0 and "resumed step" in again.stdout, again.stdout[-2000:] + again.stderr[-3000:]
+    assert clone.hashes(out) == whole
+    sampled = clone.run(*clone.command_of(f"sample_images@{name}"))
+    assert sampled.returncode == 0, sampled.stdout[-2000:] + sampled.stderr[-3000:]
 
 
 def test_one_of_two_processes_that_is_killed_ends_both_and_any_number_goes_on_from_there(clone, tmp_path):

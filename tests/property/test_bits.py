@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy_distributions import GRIDS, draws, few_grids, spec
 
-from tessera.bases.optimization import Training
+from tessera.bases.optimization import PriorTraining
 from tessera.components import kinds, load
 from tessera.priors import autoregressive, masked
 from tessera.training.loop import fit
@@ -23,7 +23,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def random_model(module, **settings):
     """Weights large enough that no two places and no two labels are alike."""
     torch.manual_seed(0)
-    config = module.Config(width=32, depth=2, heads=2, training=Training(num_steps=1), **settings)
+    config = module.Config(width=32, depth=2, heads=2, training=PriorTraining(num_steps=1), **settings)
     model = module.Model(config, spec()).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -99,7 +99,7 @@ def test_a_trained_prior_needs_hardly_more_bits_than_the_entropy_and_never_less(
     torch.manual_seed(0)
     truth = few_grids()
     rates = {"optimizer": "muon", "learning_rate": 1e-2, "muon_learning_rate": 1e-2, "weight_decay": 0.0}
-    training = Training(num_steps=300, batch_size=256, ema_decay=0.99, final_learning_rate_fraction=0.0, **rates)
+    training = PriorTraining(num_steps=300, batch_size=256, ema_decay=0.99, final_learning_rate_fraction=0.0, **rates)
     settings = {"mask_schedule": "cosine", "label_smoothing": 0.0} if module is masked else {}
     config = module.Config(width=32, depth=2, heads=2, dropout=0.0, label_dropout=0.0, training=training, **settings)
     job.resumable()

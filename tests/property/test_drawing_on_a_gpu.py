@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from toy_distributions import spec
 
-from tessera.bases.optimization import Training
+from tessera.bases.optimization import PriorTraining
 from tessera.components import load
 from tessera.nn import decoding, steps, transformer
 from tessera.nn.gumbel import gumbel_noise
@@ -199,7 +199,9 @@ def graphs(monkeypatch) -> list[Graph]:
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.5, "guidance_ramp": 2.0}, {"top_k": 5, "top_p": 0.8}])
 def test_one_graph_of_a_step_draws_every_index(until, settings, request):
     torch.manual_seed(0)
-    config = autoregressive.Config(width=32, depth=2, heads=2, random_order_until=until, training=Training(num_steps=1))
+    config = autoregressive.Config(
+        width=32, depth=2, heads=2, random_order_until=until, training=PriorTraining(num_steps=1)
+    )
     model = autoregressive.Model(config, spec(codebook_size=9, shape=(3, 3, 2), num_classes=3)).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from scipy import ndimage
 from torch import Tensor, nn
 
-from tessera.bases.optimization import Training
+from tessera.bases.optimization import PriorTraining
 from tessera.components import InvalidParams, parse
 from tessera.contracts import Denoises, Encoded, TokenSpec
 from tessera.editing import ancestral, posterior
@@ -108,7 +108,7 @@ def gaussian_system(side: int = 8, shift: float = 0.0) -> System:
 def discrete_system(kind: str, side: int = 4, size: int = 4, **settings: Any) -> System:
     torch.manual_seed(0)
     module = {"masked": masked, "autoregressive": autoregressive}[kind]
-    training = Training(num_steps=10, batch_size=2)
+    training = PriorTraining(num_steps=10, batch_size=2)
     config = module.Config(kind=kind, width=16, depth=1, heads=2, dropout=0.0, training=training, **settings)
     spec = spec_of(size, (1, side, side))
     prior = module.Model(config, spec).eval()

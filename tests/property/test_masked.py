@@ -8,7 +8,7 @@ from torch import nn
 from toy_distributions import GRIDS, draws, few_grids, spec, total_variation
 
 from tessera.bases.conditional import ramped
-from tessera.bases.optimization import Training
+from tessera.bases.optimization import PriorTraining
 from tessera.contracts import TokenBatch
 from tessera.priors import masked
 from tessera.priors.masked import Config, Model, Objective, Sampling, first, halton_order, mask_ratio, placed_per_step
@@ -18,7 +18,7 @@ from tessera.training.loop import fit
 def random_model(**settings) -> Model:
     """Weights large enough that every prediction differs."""
     torch.manual_seed(0)
-    config = Config(width=32, depth=2, heads=2, training=Training(num_steps=1), **settings)
+    config = Config(width=32, depth=2, heads=2, training=PriorTraining(num_steps=1), **settings)
     model = Model(config, spec(codebook_size=9, shape=(3, 3, 2), num_classes=3)).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -53,7 +53,7 @@ def test_the_masked_prior_learns_a_known_distribution_and_its_sampler_draws_from
     torch.manual_seed(0)
     truth = few_grids()
     rates = {"optimizer": "muon", "learning_rate": 1e-2, "muon_learning_rate": 1e-2, "weight_decay": 0.0}
-    training = Training(num_steps=300, batch_size=256, ema_decay=0.99, final_learning_rate_fraction=0.0, **rates)
+    training = PriorTraining(num_steps=300, batch_size=256, ema_decay=0.99, final_learning_rate_fraction=0.0, **rates)
     settings = {"mask_schedule": "cosine", "dropout": 0.0, "label_smoothing": 0.0, "label_dropout": 0.0}
     config = Config(width=32, depth=2, heads=2, training=training, **settings)
     job.resumable()

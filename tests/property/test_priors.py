@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from toy_distributions import GRIDS, Rows, draws, known_distribution, spec, total_variation
 
-from tessera.bases.optimization import Training
+from tessera.bases.optimization import PriorTraining
 from tessera.contracts import TokenBatch
 from tessera.denoisers.transformer import Config as transformer
 from tessera.priors import autoregressive, flow_matching
@@ -16,7 +16,7 @@ from tessera.training.loop import fit
 
 def random_model(**settings) -> autoregressive.Model:
     torch.manual_seed(0)
-    training = Training(num_steps=1)
+    training = PriorTraining(num_steps=1)
     config = autoregressive.Config(width=32, depth=2, heads=2, training=training, **settings)
     model = autoregressive.Model(config, spec(codebook_size=9, shape=(3, 3, 2), num_classes=3)).eval()
     for parameter in model.parameters():
@@ -85,7 +85,7 @@ def test_the_autoregressive_prior_learns_a_known_distribution(job):
     """Grids of 2x2 with 4 codes whose joint distribution is known, another one for each label: total variation < 0.05."""
     torch.manual_seed(0)
     truth = known_distribution()
-    training = Training(num_steps=700, batch_size=512, learning_rate=4e-3, weight_decay=0.0, ema_decay=0.99)
+    training = PriorTraining(num_steps=700, batch_size=512, learning_rate=4e-3, weight_decay=0.0, ema_decay=0.99)
     config = autoregressive.Config(width=32, depth=2, heads=2, dropout=0.0, training=training)
     job.resumable()
     objective = autoregressive.Objective(autoregressive.Model(config, spec()), config)
@@ -100,7 +100,7 @@ def test_the_autoregressive_prior_learns_a_known_distribution(job):
 
 def test_heun_is_of_second_order_and_euler_of_first():
     """On dx/dt = x the error shrinks by 4 (Heun) and 2 (Euler) when the steps double."""
-    training = Training(num_steps=1)
+    training = PriorTraining(num_steps=1)
     config = flow_matching.Config(denoiser=transformer(width=16, depth=1, heads=2), training=training)
     model = flow_matching.Model(config, spec())
     model.forward = lambda x, t, labels: x
@@ -125,7 +125,7 @@ def test_the_flow_learns_a_mixture_in_two_dimensions(predicts, job):
         which = torch.multinomial(torch.tensor([0.5, 0.3, 0.2]), len(labels), replacement=True, generator=generator)
         return centres[labels, which] + 0.15 * torch.randn(len(labels), 2, generator=generator)
 
-    training = Training(num_steps=800, batch_size=256, learning_rate=3e-3, weight_decay=0.0, ema_decay=0.99)
+    training = PriorTraining(num_steps=800, batch_size=256, learning_rate=3e-3, weight_decay=0.0, ema_decay=0.99)
     config = flow_matching.Config(
         denoiser=transformer(width=64, depth=2, heads=2), predicts=predicts, training=training
     )
@@ -149,7 +149,7 @@ def sliced_wasserstein(a, b, num_directions=64):
 
 def test_velocity_and_data_predictions_mean_the_same():
     """x_1 - x_t = (1 - t) v: a network that outputs the data gives the velocity of the straight line."""
-    training = Training(num_steps=1)
+    training = PriorTraining(num_steps=1)
     config = flow_matching.Config(denoiser=transformer(width=16, depth=1, heads=2), predicts="data", training=training)
     model = flow_matching.Model(config, spec())
     x_0, x_1, t = torch.randn(3, 2, 2, 2), torch.randn(3, 2, 2, 2), torch.tensor([0.1, 0.5, 0.9])
@@ -160,7 +160,7 @@ def test_velocity_and_data_predictions_mean_the_same():
 
 def test_training_times_of_the_flow_are_logit_normal():
     """Their logits have the mean and the deviation of the settings."""
-    training = Training(num_steps=1)
+    training = PriorTraining(num_steps=1)
     config = flow_matching.Config(
         denoiser=transformer(width=16, depth=1, heads=2), time_mean=-0.7, time_std=1.4, training=training
     )
@@ -176,7 +176,7 @@ def test_training_times_of_the_flow_are_logit_normal():
 
 
 def test_guidance_of_the_flow_acts_in_its_interval_and_a_scale_of_1_needs_no_second_pass():
-    training = Training(num_steps=1)
+    training = PriorTraining(num_steps=1)
     config = flow_matching.Config(denoiser=transformer(width=16, depth=1, heads=2), training=training)
     model = flow_matching.Model(config, spec())
     rows = []

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from toy_distributions import GRIDS, draws, few_grids, spec, total_variation
 
-from tessera.bases.optimization import Training
+from tessera.bases.optimization import PriorTraining
 from tessera.contracts import TokenBatch
 from tessera.nn.transformer import Transformer
 from tessera.priors import autoregressive
@@ -17,7 +17,9 @@ from tessera.training.loop import fit
 
 def random_model(until=(1.0, 1.0), **settings) -> Model:
     torch.manual_seed(0)
-    config = Config(width=32, depth=2, heads=2, random_order_until=until, training=Training(num_steps=10), **settings)
+    config = Config(
+        width=32, depth=2, heads=2, random_order_until=until, training=PriorTraining(num_steps=10), **settings
+    )
     model = Model(config, spec(codebook_size=9, shape=(3, 3, 2), num_classes=3)).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -160,7 +162,7 @@ def distribution(model: Model, label: int, order: list[int]) -> torch.Tensor:
 def trained(until, steps, job) -> Model:
     torch.manual_seed(0)
     rates = {"optimizer": "muon", "learning_rate": 1e-2, "muon_learning_rate": 1e-2, "weight_decay": 0.0}
-    training = Training(num_steps=steps, batch_size=256, ema_decay=0.99, **rates)
+    training = PriorTraining(num_steps=steps, batch_size=256, ema_decay=0.99, **rates)
     config = Config(width=32, depth=2, heads=2, dropout=0.0, random_order_until=until, training=training)
     job.resumable()
     return fit(Objective(Model(config, spec()), config), draws(few_grids()), training, seed=0, job=job)
@@ -194,7 +196,7 @@ def test_random_orders_to_the_end_give_the_distribution_of_every_order_and_its_c
 def test_the_losses_of_raster_order_are_those_from_before_random_orders_were_there(job):
     """Fixed seed, three steps; the figures are of the commit before."""
     torch.manual_seed(0)
-    training = Training(num_steps=3, batch_size=8, learning_rate=0.01)
+    training = PriorTraining(num_steps=3, batch_size=8, learning_rate=0.01)
     config = Config(width=16, depth=2, heads=2, training=training)
     model = Model(config, spec(codebook_size=9, shape=(3, 3, 2), num_classes=3))
     rows = TokenBatch(torch.arange(96).view(16, 3, 2) % 9, torch.arange(16) % 3)

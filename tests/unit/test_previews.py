@@ -49,7 +49,8 @@ def test_pictures_come_after_some_seconds_and_take_two_percent_of_a_training(job
     shown = Previews(clock.draw, job)
     model = nn.Linear(2, 2)
     while clock.now < 1000:
-        shown.show_if_due(model)
+        if shown.is_due():
+            shown.show(model)
         clock.now += 1
     assert clock.drawn_at == [previews.FIRST_SECONDS, *range(200, 1000, 100)]  # n pictures in n x 100 s
     assert model.training
