@@ -16,7 +16,7 @@ from tessera.artifacts import described
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
 from tessera.artifacts.shards import Shards, labels_of
-from tessera.components import Params
+from tessera.components import Params, Precision, added_later
 from tessera.contracts import Learns, TokenBatch, Tokenizer, TokenSpec
 
 
@@ -25,16 +25,32 @@ def index_dtype(codebook_size: int) -> type[np.integer]:
     return np.uint16 if codebook_size <= 2**16 else np.int32
 
 
+class Encoding(Params):
+    """How images became tokens."""
+
+    precision: Precision = added_later("fp32")
+
+
 class Tokens:
     """One split of a tokens artifact, memory-mapped, as a prior learns it."""
 
-    def __init__(self, folder: Path, split: str, spec: TokenSpec, learns: Learns, num_views: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        spec: TokenSpec,
+        learns: Learns,
+        num_views: int | None = None,
+        encoding: Encoding | None = None,
+    ):
         folder = Path(folder)
         if learns == "indices" and spec.codebook_size is None:
             raise ArtifactError(
                 f"{folder} holds no indices: its tokenizer has no codebook. Use a prior that learns latents"
             )
         self.spec, self.learns, self.split = spec, learns, split
+        encoding = encoding or Encoding()
+        self.encoding = encoding.model_dump(include=set(Encoding.model_fields))  # for protocols
         grid = spec.index_grid if learns == "indices" else spec.latent_shape
         dtype = index_dtype(spec.codebook_size) if learns == "indices" else np.float32
         self.values = Shards(folder / split, learns, dtype)  # rows (V, *index_grid) or (V, D, h, w)
@@ -102,7 +118,7 @@ def require_finite(latents: np.ndarray) -> None:
         raise ArtifactError("the tokens hold latents that are not finite: look for NaN in the tokenizer's weights")
 
 
-class Described(Params):
+class Described(Encoding):
     """meta.json"""
 
     spec: described.OfTokens
@@ -172,14 +188,9 @@ def _row(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) ->
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-def read_spec(folder: Path) -> TokenSpec:
-    """The spec of a tokens artifact, unverified."""
-    return described.read(Path(folder) / "meta.json", Described).spec
-
-
 def read(folder: Path, learns: Learns, num_views: int | None = None) -> tuple[TokenSpec, dict[str, Tokens]]:
     """Verify the artifact and open both splits, of the training images the first num_views views (None: all)."""
-    artifact.check(folder)
-    spec = read_spec(folder)
-    train, test = Tokens(folder, "train", spec, learns, num_views), Tokens(folder, "test", spec, learns)
-    return spec, {"train": train, "test": test}
+    folder = artifact.check(folder)
+    found = described.read(folder / "meta.json", Described)
+    train = Tokens(folder, "train", found.spec, learns, num_views, found)
+    return found.spec, {"train": train, "test": Tokens(folder, "test", found.spec, learns, encoding=found)}
