@@ -158,7 +158,8 @@ class _Written:
             dtype = token_artifact.index_dtype(self.codebook_size)
             self.grown.append(f"{split}/indices", indices.cpu().numpy().astype(dtype))
         if self.settings.store_latents:
-            self.grown.append(f"{split}/latents", latents.cpu().numpy().astype(np.float32, copy=False))
+            rows = token_artifact.as_stored(latents.cpu().numpy(), self.settings.latents_dtype)
+            self.grown.append(f"{split}/latents", rows)
         self.grown.append(f"{split}/labels", labels)
         self.num_batches += 1
         if self.grown.is_due():

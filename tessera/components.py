@@ -23,6 +23,7 @@ Weight = Annotated[float, Field(ge=0, le=1e4)]  # of a term of a loss
 RateFactor = Annotated[float, Field(ge=1e-9, le=1e6)]  # times a learning rate
 Steps = Annotated[int, Field(ge=1, le=10_000)]  # of a sampler
 Precision = Literal["fp32", "bf16"]  # of networks that draw and encode: nn/precision.py
+LatentsDtype = Literal["float32", "float16"]  # on disk
 
 
 class Params(BaseModel):

@@ -16,6 +16,7 @@ from tessera.components import (
     EditConfig,
     FeaturesConfig,
     InvalidParams,
+    LatentsDtype,
     MetricConfig,
     Params,
     Precision,
@@ -57,8 +58,18 @@ class EncodeTokens(Params):
     warp_scale: Annotated[float, Field(ge=0, lt=1)]  # largest relative change
     warp_shift: Annotated[float, Field(ge=0, lt=1)]  # largest, as a fraction of the side
     store_latents: bool  # beside the indices; priors of latents need them
+    latents_dtype: LatentsDtype = added_later("float32")
     precision: Precision = added_later("fp32")  # of the encoder
     batch_size: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _has_latents_of_that_dtype(self) -> "EncodeTokens":
+        if self.latents_dtype != "float32" and not self.store_latents:
+            raise ValueError(
+                f"latents_dtype {self.latents_dtype} is of latents, which store_latents: false leaves out: set store_latents: "
+                f"true, or leave out latents_dtype"
+            )
+        return self
 
 
 class FollowTraining(Params):
