@@ -25,6 +25,7 @@ from tessera.artifacts.images import to_float
 from tessera.check.problems import tokens_of
 from tessera.components import load
 from tessera.contracts import ImageBatch, ImageSpec, Planned, TokenBatch
+from tessera.nn.precision import in_precision
 from tessera.params import Pipeline
 from tessera.running.job import Job
 from tessera.training import speed
@@ -165,11 +166,13 @@ def tokens(params: Pipeline, spec: ImageSpec, system: str) -> Any:
 def drawn(params: Pipeline, spec: ImageSpec, system: str, seconds: float, device: torch.device) -> dict[str, Any]:
     """Samples of a system, decoded."""
     config, of = params.systems[system].prior, tokens(params, spec, system)
-    prior = load("priors", config.kind).Model(config, of).to(device).eval()
+    sampling = params.sampling(system)
+    prior = load("priors", config.kind).Model(config, of).to(device).eval().requires_grad_(False)
+    prior = in_precision(prior, sampling.precision)
     number = params.sample_images.batch_size
     labels = torch.arange(number, device=device) % spec.num_classes
     each = rate(
-        lambda: prior.sample(labels, params.sampling(system), seeding.generator(0, "device", device=device)),
+        lambda: prior.sample(labels, sampling, seeding.generator(0, "device", device=device)),
         seconds,
         device,
     )

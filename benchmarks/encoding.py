@@ -20,7 +20,6 @@ import torch
 from stages import encode_tokens
 from tessera.artifacts.background import Behind
 from tessera.artifacts.growing import Growing
-from tessera.contracts import Encoded
 
 ROUNDS = 12
 
@@ -30,10 +29,11 @@ def measure(
 ) -> tuple[float, float]:
     """Median CPU milliseconds per batch: of the thread that encodes, and of the whole process."""
     model = SimpleNamespace(codebook_size=1024, latent_shape=tuple(latents.shape[1:]))
-    settings = SimpleNamespace(store_latents=True)
+    settings = SimpleNamespace(store_latents=True, latents_dtype="float32")
     written = encode_tokens._Written(Growing(folder, folder / "../record.json", 60.0), settings, model, None)
     indices = torch.randint(1024, (len(latents), *latents.shape[2:]))
-    labels, encoded = np.zeros(len(latents), np.int64), [Encoded(latents, indices)] * num_views
+    views = (torch.stack([each] * num_views, dim=1) for each in (latents, indices))
+    batch = encode_tokens._Batch("train", np.zeros(len(latents), np.int64), *views, None)
     sums_of, own, all_threads = encode_tokens.sums_of, [], []
     if not has_sums:
         encode_tokens.sums_of = lambda some: np.zeros((2, some.shape[2]))
@@ -41,9 +41,9 @@ def measure(
         for _ in range(ROUNDS):
             began, together = time.thread_time(), time.process_time()
             if is_behind:
-                behind.call(written.add, "train", encoded, labels)
+                behind.call(written.add, batch)
             else:
-                written.add("train", encoded, labels)
+                written.add(batch)
             own.append(time.thread_time() - began)
             all_threads.append(time.process_time() - together)
     encode_tokens.sums_of = sums_of

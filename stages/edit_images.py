@@ -18,6 +18,7 @@ from tessera.contracts import Job
 from tessera.editing.trial import Trial
 from tessera.evaluation.edited import EditMetrics
 from tessera.evaluation.figures import Recorder
+from tessera.nn.precision import slowness
 from tessera.params import Pipeline
 from tessera.system import CannotEdit, System
 
@@ -39,7 +40,10 @@ def run(
 ) -> None:
     spec, splits = image_artifact.read(images)
     settings, sampling = params.edit_images, params.sampling(name)
-    system = System.read(tokenizer, prior, name)
+    system = System.read(tokenizer, prior, name).computing_in(sampling.precision)
+    if told := slowness(sampling.precision, system.device):
+        job.say(told)
+    recorded = sampling.model_dump(include={"precision"})
     rows = spread(len(splits["test"]), settings.num_images)  # files often lie by class
     originals = to_float(splits["test"].uint8(rows))
     labels = torch.from_numpy(splits["test"].labels[rows].astype(np.int64))
@@ -68,11 +72,12 @@ def run(
                 "rows": rows.tolist(),
                 "edits": {edit: config.model_dump(mode="json") for edit, config in params.edits.items()},
                 "refused": refused,
+                **recorded,
                 "tokenizer_fingerprint": artifact.fingerprint(tokenizer),
                 "prior_fingerprint": artifact.fingerprint(prior),
             },
         )
-    found.measured({"refused": refused}).write(metrics)
+    found.measured({"refused": refused, **recorded}).write(metrics)
     nothing = np.zeros((SHOWN, *originals.shape[1:]), np.uint8)
     pictures.save_grid(picture, np.concatenate(shown or [nothing]), min(SHOWN, len(rows)))
     job.attach(picture, "edits.png")

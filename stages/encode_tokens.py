@@ -21,6 +21,7 @@ from tessera.artifacts.background import Behind, read_ahead
 from tessera.artifacts.growing import Growing
 from tessera.artifacts.images import Images, to_float
 from tessera.contracts import Job, TokenSpec
+from tessera.nn.precision import in_precision, slowness
 from tessera.params import EncodeTokens, Pipeline
 from tessera.training import views
 
@@ -41,8 +42,10 @@ def run(params: Pipeline, name: str, images: Path, tokenizer: Path, out: Path, j
         "device": device.type,  # the bits of latents depend on it
     }
     state = job.resumable(inputs, parts=(config,))
+    if told := slowness(settings.precision, device):
+        job.say(told)
     num_encoded = len(splits["train"]) * num_views + len(splits["test"])
-    encoder = _Encoder(model.to(device), device, splits, params, job)
+    encoder = _Encoder(in_precision(model.to(device), settings.precision), device, splits, params, job)
     if not job.is_main:  # the first process writes what all of them encode
         for _ in encoder.batches(job.from_main(0)):
             pass
@@ -63,7 +66,8 @@ def run(params: Pipeline, name: str, images: Path, tokenizer: Path, out: Path, j
             latent_std=tuple(deviation.tolist()),
             tokenizer_fingerprint=artifact.fingerprint(tokenizer),
         )
-        artifact.write_json(place / "meta.json", {"spec": token_spec.model_dump(), "num_views": num_views})
+        encoding = settings.model_dump(include=set(token_artifact.Encoding.model_fields))
+        artifact.write_json(place / "meta.json", {"spec": token_spec.model_dump(), "num_views": num_views, **encoding})
     job.say(f"{num_encoded:,} views of {sum(map(len, splits.values())):,} images; wrote {out}")
     return {"num_encoded": num_encoded}
 
@@ -154,7 +158,8 @@ class _Written:
             dtype = token_artifact.index_dtype(self.codebook_size)
             self.grown.append(f"{split}/indices", indices.cpu().numpy().astype(dtype))
         if self.settings.store_latents:
-            self.grown.append(f"{split}/latents", latents.cpu().numpy().astype(np.float32, copy=False))
+            rows = token_artifact.as_stored(latents.cpu().numpy(), self.settings.latents_dtype)
+            self.grown.append(f"{split}/latents", rows)
         self.grown.append(f"{split}/labels", labels)
         self.num_batches += 1
         if self.grown.is_due():

@@ -10,6 +10,7 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts.samples import quotas
 from tessera.artifacts.shards import ShardWriter
 from tessera.contracts import Job
+from tessera.nn.precision import slowness
 from tessera.params import Pipeline
 from tessera.system import System
 
@@ -17,8 +18,10 @@ from tessera.system import System
 def run(
     params: Pipeline, name: str, tokenizer: Path, prior: Path, out: Path, picture: Path, job: Job
 ) -> dict[str, float]:
-    system = System.read(tokenizer, prior, name)
     settings, sampling = params.sample_images, params.sampling(name)
+    system = System.read(tokenizer, prior, name).computing_in(sampling.precision)
+    if told := slowness(sampling.precision, system.device):
+        job.say(told)
     labels = np.repeat(np.arange(system.spec.num_classes), quotas(settings.num_images, system.spec.class_counts))
     seeding.numpy_generator(params.seed, "sample_labels").shuffle(labels)
     starts = range(0, len(labels), settings.batch_size)

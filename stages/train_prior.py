@@ -77,7 +77,7 @@ def held_out_figures(params: Pipeline, name: str, model: nn.Module, splits: dict
     config, test = params.systems[name].prior, splits["test"]
     module, found = load("priors", config.kind), Recorder()
     rows = torch.arange(len(test))
-    of_tokens = {"prior": config.kind, "tokenizer": model.spec.tokenizer_fingerprint[:12]}
+    of_tokens = {"prior": config.kind, "tokenizer": model.spec.tokenizer_fingerprint[:12], **test.encoding}
 
     def protocol(images: str, number: int) -> Protocol:
         return without_network(params.dataset.name, f"tokens of {images} images", number, **of_tokens)

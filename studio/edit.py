@@ -28,6 +28,7 @@ from tessera import plain_yaml, seeding
 from tessera.artifacts import pictures
 from tessera.artifacts.images import to_uint8
 from tessera.components import kinds, load, parse
+from tessera.nn.precision import slowness
 from tessera.params import Pipeline
 from tessera.sources.decoding import decode, pillow_warnings
 from tessera.sources.frame import PREPROCESSING, Frame, size_text
@@ -84,8 +85,8 @@ class Draw(NamedTuple):
 
 def _options(option: str, settings: Any, usual: Any) -> list[str]:
     """What differs, as YAML on a line of a shell, which would break a list at its spaces."""
-    known = usual.model_dump(mode="json")
-    changed = {key: value for key, value in settings.model_dump(mode="json").items() if value != known[key]}
+    both = ((key, getattr(settings, key), getattr(usual, key)) for key in type(settings).model_fields)
+    changed = {key: value for key, value, known in both if value != known}
     return [f"{option} {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in changed.items()]
 
 
@@ -144,6 +145,13 @@ def open_system(params: Pipeline, name: str, root: Path = Path()) -> System:
     return System.read(tokenizer, root / "data/priors" / name, name)
 
 
+def _as_asked(system: System, sampling: Any) -> System:
+    """The system in the precision of the sampling."""
+    if told := slowness(sampling.precision, system.device):
+        print(told, file=sys.stderr)
+    return system.computing_in(sampling.precision)
+
+
 def read_picture(data: bytes, what: str) -> Image.Image:
     """The image of a file in mode L or RGB. Raises ValueError with the reason for what is none, or too large a one."""
     if len(data) > MAX_BYTES:
@@ -166,6 +174,7 @@ def draw(system: System, asked: Draw) -> tuple[torch.Tensor, np.ndarray]:
     labels = every if asked.label is None else torch.full((asked.count,), asked.label)
     system.require_trained_on(labels.numpy())
     generator = seeding.generator(asked.seed, "edit_file", device=system.device)
+    system = _as_asked(system, asked.sampling)
     tokens = system.prior.sample(labels.to(system.device), asked.sampling, generator)
     return tokens.cpu(), to_uint8(system.decode(tokens)).cpu().numpy()
 
@@ -199,7 +208,8 @@ def edit(
     system.require_trained_on([label])
     labels = torch.full((1,), label, device=system.device)
     generator = seeding.generator(asked.seed, "edit_file", device=system.device)
-    module, given = load("edits", asked.kind), (system, asked.config, asked.sampling, generator)
+    module, system = load("edits", asked.kind), _as_asked(system, asked.sampling)
+    given = (system, asked.config, asked.sampling, generator)
     if asked.kind == "inpaint":
         hole = frame.mask(mask).to(system.device)
         edited = module.edit(images, labels, *given, hole)

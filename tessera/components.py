@@ -8,12 +8,12 @@ import difflib
 import importlib
 import json
 import reprlib
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, create_model
 
 PACKAGE = Path(__file__).parent
 P = TypeVar("P", bound="Params")
@@ -22,12 +22,22 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e4)]  # of a term of a loss
 RateFactor = Annotated[float, Field(ge=1e-9, le=1e6)]  # times a learning rate
 Steps = Annotated[int, Field(ge=1, le=10_000)]  # of a sampler
+Precision = Literal["fp32", "bf16"]  # of networks that draw and encode: nn/precision.py
+LatentsDtype = Literal["float32", "float16"]  # on disk
 
 
 class Params(BaseModel):
     """Base of every Config: unknown keys and loosely typed values are errors, and nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def added_later(default: Any) -> Any:
+    """The default of a setting that came after artifacts and results were made without it, and that means what they meant.
+
+    It is written nowhere, as if the setting were not there: what was made before stays valid, and equal to what is made now.
+    """
+    return Field(default, exclude_if=lambda value: value == default)
 
 
 class InvalidParams(ValueError):
@@ -47,6 +57,15 @@ def load(folder: str, kind: str) -> ModuleType:
             f"there is no tessera/{folder}/{kind}.py: choose one of {', '.join(choices)}{_near(kind, choices)}"
         )
     return importlib.import_module(f"tessera.{folder}.{kind}")
+
+
+@cache
+def sampling_schema(kind: str) -> type[Params]:
+    """How systems with such a prior draw: the `Sampling` of tessera/priors/KIND.py, and what all systems have."""
+    own = load("priors", kind).Sampling
+    return create_model(
+        own.__name__, __base__=own, __module__=own.__module__, precision=(Precision, added_later("fp32"))
+    )
 
 
 class _Folder(NamedTuple):

@@ -16,12 +16,16 @@ from tessera.components import (
     EditConfig,
     FeaturesConfig,
     InvalidParams,
+    LatentsDtype,
     MetricConfig,
     Params,
+    Precision,
     PriorConfig,
     TokenizerConfig,
+    added_later,
     load,
     parse,
+    sampling_schema,
 )
 
 # DVC ignores changes of keys with these names inside a section (treeverse/dvc#10296).
@@ -42,7 +46,7 @@ class System(Params):
 
     tokenizer: str
     prior: PriorConfig
-    sampling: dict[str, Any]  # validated by the Sampling of the prior's file
+    sampling: dict[str, Any]  # validated by components.sampling_schema
 
 
 class EncodeTokens(Params):
@@ -54,7 +58,18 @@ class EncodeTokens(Params):
     warp_scale: Annotated[float, Field(ge=0, lt=1)]  # largest relative change
     warp_shift: Annotated[float, Field(ge=0, lt=1)]  # largest, as a fraction of the side
     store_latents: bool  # beside the indices; priors of latents need them
+    latents_dtype: LatentsDtype = added_later("float32")
+    precision: Precision = added_later("fp32")  # of the encoder
     batch_size: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _has_latents_of_that_dtype(self) -> "EncodeTokens":
+        if self.latents_dtype != "float32" and not self.store_latents:
+            raise ValueError(
+                f"latents_dtype {self.latents_dtype} is of latents, which store_latents: false leaves out: set store_latents: "
+                f"true, or leave out latents_dtype"
+            )
+        return self
 
 
 class FollowTraining(Params):
@@ -63,6 +78,7 @@ class FollowTraining(Params):
     every: Annotated[int, Field(ge=0)] = 0  # steps between looks, the last step being one too; 0: none
     num_images: Annotated[int, Field(ge=2)] = 2000  # drawn at each look, and at most this many real ones of each split
     features: FeaturesConfig = Field({"kind": "random"}, validate_default=True)  # of the distance
+    precision: Precision = added_later("fp32")  # of what is drawn
     criterion: Literal["last", "validation_loss", "frechet"] = "last"  # the weights that are kept: of which look
     validation_share: Annotated[float, Field(gt=0, lt=1)] = (
         0.1  # of the training images of each class: a criterion other
@@ -265,7 +281,7 @@ class Pipeline(Params):
                     f"follow_training.criterion validation_loss would choose its weights: use criterion frechet or last"
                 )
             try:
-                parse(prior.Sampling, system.sampling, f"systems.{name}.sampling")
+                parse(sampling_schema(system.prior.kind), system.sampling, f"systems.{name}.sampling")
             except InvalidParams as error:
                 found.append(str(error))
         return found
@@ -273,7 +289,7 @@ class Pipeline(Params):
     def sampling(self, system: str) -> Any:
         """The validated sampling settings of a system."""
         entry = self.systems[system]
-        return parse(load("priors", entry.prior.kind).Sampling, entry.sampling, f"systems.{system}.sampling")
+        return parse(sampling_schema(entry.prior.kind), entry.sampling, f"systems.{system}.sampling")
 
     def describe(self, stage: str) -> "Description":
         """What a stage depends on, as a tracker shows it, by these rules.

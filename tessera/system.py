@@ -12,8 +12,9 @@ from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.images import to_uint8
-from tessera.components import Params, load
+from tessera.components import Params, Precision, load, sampling_schema
 from tessera.contracts import Learns, TokenSpec
+from tessera.nn.precision import in_precision
 
 MOST_NAMED = 20  # labels, in a sentence
 PROBES = 8  # pairs of random images by which the reach of tokens is measured
@@ -67,20 +68,32 @@ class System:
 
     @property
     def sampling_schema(self) -> type[Params]:
-        """The Sampling of the prior's file: what may be set when it draws."""
-        return load("priors", self.prior.config.kind).Sampling
+        """What may be set when it draws."""
+        return sampling_schema(self.prior.config.kind)
+
+    def computing_in(self, precision: Precision) -> "System":
+        """The same system, its networks in this precision (nn/precision.py); one in bf16 stays so."""
+        return self if precision == "fp32" else self._in_bf16
+
+    @cached_property
+    def _in_bf16(self) -> "System":
+        parts = (in_precision(part, "bf16") for part in (self.tokenizer, self.prior))
+        found = System(*parts, self.spec, self.learns, self.name)
+        found._in_bf16 = found  # not rounded again
+        return found
 
     @torch.no_grad()
     def draw(self, labels: np.ndarray, sampling: Any, generator: torch.Generator) -> np.ndarray:
-        """(B,) labels -> (B, C, H, W) uint8; sampling: a Sampling of the prior's file; generator: best on `device`.
+        """(B,) labels -> (B, C, H, W) uint8; sampling: of `sampling_schema`; generator: best on `device`.
 
         Equal labels in equal order, sampling and generator give equal bits, on one machine and number of threads. Labels go
         into the prior's `sample`: into its embedding (autoregressive, masked) or its denoiser's (flow_matching, diffusion).
         Raises CannotDraw for a label without a training image.
         """
         self.require_trained_on(labels)
-        tokens = self.prior.sample(torch.from_numpy(labels).to(self.device), sampling, generator)
-        return to_uint8(self.decode(tokens)).cpu().numpy()
+        system = self.computing_in(sampling.precision)
+        tokens = system.prior.sample(torch.from_numpy(labels).to(self.device), sampling, generator)
+        return to_uint8(system.decode(tokens)).cpu().numpy()
 
     def require(self, edit: str, *abilities: type, means: str) -> None:
         """Raises CannotEdit unless the prior has one of the abilities (contracts.py); means: the priors that do, in words."""

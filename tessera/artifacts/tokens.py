@@ -1,6 +1,7 @@
-"""Tokens between stages: index shards (uint16 or int32) and latents (float32), V views of each training image.
+"""Tokens between stages: index shards (uint16 or int32) and latents (float32 or float16), V views of each training image.
 
-Latents lie as the encoder gave them; their mean and deviation per channel, in the spec, standardize them on reading.
+Latents lie as the encoder gave them, but for the rounding of float16; their mean and deviation per channel, in the spec,
+standardize them on reading, in float32.
 """
 
 import copy
@@ -16,7 +17,7 @@ from tessera.artifacts import described
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
 from tessera.artifacts.shards import Shards, labels_of
-from tessera.components import Params
+from tessera.components import LatentsDtype, Params, Precision, added_later
 from tessera.contracts import Learns, TokenBatch, Tokenizer, TokenSpec
 
 
@@ -25,18 +26,45 @@ def index_dtype(codebook_size: int) -> type[np.integer]:
     return np.uint16 if codebook_size <= 2**16 else np.int32
 
 
+def as_stored(latents: np.ndarray, dtype: LatentsDtype) -> np.ndarray:
+    """float32 latents in the dtype. Raises ValueError for those beyond the range of float16."""
+    if dtype == "float16" and (largest := np.abs(latents).max(initial=0)) > (limit := np.finfo(np.float16).max):
+        raise ValueError(
+            f"latents reach {largest:.3g}, expected at most {limit:.0f}, the largest number of float16: write "
+            f"encode_tokens.latents_dtype: float32"
+        )
+    return latents.astype(dtype, copy=False)
+
+
+class Encoding(Params):
+    """How images became tokens and latents are stored."""
+
+    precision: Precision = added_later("fp32")
+    latents_dtype: LatentsDtype = added_later("float32")
+
+
 class Tokens:
     """One split of a tokens artifact, memory-mapped, as a prior learns it."""
 
-    def __init__(self, folder: Path, split: str, spec: TokenSpec, learns: Learns, num_views: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        spec: TokenSpec,
+        learns: Learns,
+        num_views: int | None = None,
+        encoding: Encoding | None = None,
+    ):
         folder = Path(folder)
         if learns == "indices" and spec.codebook_size is None:
             raise ArtifactError(
                 f"{folder} holds no indices: its tokenizer has no codebook. Use a prior that learns latents"
             )
         self.spec, self.learns, self.split = spec, learns, split
+        encoding = encoding or Encoding()
+        self.encoding = encoding.model_dump(include=set(Encoding.model_fields))  # for protocols
         grid = spec.index_grid if learns == "indices" else spec.latent_shape
-        dtype = index_dtype(spec.codebook_size) if learns == "indices" else np.float32
+        dtype = index_dtype(spec.codebook_size) if learns == "indices" else np.dtype(encoding.latents_dtype)
         self.values = Shards(folder / split, learns, dtype)  # rows (V, *index_grid) or (V, D, h, w)
         self.labels = labels_of(folder / split, spec.num_classes)  # (N,) int64
         if self.values.row_shape[1:] != grid or len(self.labels) != len(self.values):
@@ -102,7 +130,7 @@ def require_finite(latents: np.ndarray) -> None:
         raise ArtifactError("the tokens hold latents that are not finite: look for NaN in the tokenizer's weights")
 
 
-class Described(Params):
+class Described(Encoding):
     """meta.json"""
 
     spec: described.OfTokens
@@ -142,8 +170,8 @@ class TokensOnDevice:
 
 
 def _learnt(values: torch.Tensor, spec: TokenSpec, learns: Learns) -> torch.Tensor:
-    """int32 indices as int64 ones, latents standardized."""
-    return standardize(values, spec) if learns == "latents" else values.long()
+    """int32 indices as int64 ones, latents standardized, float32."""
+    return standardize(values.float(), spec) if learns == "latents" else values.long()
 
 
 def standardize(latents: torch.Tensor, spec: TokenSpec) -> torch.Tensor:
@@ -172,14 +200,9 @@ def _row(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) ->
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-def read_spec(folder: Path) -> TokenSpec:
-    """The spec of a tokens artifact, unverified."""
-    return described.read(Path(folder) / "meta.json", Described).spec
-
-
 def read(folder: Path, learns: Learns, num_views: int | None = None) -> tuple[TokenSpec, dict[str, Tokens]]:
     """Verify the artifact and open both splits, of the training images the first num_views views (None: all)."""
-    artifact.check(folder)
-    spec = read_spec(folder)
-    train, test = Tokens(folder, "train", spec, learns, num_views), Tokens(folder, "test", spec, learns)
-    return spec, {"train": train, "test": test}
+    folder = artifact.check(folder)
+    found = described.read(folder / "meta.json", Described)
+    train = Tokens(folder, "train", found.spec, learns, num_views, found)
+    return found.spec, {"train": train, "test": Tokens(folder, "test", found.spec, learns, encoding=found)}

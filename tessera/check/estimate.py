@@ -12,6 +12,7 @@ from tessera.bases.optimization import Training
 from tessera.check.problems import tokens_of
 from tessera.components import load
 from tessera.contracts import ImageBatch, ImageSpec, Planned, TokenBatch, TokenSpec
+from tessera.nn.precision import in_precision
 from tessera.params import Pipeline
 
 PROCESS_SECONDS = 4.0  # of a stage beside its work, most of it for importing torch (docs/log.md, the tests' diet)
@@ -154,6 +155,7 @@ def _step(objective: Any, optimizers: dict[str, list[Any]], batch: Any, settings
 def _seconds_to_draw(prior: nn.Module, sampling: Any, spec: TokenSpec, device: torch.device) -> float:
     """Per image. What decoding takes is little beside it."""
     labels = torch.arange(DRAWN, device=device) % spec.num_classes
+    prior = in_precision(prior, sampling.precision)
     began = time.monotonic()
     prior.sample(labels, sampling, seeding.generator(0, "trial", device=device)).cpu()
     return (time.monotonic() - began) / DRAWN

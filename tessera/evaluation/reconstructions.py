@@ -114,11 +114,12 @@ class Codes:
     def __init__(self, tokens: Path, codebook_size: int, dataset: str):
         _, learned = token_artifact.read(tokens, "indices")
         train = learned["train"]
-        self._dataset, self._num_images = dataset, len(train)
+        self._dataset, self._num_images, self._encoding = dataset, len(train), train.encoding
         self.counts = torch.zeros(codebook_size, dtype=torch.long)
         for start in range(0, len(train), 10_000):
             rows = torch.arange(start, min(start + 10_000, len(train)))
             self.counts += codebook.count(train.batch(rows).tokens, codebook_size)
 
     def protocol(self, **settings: Setting) -> Protocol:
+        settings = settings | self._encoding
         return figures.without_network(self._dataset, "tokens of the training images", self._num_images, **settings)

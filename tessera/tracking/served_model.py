@@ -35,11 +35,15 @@ class Refused(MlflowException):
 class ServedImages(PythonModel):
     def load_context(self, context: Any) -> None:
         from tessera.components import parse
+        from tessera.nn.precision import slowness
         from tessera.system import System
 
         self.system = System.read(Path(context.artifacts["tokenizer"]), Path(context.artifacts["prior"]))
         self.settings = dict(context.model_config["sampling"])  # those that were evaluated
-        parse(self.system.sampling_schema, self.settings)
+        precision = parse(self.system.sampling_schema, self.settings).precision
+        self.system = self.system.computing_in(precision)
+        if told := slowness(precision, self.system.device):
+            logging.getLogger(__name__).warning(told)
         if "mlflow.pyfunc.scoring_server.app" in sys.modules:
             _keep_traces_here()
         self.turn = threading.Lock()  # a batch uses all cores; two at a time would be slower and take twice the memory

@@ -23,18 +23,17 @@ from tessera import seeding
 from tessera.artifacts import checkpoints, pictures
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
-from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.checkpoints import CHOICE, read_weights
 from tessera.artifacts.folder import ArtifactError
-from tessera.artifacts.images import to_uint8
 from tessera.artifacts.samples import quotas
 from tessera.artifacts.tokens import Tokens
-from tessera.components import load
+from tessera.components import load, sampling_schema
 from tessera.contracts import Job, TokenSpec
 from tessera.evaluation.judge import Judge
 from tessera.evaluation.likelihood import mean_loss, proportional_rows
 from tessera.metrics import frechet
 from tessera.params import FollowTraining, Pipeline
+from tessera.system import System
 from tessera.training.alarms import copying_alarm, loss_alarm, train_share
 
 BATCH = 100  # images that are drawn at a time; fixed, because it decides the noise
@@ -191,6 +190,7 @@ class PriorValidation:
             "split": "train",
             "num_images": len(rows),
             "rows_sha256": artifact.sha256(place / "validation-rows.npy"),
+            **self.settings.model_dump(include={"precision"}),
         }
         artifact.write_json(place / CHOICE, described)
 
@@ -211,14 +211,12 @@ class PriorValidation:
     def _distances(self, model: nn.Module) -> tuple[dict[str, float], float]:
         """The metrics of new samples, and the standard deviation of follow_train_share by chance."""
         device = next(model.parameters()).device
-        self.decoder.to(device)
+        system = System(self.decoder.to(device), model, self.spec, self.prior.LEARNS)
+        sampling = sampling_schema(self.config.kind)(precision=self.settings.precision)
         drawn, nearest, kept = frechet.MomentsAccumulator(), [], []
         for start in range(0, len(self.labels), BATCH):
-            labels = torch.from_numpy(self.labels[start : start + BATCH]).to(device)
             generator = seeding.generator(self.seed, "follow_samples", start, device=device)
-            tokens = model.sample(labels, self.prior.Sampling(), generator)
-            decoded = token_artifact.decode(tokens, self.decoder, self.spec, self.prior.LEARNS)
-            pixels = to_uint8(decoded).cpu().numpy()
+            pixels = system.draw(self.labels[start : start + BATCH], sampling, generator)
             features = self.judge.features(pixels)
             drawn.update(features)
             nearest.append(torch.cdist(torch.from_numpy(features).to(self.real), self.real).argmin(dim=1).cpu())

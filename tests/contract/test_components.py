@@ -16,6 +16,7 @@ from tessera.artifacts import folder as artifact
 from tessera.bases.optimization import Training, optimizers_for
 from tessera.components import Params, kinds, load, parse
 from tessera.contracts import Encoded, ImageBatch, TokenBatch
+from tessera.nn.precision import in_precision
 from tessera.running.job import Job, Stopped
 from tessera.training.loop import fit
 
@@ -184,6 +185,46 @@ def test_prior_samples_are_tokens_and_the_seed_decides_them(kind, batch, token_s
         assert drawn[0].shape == (batch, 4, 2) and drawn[0].min() >= 0 and drawn[0].max() < token_spec.codebook_size
     else:
         assert drawn[0].shape == (batch, *token_spec.latent_shape) and drawn[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", kinds("priors"))
+def test_in_bf16_a_prior_returns_float32_and_draws_from_the_same_noise(kind, token_spec):
+    """What is beyond it adds many small steps, or weighs small differences."""
+    module = load("priors", kind)
+    torch.manual_seed(0)
+    model = module.Model(small("priors", kind), token_spec).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    copy, labels = in_precision(model, "bf16"), torch.arange(30) % 3
+    plain, drawn = (each.sample(labels, module.Sampling(), torch.Generator().manual_seed(0)) for each in (model, copy))
+    if module.LEARNS == "indices":
+        assert drawn.dtype == torch.int64 and (drawn == plain).float().mean() > 0.9
+    else:
+        assert drawn.dtype == torch.float32 and 0 < (drawn - plain).abs().mean() < 0.1 * plain.std()
+    if hasattr(model, "denoise"):
+        x = torch.randn(30, *token_spec.latent_shape)
+        assert copy.denoise(x, 1.0, labels, module.Sampling()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", kinds("tokenizers"))
+def test_in_bf16_a_tokenizer_returns_float32(kind, image_spec):
+    torch.manual_seed(0)
+    model = load("tokenizers", kind).Model(small("tokenizers", kind), image_spec).eval()
+    copy, images = in_precision(model, "bf16"), torch.rand(4, 1, 16, 8) * 2 - 1
+    latents = copy.encode(images).latents
+    decoded = copy.decode(latents)
+    assert latents.dtype == decoded.dtype == torch.float32
+    torch.testing.assert_close(latents, model.encode(images).latents, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(decoded, model.decode(latents), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("kind", kinds("denoisers"))
+def test_in_bf16_a_denoiser_returns_float32(kind, token_spec):
+    """Guidance multiplies the difference of two of them."""
+    torch.manual_seed(0)
+    model = load("denoisers", kind).Model(small("denoisers", kind), token_spec.latent_shape, 4).eval()
+    given = torch.randn(5, *token_spec.latent_shape), torch.rand(5), torch.arange(5) % 4
+    assert in_precision(model, "bf16")(*given).dtype == torch.float32
 
 
 GUIDED = [kind for kind in kinds("priors") if "guidance_scale" in load("priors", kind).Sampling.model_fields]

@@ -83,6 +83,17 @@ WRONG = [
         r"system vqgan-autoregressive: prior autoregressive models indices",
     ),
     ("encode_tokens.store_latents", False, r"system vqgan-flow: .*set encode_tokens\.store_latents: true"),
+    (
+        "encode_tokens",
+        GOOD["encode_tokens"] | {"store_latents": False, "latents_dtype": "float16"},
+        r"encode_tokens: latents_dtype float16 is of latents, .*: set store_latents: true, or leave out latents_dtype",
+    ),
+    (
+        "systems.vqgan-flow.sampling.precision",
+        "half",
+        r"sampling\.precision: input should be 'fp32' or 'bf16', got 'half'",
+    ),
+    ("systems.gan.sampling.precison", "bf16", r"sampling\.precison: unknown key; did you mean 'precision'\?"),
     ("tokenizers.vqgan.perceptual", "lpips", r"lpips needs lpips_weights"),
     ("tokenizers.VQ_GAN", GOOD["tokenizers"]["vqgan"], r"'VQ_GAN' is no valid name"),
     (

@@ -19,6 +19,7 @@ from tessera.bases.optimization import PriorTraining
 from tessera.components import load
 from tessera.nn import decoding, steps, transformer
 from tessera.nn.gumbel import gumbel_noise
+from tessera.nn.precision import in_precision
 from tessera.nn.samplers import noise
 from tessera.priors import autoregressive
 
@@ -195,9 +196,10 @@ def graphs(monkeypatch) -> list[Graph]:
     return made
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("until", [(0.0, 0.0), (1.0, 1.0)])
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.5, "guidance_ramp": 2.0}, {"top_k": 5, "top_p": 0.8}])
-def test_one_graph_of_a_step_draws_every_index(until, settings, request):
+def test_one_graph_of_a_step_draws_every_index(until, settings, precision, request):
     torch.manual_seed(0)
     config = autoregressive.Config(
         width=32, depth=2, heads=2, random_order_until=until, training=PriorTraining(num_steps=1)
@@ -205,6 +207,7 @@ def test_one_graph_of_a_step_draws_every_index(until, settings, request):
     model = autoregressive.Model(config, spec(codebook_size=9, shape=(3, 3, 2), num_classes=3)).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
+    model = in_precision(model, precision)
     sampling, labels = autoregressive.Sampling(**settings), torch.arange(60) % 3
     given, is_known = torch.randint(9, (60, 3, 2)), torch.rand(60, 3, 2) < 0.3
 

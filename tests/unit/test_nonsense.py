@@ -66,6 +66,9 @@ class Gray(nn.Module):
         return latents
 
 
+SAMPLING = SimpleNamespace(precision="fp32")
+
+
 @pytest.fixture
 def system(token_spec) -> System:
     spec = token_spec.model_copy(
@@ -75,21 +78,21 @@ def system(token_spec) -> System:
 
 
 def drawn(system: System, label: int | None, count: int = 4):
-    asked = SimpleNamespace(label=label, count=count, seed=0, sampling=None)
+    asked = SimpleNamespace(label=label, count=count, seed=0, sampling=SAMPLING)
     return editing.draw(system, asked)
 
 
 def test_a_label_without_a_training_image_is_not_drawn_by_anyone(system):
     expected = "toy was trained on no image of label 1: expected one of 0, 2"
     with pytest.raises(CannotDraw, match=expected):
-        system.draw(np.array([0, 1]), None, torch.Generator())
+        system.draw(np.array([0, 1]), SAMPLING, torch.Generator())
     with pytest.raises(CannotDraw, match=expected):
         drawn(system, 1)
     config = restyle.Config(target=1)
     with pytest.raises(ValueError, match=expected):
         restyle.edit(torch.zeros(1, 3, 4, 2), torch.zeros(1, dtype=torch.long), system, config, None, torch.Generator())
     assert (drawn(system, 2)[1] == to_uint8(torch.tensor(0.2)).item()).all()
-    system.draw(np.array([0, 2, 3]), None, torch.Generator())  # 3 says nothing of the class
+    system.draw(np.array([0, 2, 3]), SAMPLING, torch.Generator())  # 3 says nothing of the class
 
 
 def test_one_label_after_another_are_those_that_were_learnt(system):
@@ -101,7 +104,7 @@ def test_one_label_after_another_are_those_that_were_learnt(system):
 def test_images_of_no_numbers_are_an_error_and_not_black(token_spec):
     broken = System(Gray(), Gray(float("nan")), token_spec, "latents", "toy")
     with pytest.raises(ValueError, match="images hold values that are not finite"):
-        broken.draw(np.array([1]), None, torch.Generator())
+        broken.draw(np.array([1]), SAMPLING, torch.Generator())
     with pytest.raises(ValueError, match="images hold values that are not finite"):
         to_uint8(torch.tensor([0.0, torch.inf]))
 
