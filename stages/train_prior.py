@@ -10,12 +10,12 @@ from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.tokens import Tokens
-from tessera.components import load
+from tessera.components import load, sets
 from tessera.contracts import Job, KnowsLikelihood
 from tessera.evaluation.figures import Protocol, Recorder, without_network
 from tessera.evaluation.likelihood import bits_of_each, mean_loss, proportional_rows
 from tessera.params import Pipeline
-from tessera.training import loop, previews
+from tessera.training import loop, previews, warm_start
 from tessera.training.validation import PriorValidation, hold_out
 
 
@@ -49,6 +49,8 @@ def run(
     inputs = {"prior": config, "tokens": artifact.fingerprint(tokens), "seed": params.seed}
     job.resumable(inputs | (validation.inputs() if validation else {}), parts=(config, params.follow_training.features))
     objective = module.Objective(model, config)
+    if sets(config, "init"):
+        warm_start.begin(objective, config, "priors", job)
     preview = previews.Previews(previews.of_prior(params, name, spec, tokenizer), job)
     model = loop.fit(
         objective, splits["train"], config.training, seed=params.seed, job=job, validation=validation, preview=preview
@@ -59,6 +61,8 @@ def run(
         validation.keep(model)
     with artifact.create(out) as place:
         checkpoints.save(place, "priors", config, spec, model, job.code_of(config))
+        if sets(config, "init"):
+            warm_start.write_record(place, job)
         if validation:
             validation.write(place)
     job.keep_history(history)

@@ -7,10 +7,10 @@ import torch
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
-from tessera.components import load
+from tessera.components import load, sets
 from tessera.contracts import Job
 from tessera.params import Pipeline
-from tessera.training import loop, previews
+from tessera.training import loop, previews, warm_start
 
 
 def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job: Job) -> None:
@@ -25,12 +25,16 @@ def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job
     job.resumable(inputs, parts=(config,))
     if hasattr(module, "Objective"):
         objective = module.Objective(model, config)
+        if sets(config, "init"):
+            warm_start.begin(objective, config, "tokenizers", job)
         preview = previews.Previews(previews.of_tokenizer(splits["test"]), job)
         model = loop.fit(objective, splits["train"], config.training, seed=params.seed, job=job, preview=preview)
         if model is None:  # only the first process writes
             return
     with artifact.create(out) as place:
         checkpoints.save(place, "tokenizers", config, spec, model, job.code_of(config))
+        if sets(config, "init"):
+            warm_start.write_record(place, job)
     job.keep_history(history)
     job.say(f"wrote {out}")
 

@@ -17,6 +17,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 PACKAGE = Path(__file__).parent
 P = TypeVar("P", bound="Params")
+T = TypeVar("T")
+# The annotation of a key that a part gained after people had trained it. For whoever does not set it nothing is another:
+# not the params that are recorded, and not the code that counts (tessera/code/definitions.py)
+AddedKey = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
 # Ranges of settings that several parts have: beyond them nothing sensible happens
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e4)]  # of a term of a loss
@@ -42,6 +46,12 @@ def added_later(default: Any) -> Any:
 
 class InvalidParams(ValueError):
     """What is wrong with the params, one sentence per mistake."""
+
+
+def sets(config: Params, key: str) -> bool:
+    """Whether a part has this added key and its params set it. In `if sets(config, "KEY"):`, written just so, what stands
+    below is code of those alone that do."""
+    return getattr(config, key, None) is not None
 
 
 def kinds(folder: str) -> list[str]:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from tessera.artifacts import weights_file
 from tessera.bases.diagnostics import Diagnostics
+from tessera.bases.initialization import Initialization
 from tessera.bases.optimization import Training
-from tessera.components import Fraction, Params, QuantizerConfig, Weight, load
+from tessera.components import AddedKey, Fraction, Params, QuantizerConfig, Weight, load
 from tessera.contracts import Encoded, HasLevels, ImageSpec, Quantized
 from tessera.nn.autoencoder import Decoder, Encoder
 from tessera.nn.draw import count
@@ -40,6 +41,7 @@ class AutoencoderConfig(Params):
     perturbation_until: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the training after which none is left
     perturbation_neighbors: Annotated[int, Field(ge=1)] = 8  # nearest other codes to choose from
     health: Diagnostics = Diagnostics()
+    init: AddedKey[Initialization] = None  # begin from these weights
     training: Training
 
     @property

@@ -13,8 +13,9 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tessera.bases.initialization import Initialization
 from tessera.bases.optimization import optimizers_for
-from tessera.components import Fraction, Params
+from tessera.components import AddedKey, Fraction, Params
 from tessera.contracts import TokenBatch, TokenSpec
 
 
@@ -59,6 +60,7 @@ class PriorSettings(Params):
     """The settings of every prior."""
 
     num_views: Annotated[int, Field(ge=1)] | None = None  # of each image, to train on; 1: the image itself, None: all
+    init: AddedKey[Initialization] = None  # begin from these weights
 
 
 class ConditionalConfig(PriorSettings):

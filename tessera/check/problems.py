@@ -1,7 +1,8 @@
 """What in the params cannot work on the images at hand: found before anything is trained.
 
 Three askers, and no list of what they ask:
-- every network is built, so that what its constructor refuses is refused now (`_networks`);
+- every network is built, so that what its constructor refuses is refused now, and so is a folder of weights for it that
+  would not fit (`_networks`);
 - every part whose file has `problems(config, planned)` is asked, wherever it stands in the params (`_parts`);
 - what no part knows alone stands here: views, batches, files of weights, images for the floors.
 
@@ -19,11 +20,11 @@ import torch
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.samples import floor_rows
 from tessera.artifacts.shards import spread
-from tessera.components import Params, load
+from tessera.components import Params, load, sets
 from tessera.contracts import Planned, TokenSpec
 from tessera.nn.weightless import WithoutWeights
 from tessera.params import Pipeline
-from tessera.training import views
+from tessera.training import views, warm_start
 
 MOST_NAMED = 20  # classes, in a sentence
 
@@ -33,7 +34,12 @@ def problems(params: Pipeline, planned: Planned, is_begin: bool = True) -> list[
 
     is_begin: files of weights are asked for too. Later they may be gone, as what was made of them stands.
     """
-    asked = [_networks(params, planned), _parts(params, planned), _settings(params), _numbers(params, planned)]
+    asked = [
+        _networks(params, planned, is_begin),
+        _parts(params, planned),
+        _settings(params),
+        _numbers(params, planned),
+    ]
     if is_begin:
         asked.append(f"{where}: {sentence}" for where, config in _configs(params) for sentence in _weights(config))
     return [sentence for some in asked for sentence in some]
@@ -58,21 +64,21 @@ def require(params: Pipeline, planned: Planned, is_begin: bool = True) -> None:
         raise ValueError("the params do not fit the images:\n" + "\n".join(found))
 
 
-def _networks(params: Pipeline, planned: Planned) -> Iterator[str]:
+def _networks(params: Pipeline, planned: Planned, is_begin: bool) -> Iterator[str]:
     judges = {f"features.{name}": config for name, config in params.features.items()}
     if params.follow_training.every:
         judges["follow_training.features"] = params.follow_training.features
     for where, config in judges.items():
         yield from _built(where, "features", config, planned.spec)[1]
     for name, config in params.tokenizers.items():
-        model, refused = _built(f"tokenizers.{name}", "tokenizers", config, planned.spec)
+        model, refused = _begun(f"tokenizers.{name}", "tokenizers", config, planned.spec, is_begin)
         yield from refused
         if model is None:
             continue
         spec = tokens_of(model, planned)
         for system, entry in params.systems.items():
             if entry.tokenizer == name:
-                yield from _built(f"systems.{system}.prior", "priors", entry.prior, spec)[1]
+                yield from _begun(f"systems.{system}.prior", "priors", entry.prior, spec, is_begin)[1]
 
 
 def _built(where: str, folder: str, config: Any, spec: Params) -> tuple[torch.nn.Module | None, list[str]]:
@@ -82,6 +88,19 @@ def _built(where: str, folder: str, config: Any, spec: Params) -> tuple[torch.nn
             return load(folder, config.kind).Model(config, spec), []
     except ValueError as refusal:
         return None, [f"{where}: {refusal}"]
+
+
+def _begun(
+    where: str, folder: str, config: Any, spec: Params, is_begin: bool
+) -> tuple[torch.nn.Module | None, list[str]]:
+    """As `_built`, and the sentence about the folder of weights that it is to begin from."""
+    model, refused = _built(where, folder, config, spec)
+    if is_begin and model is not None and sets(config, "init"):
+        try:
+            warm_start.read(model, config, folder)
+        except ValueError as refusal:
+            refused = [f"{where}: {refusal}"]
+    return model, refused
 
 
 def tokens_of(tokenizer: Any, planned: Planned) -> TokenSpec:

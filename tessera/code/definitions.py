@@ -6,6 +6,9 @@ names in it, so that a module's other definitions do not count. A module's state
 run when it is imported: they count with any of its definitions. Assignments at the top of a module must therefore have no
 effect besides their name; tests/contract/test_fingerprints.py asks that of every module.
 
+A key that a part gained later, `key: AddedKey[...] = None`, and what stands below `if sets(config, "key"):` count only for
+params that set the key, so that nobody else trains again.
+
 Names are resolved without regard to scopes: a local variable that is called as a function of the module counts as a use of
 it. That may find one use too many, never one too few.
 """
@@ -22,6 +25,7 @@ DIGITS = 16
 ON_IMPORT = "(on import)"  # the name of a module's statements that are no definitions
 SAYING = "say"  # the method whose text reaches a person alone
 CHECKING = "problems"  # the function of a part that is asked before a run, and by no stage (contracts.Planned)
+ADDED, ASKING = "AddedKey", "sets"  # the annotation of an added key, and the function that asks for it (components.py)
 
 
 class Use(NamedTuple):
@@ -37,11 +41,14 @@ class Definition(NamedTuple):
 
 
 class Module:
-    """The definitions of one source file by name, and where its imported names come from."""
+    """The definitions of one source file by name, and where its imported names come from. keys: the added keys that are set."""
 
-    def __init__(self, name: str, path: Path):
+    def __init__(self, name: str, path: Path, keys: frozenset[str] = frozenset()):
         self.name = name
-        self._body = ast.parse(path.read_text(encoding="utf-8")).body
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        has_added = f"{ADDED}[" in text or f"{ASKING}(" in text
+        self._body = (_OfSetKeys(keys).visit(tree) if has_added else tree).body
 
     @cached_property
     def imported(self) -> dict[str, list[str]]:
@@ -65,6 +72,28 @@ class Module:
             for name in _names_bound_by(node):
                 statements.setdefault(name, []).append(node)
         return {name: _definition(nodes) for name, nodes in statements.items()}
+
+
+class _OfSetKeys(ast.NodeTransformer):
+    """Takes out what belongs to added keys that are not set: their fields, and what is done for them."""
+
+    def __init__(self, keys: frozenset[str]):
+        self.keys = keys
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
+        annotation = node.annotation.value if isinstance(node.annotation, ast.Subscript) else None
+        is_unset = _is_named(annotation, ADDED) and node.target.id not in self.keys
+        return None if is_unset else node
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        asked = node.test.args[-1:] if isinstance(node.test, ast.Call) and _is_named(node.test.func, ASKING) else []
+        key = asked[0].value if asked and isinstance(asked[0], ast.Constant) else None
+        is_unset = key is not None and key not in self.keys and not node.orelse
+        return None if is_unset else self.generic_visit(node)
+
+
+def _is_named(node: ast.AST | None, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
 
 
 def _names_bound_by(node: ast.stmt) -> list[str]:
@@ -152,18 +181,25 @@ def _is_not_imported(node: ast.stmt) -> bool:
 
 
 class Code:
-    """The modules of some packages below a folder, read when they are asked for."""
+    """The modules of some packages below a folder, read when they are asked for, as they are for params that set `keys`."""
 
-    def __init__(self, root: Path, packages: Iterable[str]):
-        self.root, self.packages = root, tuple(packages)
+    def __init__(self, root: Path, packages: Iterable[str], keys: frozenset[str] = frozenset()):
+        self.root, self.packages, self.keys = root, tuple(packages), keys
         self._modules: dict[str, Module | None] = {}
+        self._of_others: dict[frozenset[str], Code] = {}
+
+    def of_keys(self, keys: frozenset[str]) -> "Code":
+        """The same code for params that set these added keys."""
+        if keys == self.keys:
+            return self
+        return self._of_others.setdefault(keys, Code(self.root, self.packages, keys))
 
     def module(self, name: str) -> Module | None:
         """The module of this dotted name; None for one of another project, or a folder."""
         if name not in self._modules:
             path = self.root / f"{name.replace('.', '/')}.py"
             is_ours = name.partition(".")[0] in self.packages and path.is_file()
-            self._modules[name] = Module(name, path) if is_ours else None
+            self._modules[name] = Module(name, path, self.keys) if is_ours else None
         return self._modules[name]
 
     def reached_from(self, roots: Iterable[str]) -> dict[str, str]:

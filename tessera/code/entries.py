@@ -67,13 +67,24 @@ def modules_of(value: Any) -> Iterator[str]:
             yield from modules_of(each)
 
 
+def keys_set_in(value: Any) -> frozenset[str]:
+    """The added keys (components.AddedKey) that some params in `value` set."""
+    found: set[str] = set()
+    if isinstance(value, Params):
+        fields = type(value).model_fields
+        found = {key for key, field in fields.items() if field.exclude_if and not field.exclude_if(getattr(value, key))}
+        value = dict(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return frozenset(found.union(*map(keys_set_in, inner)))
+
+
 def all_code() -> Code:
     return Code(PACKAGE.parent, PACKAGES)
 
 
 def code_of(value: Any, stage: str | None = None, code: Code | None = None) -> dict[str, str]:
     """The digests of what the parts in `value` can run, and with `stage` (a file of stages/) of what it runs with them."""
-    code = code or all_code()
+    code = (code or all_code()).of_keys(keys_set_in(value))
     roots = set(modules_of(value))
     if stage is not None:
         roots.add(f"stages.{stage}.run")

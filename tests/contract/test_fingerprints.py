@@ -14,6 +14,7 @@ from dvc.repo import Repo
 from tessera import params as all_params
 from tessera.code import changes, entries
 from tessera.code.definitions import ON_IMPORT, Code, Module
+from tessera.components import parse
 from tessera.params import KEYS_DVC_IGNORES
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +138,53 @@ def test_what_a_part_checks_before_a_run_makes_nothing_stale_unless_something_el
 
 def graph_entry(graph: list[entries.Entry], name: str) -> entries.Entry:
     return next(entry for entry in graph if entry.name == name)
+
+
+def test_a_key_that_parts_gained_later_makes_stale_who_sets_it_and_nobody_else(copy, graph, fingerprints):
+    """As if nobody had ever written the key `init`, and then as if the code that it turns on were another."""
+    init = {"from": "data/tokenizers/vqgan", "sha256": "0" * 64}
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["tokenizers"]["vqvae"]["init"] = values["systems"]["gan"]["prior"]["init"] = init
+    setting = entries.read(parse(all_params.Pipeline, values), ROOT / "dvc.yaml")
+    of_setting = fingerprints_of(ROOT, setting)
+    begun = {"train_tokenizer@vqvae", "train_prior@gan"}
+    assert {name for name in of_setting if of_setting[name] != fingerprints[name]} == begun | ABOUT_ALL
+    assert all("tessera.training.warm_start.begin" in of_setting[name] for name in begun)
+    path = copy / "tessera/training/warm_start.py"
+    path.write_text(path.read_text().replace("strict=False", "strict=True"))
+    assert stale(copy, setting, of_setting) == begun
+    for file in ("tessera/bases/autoencoder.py", "tessera/bases/conditional.py"):
+        edit(copy / file, r"^    init: AddedKey.*\n", "")
+    for stage in ("train_tokenizer", "train_prior"):
+        for _ in range(2):
+            edit(copy / f"stages/{stage}.py", r'^ +if sets\(config, "init"\):\n.*\n', "")
+    assert stale(copy, graph, fingerprints) == set()
+
+
+def test_params_that_do_not_set_an_added_key_are_recorded_as_before_there_was_one(params):
+    for config in (params.tokenizers["vqgan"], params.systems["vqgan-flow"].prior):
+        assert "init" not in entries.plain(config) and "init" in type(config).model_fields
+        init = {"from": "x", "sha256": "0" * 64}
+        assert entries.plain(parse(type(config), entries.plain(config) | {"init": init}))["init"] == init
+
+
+@pytest.mark.parametrize(
+    ("line", "counts"),
+    [
+        ('if sets(config, "new"):\n        y = 2', False),
+        ('if sets(config, "new"):\n        y = 2\n    else:\n        y = 3', True),
+        ('if not sets(config, "new"):\n        y = 2', True),
+        ('if other(config, "new"):\n        y = 2', True),
+        ("if sets(config, key):\n        y = 2", True),
+    ],
+)
+def test_what_an_added_key_turns_on_is_told_by_its_form_alone(tmp_path, line, counts):
+    path, before = tmp_path / "m.py", tmp_path / "before.py"
+    path.write_text(f"def f(config, key):\n    y = 1\n    {line}\n    return y\n")
+    before.write_text("def f(config, key):\n    y = 1\n    return y\n")
+    old = Module("m", before).definitions["f"].digest
+    assert (Module("m", path).definitions["f"].digest != old) == counts
+    assert Module("m", path, frozenset({"new"})).definitions["f"].digest != old
 
 
 @pytest.mark.parametrize("folder", ["quantizers", "denoisers", "metrics", "edits", "priors", "tokenizers", "features"])
