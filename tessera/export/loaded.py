@@ -143,7 +143,9 @@ class TrainedSystem:
             )
         self._system.require_trained_on(told.cpu().numpy())
         generator = seeding.generator(seed, "edit_file", device=self.device)
-        edited = module.edit(pixels, told, self._system, config, self._settings(sampling), generator, *extra)
+        drawn_by = self._settings(sampling)
+        system = self._system.computing_in(drawn_by.precision)
+        edited = module.edit(pixels, told, system, config, drawn_by, generator, *extra)
         return to_uint8(edited.detach()).cpu()
 
     def preprocess(self, pictures: Sequence[Image.Image]) -> Tensor:
