@@ -33,6 +33,7 @@ def problems(params: Pipeline, planned: Planned, is_begin: bool = True) -> list[
 
     is_begin: files of weights are asked for too. Later they may be gone, as what was made of them stands.
     """
+    planned = planned._replace(is_begin=is_begin)
     asked = [_networks(params, planned), _parts(params, planned), _settings(params), _numbers(params, planned)]
     if is_begin:
         asked.append(f"{where}: {sentence}" for where, config in _configs(params) for sentence in _weights(config))
