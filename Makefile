@@ -15,13 +15,15 @@ SERVE_PORT ?= 5001
 IMAGES ?=
 OPTIONS ?=
 MODEL ?=
+NAME =  # of the command line alone: some shells have a variable of this name
+FOLDER =
 DATASET_NAME := "from pathlib import Path; from tessera import params; print(params.read(Path('params.yaml')).dataset.name)"
 BIND = "import socket; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind(('127.0.0.1', $(1)))"
 # $(1): the variable of a port, $(2): who may have it
 require_free = @python -c $(call BIND,$($(1))) 2>/dev/null || { echo "make $@ cannot listen on 127.0.0.1:$($(1)): expected a \
 free port ($(2)); stop what uses it, or choose another: make $@ $(1)=$$(($($(1)) + 10))" >&2; exit 2; }
 .DEFAULT_GOAL := help
-.PHONY: help setup start repro demo test check ui studio serve plots results docs map stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights clean
+.PHONY: help setup start repro demo test check ui studio serve plots results docs map stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights tokenizer clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9 -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -112,6 +114,11 @@ data-mnist data-fashion-mnist data-cifar10: data-%: setup  ## download a data se
 
 weights: setup  ## download the Inception-v3 weights of the FID into data/weights, print the line for params.yaml
 	python data/download.py inception
+
+tokenizer: setup  ## a published tokenizer, and its lines for params.yaml: make tokenizer NAME=taesd downloads one, FOLDER=mine is there
+	@[ "$(NAME)$(FOLDER)" ] || { echo "make tokenizer needs a NAME to download (python data/download.py --help) or a FOLDER that is there" >&2; exit 2; }
+	@[ -z "$(NAME)" ] || python data/download.py "$(NAME)"
+	@python -m tessera.sources.diffusers "$(or $(FOLDER),data/weights/$(NAME))"
 
 clean:  ## remove what the pipeline made, keep the environment
 	rm -rf .state $(addprefix data/,code comparison curves edits features images pictures priors reference previews reports samples timings tokenizers tokens)

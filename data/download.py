@@ -1,10 +1,12 @@
-"""Gets a public data set, or the weights of a feature network, from its own host, checks it, and puts it in a folder.
+"""Gets a data set, the weights of a feature network, or a tokenizer from its own host, checks it, and puts it in a folder.
 
 python data/download.py mnist|fashion-mnist|cifar10 [folder]
 python data/download.py inception|dinov2-small|dinov2-base|dinov2-large [folder]
+python data/download.py sd-vae-ft-mse|taesd|kandinsky-2-movq|dc-ae-f32c32-in [folder]
 
-Weights are published as pickles. They are read once, by PyTorch's unpickler that knows tensors only, and kept as
-safetensors, which is all that features read; the line for params.yaml is printed.
+Weights of feature networks are published as pickles. They are read once, by PyTorch's unpickler that knows tensors only, and
+kept as safetensors, which is all that features read; the line for params.yaml is printed. Tokenizers are safetensors already;
+`make tokenizer NAME=taesd` prints their lines too.
 
 Nothing else in this project downloads anything. A file is there whole and checked, or not at all; running the command
 again gets only what is missing.
@@ -23,7 +25,7 @@ from typing import NamedTuple
 class File(NamedTuple):
     address: str
     md5: str = ""  # as its authors publish it: it finds accidents, and a forger would need a second preimage of it
-    sha256: str = ""  # where there is no md5
+    sha256: str = ""  # where there is no md5; neither: nobody tells one, and whatever comes is taken
 
     @property
     def checksum(self) -> tuple[str, str]:
@@ -90,6 +92,43 @@ WEIGHTS = {
         "kind: dinov2, variant: large",
     ),
 }
+
+
+class Tokenizer(NamedTuple):
+    """A folder as the package diffusers writes it. Its config.json is read strictly, and needs no hash."""
+
+    place: str  # a folder on the hub, at a commit
+    licence: str
+    sha256: str = ""  # of the weights, as several independent projects name it
+
+    @property
+    def files(self) -> tuple[File, File]:
+        weights = File(f"{self.place}/diffusion_pytorch_model.safetensors", sha256=self.sha256)
+        return File(f"{self.place}/config.json"), weights
+
+
+HUB = "https://huggingface.co/"
+TOKENIZERS = {
+    "sd-vae-ft-mse": Tokenizer(  # AutoencoderKL, 8x8 pixels to 4 channels
+        HUB + "stabilityai/sd-vae-ft-mse/resolve/31f26fdeee1355a5c34592e401dd41e45d25a493",
+        "MIT",
+        "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+    ),
+    "taesd": Tokenizer(  # AutoencoderTiny of the same latents, 10 MB
+        HUB + "madebyollin/taesd/resolve/614f76814bbe30edbe2e627ace1c2234c81a2c0e",
+        "MIT",
+        "db169d69145ec4ff064e49d99c95fa05d3eb04ee453de35824a6d0f325513549",
+    ),
+    "kandinsky-2-movq": Tokenizer(  # VQModel, 8x8 pixels to one of 16,384 codes
+        HUB + "kandinsky-community/kandinsky-2-2-decoder/resolve/9ae140d347fed8ce6e8bb3005dcc1f48543bb8e3/movq",
+        "Apache-2.0",
+        "43a5860fea195a7116f2471396c5cc9535fade9b63c4857d8a192ffd924b7002",
+    ),
+    "dc-ae-f32c32-in": Tokenizer(  # AutoencoderDC, 32x32 pixels to 32 channels
+        HUB + "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers/resolve/main",
+        "Apache-2.0",
+    ),
+}
 TIMEOUT_SECONDS = 60
 MAX_BYTES = 2**31  # the largest has 1.2 GB
 
@@ -103,7 +142,7 @@ def fetch(file: File, folder: Path) -> Path:
     """The checked file in the folder, which is made. Raises ValueError, leaving nothing behind."""
     target = folder / file.address.rpartition("/")[2]
     kind, digest = file.checksum
-    if target.is_file() and checksum(target, kind) == digest:
+    if target.is_file() and digest in ("", checksum(target, kind)):
         print(f"{target} is there already", flush=True)
         return target
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +150,7 @@ def fetch(file: File, folder: Path) -> Path:
     try:
         _download(file.address, partial)
         found = checksum(partial, kind)
-        if found != digest:
+        if digest and found != digest:
             raise ValueError(
                 f"{file.address} gave {partial.stat().st_size:,} bytes with {kind} {found}, expected {digest}: "
                 f"run the same command again; if that does not help, the host serves another file"
@@ -119,7 +158,7 @@ def fetch(file: File, folder: Path) -> Path:
         partial.replace(target)
     except (OSError, HTTPException) as error:
         raise ValueError(
-            f"{file.address} could not be had ({error}), expected a file with {kind} {digest}: "
+            f"{file.address} could not be had ({error}), expected a file{f' with {kind} {digest}' if digest else ''}: "
             f"run the same command again, or get the file elsewhere and put it at {target}"
         ) from None
     finally:
@@ -176,15 +215,34 @@ def get_weights(weights: Weights, folder: Path) -> None:
     print(f"for params.yaml:\nfeatures: {{{weights.features}, weights: {target}, sha256: {digest}}}")
 
 
+def get_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Its two files in the folder, and what params.yaml takes from the second one."""
+    _, weights = [fetch(file, folder) for file in tokenizer.files]
+    print(f"license, as its authors state it: {tokenizer.licence}")
+    if not tokenizer.sha256:
+        print(
+            f"nobody told the sha256 of {weights}: it is {checksum(weights, 'sha256')}; params.yaml keeps it, so that a later "
+            f"download is compared with this one"
+        )
+    print(f"for params.yaml: python -m tessera.sources.diffusers {folder}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted(SETS | WEIGHTS))
-    parser.add_argument("folder", nargs="?", type=Path, help="default: data/raw/NAME, and data/weights for weights")
+    parser.add_argument("name", choices=sorted(SETS | WEIGHTS | TOKENIZERS))
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        help="default: data/raw/NAME, data/weights, or data/weights/NAME for a tokenizer",
+    )
     arguments = parser.parse_args()
     place = Path(os.path.relpath(Path(__file__).parent))  # as params.yaml names files, from the project's folder
     try:
         if arguments.name in WEIGHTS:
             get_weights(WEIGHTS[arguments.name], arguments.folder or place / "weights")
+        if arguments.name in TOKENIZERS:
+            get_tokenizer(TOKENIZERS[arguments.name], arguments.folder or place / "weights" / arguments.name)
         for file in SETS.get(arguments.name, ()):
             fetch(file, arguments.folder or place / "raw" / arguments.name)
     except (ValueError, OSError) as error:

@@ -54,6 +54,15 @@ def sets(config: Params, key: str) -> bool:
     return getattr(config, key, None) is not None
 
 
+class MissingPackage(ValueError):
+    """A part is built of a package that is not installed; the sentence says how to get it."""
+
+
+def missing_package(error: BaseException) -> MissingPackage | None:
+    """What is behind an error of an artifact that is whole, and cannot be opened for want of a package."""
+    return error.__context__ if isinstance(error.__context__, MissingPackage) else None
+
+
 def kinds(folder: str) -> list[str]:
     """The parts that exist in tessera/FOLDER."""
     return sorted(path.stem for path in (PACKAGE / folder).glob("*.py") if path.stem != "__init__")

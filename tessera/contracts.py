@@ -121,6 +121,9 @@ class Planned(NamedTuple):
     num_samples: int  # sample_images.num_images
     max_neighbor_images: int  # of evaluate
     networks: tuple[str, ...]  # the kinds of the feature networks
+    is_begin: bool = (
+        True  # files that a stage reads once are needed; later they may be gone, as what was made of them stands
+    )
 
 
 # Abilities of priors. Indices are (B, *index_grid) int64, `is_known` are booleans of that shape, labels are (B,) up to and

@@ -255,7 +255,7 @@ class Pipeline(Params):
             if height % factor or width % factor:
                 found.append(
                     f"tokenizer {name}: images of {height}x{width} are not divisible by its downsampling of {factor}. "
-                    f"Change its patch_size or channel_multipliers, or the size of the images in dataset"
+                    f"Change the size of the images in dataset, or what downsamples (patch_size, channel_multipliers)"
                 )
         return found
 

@@ -34,12 +34,8 @@ def problems(params: Pipeline, planned: Planned, is_begin: bool = True) -> list[
 
     is_begin: files of weights are asked for too. Later they may be gone, as what was made of them stands.
     """
-    asked = [
-        _networks(params, planned, is_begin),
-        _parts(params, planned),
-        _settings(params),
-        _numbers(params, planned),
-    ]
+    planned = planned._replace(is_begin=is_begin)
+    asked = [_networks(params, planned), _parts(params, planned), _settings(params), _numbers(params, planned)]
     if is_begin:
         asked.append(f"{where}: {sentence}" for where, config in _configs(params) for sentence in _weights(config))
     return [sentence for some in asked for sentence in some]
@@ -64,21 +60,21 @@ def require(params: Pipeline, planned: Planned, is_begin: bool = True) -> None:
         raise ValueError("the params do not fit the images:\n" + "\n".join(found))
 
 
-def _networks(params: Pipeline, planned: Planned, is_begin: bool) -> Iterator[str]:
+def _networks(params: Pipeline, planned: Planned) -> Iterator[str]:
     judges = {f"features.{name}": config for name, config in params.features.items()}
     if params.follow_training.every:
         judges["follow_training.features"] = params.follow_training.features
     for where, config in judges.items():
         yield from _built(where, "features", config, planned.spec)[1]
     for name, config in params.tokenizers.items():
-        model, refused = _begun(f"tokenizers.{name}", "tokenizers", config, planned.spec, is_begin)
+        model, refused = _begun(f"tokenizers.{name}", "tokenizers", config, planned.spec, planned.is_begin)
         yield from refused
         if model is None:
             continue
         spec = tokens_of(model, planned)
         for system, entry in params.systems.items():
             if entry.tokenizer == name:
-                yield from _begun(f"systems.{system}.prior", "priors", entry.prior, spec, is_begin)[1]
+                yield from _begun(f"systems.{system}.prior", "priors", entry.prior, spec, planned.is_begin)[1]
 
 
 def _built(where: str, folder: str, config: Any, spec: Params) -> tuple[torch.nn.Module | None, list[str]]:

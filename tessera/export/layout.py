@@ -17,6 +17,7 @@ from tessera.artifacts.folder import ArtifactError
 from tessera.components import Params
 from tessera.contracts import Side
 from tessera.sources.decoding import Background, Filter, Resize
+from tessera.sources.links import require_no_way_out
 
 FORMAT = 1  # raised when an older version could no longer read what is written
 PARTS = ("tokenizer", "prior")
@@ -51,7 +52,7 @@ def read(folder: Path) -> Exported:
     """config.json of an exported folder whose files are all in place. Raises ArtifactError; no weights are opened here."""
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is no folder: expected one that `python -m tessera.export SYSTEM FOLDER` wrote")
-    _require_no_way_out(folder)
+    require_no_way_out(folder)
     value = artifact.read_json(folder / CONFIG)
     if not isinstance(value, dict) or value.get("library_name") != "tessera":
         raise ArtifactError(f"{folder / CONFIG} is of no exported system: expected library_name tessera in it")
@@ -70,15 +71,3 @@ def read(folder: Path) -> Exported:
                 f"{exported.manifests.get(part, 'one of it')}"
             )
     return exported
-
-
-def _require_no_way_out(folder: Path) -> None:
-    """Raises ArtifactError for a link that leads out of the folder, but for those of huggingface_hub's cache."""
-    within = [folder.resolve()]
-    if folder.parent.name == "snapshots":  # models--OWNER--NAME/snapshots/REVISION, whose files lie in ../../blobs
-        within.append((folder.parent.parent / "blobs").resolve())
-    for path in folder.rglob("*"):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in within):
-            raise ArtifactError(
-                f"{path} leads out of {folder}, to {path.resolve()}: expected a file of the folder's own"
-            )

@@ -21,7 +21,7 @@ from tessera.artifacts import checkpoints
 from tessera.artifacts.images import to_float, to_uint8
 from tessera.artifacts.tokens import require_codes, require_finite
 from tessera.artifacts.whole import ArtifactError
-from tessera.components import kinds, parse
+from tessera.components import kinds, missing_package, parse
 from tessera.components import load as part
 from tessera.export import layout
 from tessera.export.layout import Exported
@@ -211,6 +211,8 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Traine
                 f"{folder} has a tokenizer of images {shapes[0]}, expected {shapes[1]} of its config.json"
             )
     except ValueError as error:
+        if missing := missing_package(error):  # nothing is wrong with the folder
+            raise ArtifactError(f"{folder} cannot be opened here: {missing}") from None
         told, *of_stages = REMEDIES_OF_STAGES.split(str(error))
         again = f"{told.strip()} Export or download {folder} again"
         raise ArtifactError(again if of_stages else told) from None

@@ -27,7 +27,7 @@ from tessera.artifacts import recorded, whole
 from tessera.check import images as known_images
 from tessera.check import problems
 from tessera.code import entries
-from tessera.components import PACKAGE
+from tessera.components import PACKAGE, missing_package
 from tessera.params import Pipeline
 from tessera.running import launch, progress
 from tessera.running.job import STOP_SIGNALS, Job, Stopped
@@ -57,7 +57,7 @@ def main(command: list[str]) -> None:
         with _sole_owner(name, is_main):
             _execute(run, name, params, arguments, is_main, began)
     except (ValueError, OSError) as error:
-        _fail(name, str(error), error)
+        _fail(name, str(missing_package(error) or error), error)
     except (MemoryError, RuntimeError) as error:
         if launch.is_lost(error):
             _fail(name, launch.LOST, error)

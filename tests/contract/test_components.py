@@ -1,11 +1,16 @@
 """What every part promises, asked of every file in its folder: a new part gets these tests by being there."""
 
+import atexit
 import functools
 import importlib
 import os
 import random
+import shutil
 import signal
+import tempfile
 from functools import partialmethod
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +26,44 @@ from tessera.running.job import Job, Stopped
 from tessera.training.loop import fit
 
 TRAINING = {"num_steps": 2, "batch_size": 4, "learning_rate": 0.01}
-# The smallest sensible settings of each part; a new part adds a line here only if its defaults cannot be built from {}.
+
+
+@functools.cache
+def published() -> dict[str, Any]:
+    """Settings of a small VQModel with random weights, in a folder as diffusers writes it."""
+    import diffusers  # takes seconds
+
+    folder = Path(tempfile.mkdtemp(prefix="published-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    network = {
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": [8, 8],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "norm_num_groups": 4,
+        "num_vq_embeddings": 16,
+        "vq_embed_dim": 4,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        diffusers.VQModel(**network).save_pretrained(folder)
+    return {
+        "folder": str(folder),
+        "sha256": artifact.sha256(folder / "diffusion_pytorch_model.safetensors"),
+        "network": {"class_name": "VQModel", **network},
+        "quantizer": {"kind": "vector", "codebook_size": 16, "code_dim": 4, "update": "gradient", "init": "uniform"},
+        "discriminator_channels": 8,
+        "adversarial_weight": 0.1,
+        "training": TRAINING,
+    }
+
+
+# The smallest sensible settings of each part, or a function that gives them; a new part adds a line here only if its defaults
+# cannot be built from {}.
 SMALL = {
     "tokenizers": {
+        "diffusers": published,
         "none": {"quantizer": {"kind": "identity"}},
         "vqvae": {
             "quantizer": {"kind": "vector", "codebook_size": 16, "code_dim": 4, "init_step": 1},
@@ -78,10 +118,14 @@ FOLDERS = ("tokenizers", "quantizers", "priors", "denoisers")
 EVERY = [(folder, kind) for folder in FOLDERS for kind in kinds(folder)]
 
 
+def settings_of(folder: str, kind: str) -> dict[str, Any]:
+    trained = {"training": TRAINING} if "training" in load(folder, kind).Config.model_fields else {}
+    found = SMALL.get(folder, {}).get(kind, trained)
+    return {"kind": kind, **(found() if callable(found) else found)}
+
+
 def small(folder: str, kind: str) -> Params:
-    config = load(folder, kind).Config
-    trained = {"training": TRAINING} if "training" in config.model_fields else {}
-    return parse(config, {"kind": kind, **SMALL.get(folder, {}).get(kind, trained)})
+    return parse(load(folder, kind).Config, settings_of(folder, kind))
 
 
 @pytest.mark.parametrize(("folder", "kind"), EVERY)
@@ -92,9 +136,8 @@ def test_the_module_says_where_its_method_comes_from(folder, kind):
 
 @pytest.mark.parametrize(("folder", "kind"), EVERY)
 def test_an_unknown_key_is_refused_by_name(folder, kind):
-    settings = {**SMALL.get(folder, {}).get(kind, {}), "kind": kind, "no_such_key": 1}
     with pytest.raises(ValueError, match="no_such_key: unknown key"):
-        parse(load(folder, kind).Config, settings)
+        parse(load(folder, kind).Config, {**settings_of(folder, kind), "no_such_key": 1})
 
 
 @pytest.mark.parametrize("kind", kinds("quantizers"))

@@ -84,8 +84,9 @@ def test_nothing_that_executes_data_is_called():
 
 def test_a_stage_starts_without_importing_what_it_does_not_need():
     program = (
-        "import sys, stages.train_tokenizer; "
-        "print([m for m in ('mlflow', 'prefect', 'dvc', 'sklearn', 'torchvision', 'torch_fidelity') if m in sys.modules])"
+        "import sys, stages.train_tokenizer, tessera.tokenizers.diffusers; "
+        "names = ('mlflow', 'prefect', 'dvc', 'sklearn', 'torchvision', 'torch_fidelity', 'diffusers'); "
+        "print([name for name in names if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
