@@ -106,6 +106,22 @@ def part(folder: str) -> Any:
     return Annotated[SerializeAsAny[Params], BeforeValidator(partial(_part, folder)), _Folder(folder)]
 
 
+def _name_or_part(folder: str, names: tuple[str, ...], value: Any) -> Params | str:
+    if isinstance(value, dict | Params):
+        return _part(folder, value)
+    if value not in names:
+        choices = f"one of {', '.join(names)}, or a mapping with the key 'kind', one of {', '.join(kinds(folder))}"
+        raise ValueError(f"expected {choices}; got {value!r}{_near(value, list(names))}")
+    return value
+
+
+def name_or_part(folder: str, names: tuple[str, ...]) -> Any:
+    """The annotation of a field that holds one of these names, which have no settings, or the Config of any part in FOLDER."""
+    return Annotated[
+        SerializeAsAny[Params] | str, BeforeValidator(partial(_name_or_part, folder, names)), _Folder(folder)
+    ]
+
+
 DatasetConfig = part("datasets")
 FeaturesConfig = part("features")
 TokenizerConfig = part("tokenizers")
@@ -114,6 +130,7 @@ PriorConfig = part("priors")
 DenoiserConfig = part("denoisers")
 EditConfig = part("edits")
 MetricConfig = part("metrics")
+PerceptualConfig = name_or_part("perceptual", ("none", "laplacian", "lpips"))
 
 
 def _validate(config: type[P], value: Any) -> P:

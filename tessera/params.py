@@ -232,12 +232,20 @@ class Pipeline(Params):
         return self
 
     def _feature_mistakes(self) -> list[str]:
+        found = []
         called_fid = [name for name, features in self.features.items() if features.kind == "inception"]
         if len(called_fid) > 1:
-            return [
+            found.append(
                 f"features {' and '.join(called_fid)} are both of kind inception, but only one figure can be the fid"
-            ]
-        return []
+            )
+        for name, tokenizer in self.tokenizers.items():
+            trained_by = getattr(tokenizer, "perceptual", None)
+            if all(_is_same_network(judge, trained_by) for judge in self.features.values()):
+                found.append(
+                    f"tokenizer {name} is trained to please {trained_by.network}, which is also its only judge (features "
+                    f"{', '.join(self.features)}): add features of another network, or choose another one for perceptual"
+                )
+        return found
 
     def _tokenizer_mistakes(self) -> list[str]:
         from tessera.contracts import HasLevels  # torch, which flows do without until a part is read
@@ -325,6 +333,13 @@ class Pipeline(Params):
         tags = {key: value for key, value in _flat(whole).items() if key in is_set and not _is_hash(value)}
         tags |= {key: value for key, value in shown.items() if key in alike}
         return Description(params, tags, _flat(whole) | settings)
+
+
+def _is_same_network(first: Any, second: Any) -> bool:
+    """Whether two parts look at images with one network; installed weights may be those of a file of any sha256."""
+    networks = [getattr(config, "network", None) for config in (first, second)]
+    digests = {getattr(config, "sha256", None) for config in (first, second)}
+    return None not in networks and networks[0] == networks[1] and (None in digests or len(digests) == 1)
 
 
 class Description(NamedTuple):

@@ -18,7 +18,7 @@ from tessera.artifacts import weights_file
 from tessera.bases.diagnostics import Diagnostics
 from tessera.bases.initialization import Initialization
 from tessera.bases.optimization import Training
-from tessera.components import AddedKey, Fraction, Params, QuantizerConfig, Weight, load
+from tessera.components import AddedKey, Fraction, Params, PerceptualConfig, QuantizerConfig, Weight, load
 from tessera.contracts import Encoded, HasLevels, ImageSpec, Quantized
 from tessera.nn.autoencoder import Decoder, Encoder
 from tessera.nn.draw import count
@@ -33,7 +33,7 @@ class AutoencoderConfig(Params):
     num_blocks: Annotated[int, Field(ge=1)] = 2  # residual blocks per level
     pixel_loss: Literal["l1", "l2"] = "l2"
     pixel_weight: Weight = 4.0
-    perceptual: Literal["none", "laplacian", "lpips"] = "none"
+    perceptual: PerceptualConfig = "none"
     perceptual_weight: Weight = 1.0
     lpips_weights: str = ""  # path of a safetensors file; nothing is downloaded
     lpips_sha256: str = ""
@@ -149,6 +149,8 @@ class ReconstructionLoss(nn.Module):
         self.config = config
         self.lpips = [_local_lpips(config)] if config.perceptual == "lpips" else []  # a list: its weights stay out of
         # this module's state, so that no checkpoint carries a copy of VGG
+        if isinstance(config.perceptual, Params):
+            self.distance = load("perceptual", config.perceptual.kind).Distance(config.perceptual)
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> dict[str, Tensor]:
         """The terms to plot and their weighted sum "loss"."""
@@ -156,7 +158,9 @@ class ReconstructionLoss(nn.Module):
         terms = {"reconstruction_loss": pixel_loss(reconstructions, images, config.pixel_loss)}
         loss = config.pixel_weight * terms["reconstruction_loss"]
         if config.perceptual != "none":
-            if config.perceptual == "lpips":
+            if isinstance(config.perceptual, Params):
+                distance = self.distance(reconstructions, images)
+            elif config.perceptual == "lpips":
                 distance = self.lpips[0].to(images.device)(reconstructions, images)
             else:
                 distance = laplacian_loss(reconstructions, images)

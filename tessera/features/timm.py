@@ -14,6 +14,7 @@ classes, and its 112 features need fewer images than 1,280 for one certain dista
 cropped.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,7 +28,7 @@ from tessera.artifacts import weights_file
 from tessera.artifacts.images import to_uint8
 from tessera.bases.judging import require_gray_or_rgb
 from tessera.components import Params
-from tessera.contracts import ImageSpec
+from tessera.contracts import ImageSpec, Planned
 
 PACKAGED = "tf_efficientnet_lite0"  # the network whose weights are installed
 PACKAGED_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -137,6 +138,15 @@ def prepare(model: Model, config: Config) -> None:
         ends = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(ends)}
     weights_file.fill(model.network, weights, path, key, expected, remedy)
+
+
+def problems(config: Config, planned: Planned) -> Iterator[str]:
+    path = _packaged_path()
+    if config.weights is None and not (path.is_file() and artifact.sha256(path) == PACKAGED_SHA256):
+        yield (
+            f"{path} is missing or not the file with sha256 {PACKAGED_SHA256}, the installed weights of {PACKAGED}: install "
+            f"the locked requirements again: make setup"
+        )
 
 
 def _packaged_path() -> Path:

@@ -30,11 +30,12 @@ from torch import Tensor
 
 from tessera.bases.adversarial import AdversarialAutoencoder, AdversarialConfig, AdversarialObjective
 from tessera.bases.autoencoder import codebook_terms
+from tessera.components import PerceptualConfig
 
 
 class Config(AdversarialConfig):
     kind: Literal["vqgan"] = "vqgan"
-    perceptual: Literal["none", "laplacian", "lpips"] = "laplacian"
+    perceptual: PerceptualConfig = "laplacian"
 
 
 class Model(AdversarialAutoencoder):

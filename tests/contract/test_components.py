@@ -481,6 +481,28 @@ def test_a_training_that_was_stopped_or_killed_and_is_resumed_is_bit_identical(
         assert torch.equal(value, resumed[name]), name
 
 
+@pytest.mark.parametrize("kind", ["vqgan", "vae"])
+def test_a_training_with_a_perceptual_network_resumes_bit_identically(
+    kind, image_spec, token_spec, tmp_path, monkeypatch
+):
+    """Also where the network's constant would come out otherwise: another machine rounds otherwise."""
+    settings = {**SMALL["tokenizers"][kind], "perceptual": {"kind": "features", "layers": [0, 1], "min_side": 32}}
+    monkeypatch.setitem(SMALL["tokenizers"], kind, settings)
+    uninterrupted = _trained("tokenizers", kind, image_spec, token_spec, Job("parts", tmp_path / "plain"))
+    first = Job("parts", tmp_path / "stopped")
+    _, rows = _training_data("tokenizers", kind, image_spec, token_spec)
+    with pytest.raises(Stopped):
+        _trained("tokenizers", kind, image_spec, token_spec, first, data=_EndsAt(3, rows, first, Stopped))
+    perceptual = load("perceptual", "features")
+    noise = perceptual.natural_noise
+    monkeypatch.setattr(perceptual, "natural_noise", lambda count, side: 0.5 * noise(count, side))
+    again = Job("parts", tmp_path / "stopped")
+    resumed = _trained("tokenizers", kind, image_spec, token_spec, again)
+    assert resumed.keys() == uninterrupted.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in uninterrupted.items())
+    assert not any("network" in name for name in uninterrupted)
+
+
 @pytest.mark.parametrize(("folder", "kind"), TRAINED)
 def test_checkpointed_gradients_and_data_on_the_device_change_nothing(folder, kind, image_spec, token_spec, plain, job):
     saving = _trained(folder, kind, image_spec, token_spec, job, gradient_checkpointing=True, data_on_device=True)

@@ -187,7 +187,9 @@ def test_what_an_added_key_turns_on_is_told_by_its_form_alone(tmp_path, line, co
     assert Module("m", path, frozenset({"new"})).definitions["f"].digest != old
 
 
-@pytest.mark.parametrize("folder", ["quantizers", "denoisers", "metrics", "edits", "priors", "tokenizers", "features"])
+@pytest.mark.parametrize(
+    "folder", ["quantizers", "denoisers", "metrics", "edits", "priors", "tokenizers", "features", "perceptual"]
+)
 def test_a_new_part_makes_nothing_stale_until_it_is_used(copy, graph, fingerprints, folder):
     some = next(path for path in sorted((copy / "tessera" / folder).glob("*.py")) if path.stem != "__init__")
     shutil.copy(some, some.with_name("brand_new.py"))  # in no index and no list
@@ -258,7 +260,17 @@ def test_the_closure_of_definitions_lies_within_that_of_imports(fingerprints):
     for name, code in fingerprints.items():
         modules = {definition.rpartition(".")[0] for definition in code}
         stage = next(module for module in modules if module.startswith("stages."))
-        folders = {"tokenizers", "quantizers", "priors", "denoisers", "features", "datasets", "edits", "metrics"}
+        folders = {
+            "tokenizers",
+            "quantizers",
+            "priors",
+            "denoisers",
+            "features",
+            "datasets",
+            "edits",
+            "metrics",
+            "perceptual",
+        }
         parts = {module for module in modules if module.split(".")[1] in folders}
         allowed = {stage, *parts}.union(*(imports.find_upstream_modules(module) for module in (stage, *parts)))
         assert modules <= allowed, name
@@ -268,7 +280,7 @@ def test_assignments_at_the_top_of_a_module_bind_names_and_do_nothing_else():
     """They count only where their name is used, so none may configure something on the way: calls are of harmless kinds."""
     harmless = {
         "AfterValidator", "Annotated", "Field", "NamedTuple", "Path", "Shown", "Sizes", "TypeVar", "frozenset", "int", "part",
-        "range", "re.compile", "timedelta", "tuple",
+        "range", "re.compile", "timedelta", "tuple", "name_or_part",
     }  # fmt: skip
     for package in entries.PACKAGES:
         for path in (ROOT / package).rglob("*.py"):

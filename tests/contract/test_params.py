@@ -151,6 +151,32 @@ def test_a_mistake_is_told_in_a_sentence(tmp_path, path, value, message):
     assert len(str(error.value)) < 700
 
 
+PACKAGED, FILE = {}, {"network": "resnet18", "weights": "w.safetensors", "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("trains", "judges", "refused"),
+    [
+        (PACKAGED, {"timm": PACKAGED}, "tf_efficientnet_lite0"),
+        (FILE, {"a": FILE, "b": FILE | {"layer": -1}}, "resnet18"),
+        (PACKAGED, {"timm": FILE | {"network": "tf_efficientnet_lite0"}}, "tf_efficientnet_lite0"),  # may be the same
+        (PACKAGED, {"timm": PACKAGED, "other": FILE}, None),
+        (FILE, {"timm": FILE | {"sha256": "1" * 64}}, None),
+        (FILE, {"timm": PACKAGED}, None),
+    ],
+)
+def test_the_network_that_trains_a_tokenizer_is_not_its_only_judge(tmp_path, trains, judges, refused):
+    params = changed("tokenizers.vqgan.perceptual", {"kind": "features", **trains})
+    params["features"] = {name: {"kind": "timm", **judge} for name, judge in judges.items()}
+    if refused is None:
+        assert read(written(tmp_path, params)).features.keys() == judges.keys()
+        return
+    names = ", ".join(judges)
+    sentence = rf"tokenizer vqgan is trained to please {refused}, .* its only judge \(features {names}\): add"
+    with pytest.raises(InvalidParams, match=sentence):
+        read(written(tmp_path, params))
+
+
 def test_params_of_before_metrics_had_entries_mean_what_they_did(tmp_path):
     """A user who updates keeps the file that everything was trained by."""
     old = read(written(tmp_path, {**GOOD, "evaluate": OLD}))

@@ -51,6 +51,7 @@ def test_the_default_params_fit_their_images(tmp_path):
 
 TRAINING = {"num_steps": 3, "batch_size": 6, "gradient_accumulation": 4}
 LPIPS = {"kind": "lpips", "weights": "no.safetensors", "sha256": "0" * 64}
+PERCEPTUAL = {"kind": "features", "network": "other_net", "weights": "no.safetensors", "sha256": "0" * 64}
 UNET = {"kind": "unet", "channels": 64, "channel_multipliers": [1, 1, 1, 1], "num_blocks": 1}
 MISTAKES = [
     ("evaluate.metrics.precision-recall.neighbors", 359, "no neighbour number 359.*write neighbors: 358"),
@@ -61,6 +62,13 @@ MISTAKES = [
     ),
     ("evaluate.metrics.lpips", LPIPS, "images of 8 pixels are too small for LPIPS"),
     ("evaluate.metrics.lpips", LPIPS, "no.safetensors does not exist"),
+    ("tokenizers.vqgan.perceptual", PERCEPTUAL, "no.safetensors does not exist"),
+    (
+        "tokenizers.vqgan.perceptual",
+        PERCEPTUAL,
+        "perceptual: timm .* has no network other_net.*correct perceptual.network",
+    ),
+    ("tokenizers.vqgan.perceptual", {"kind": "features", "layers": [0, 7]}, "perceptual: layers: .*none of number 7"),
     ("sample_images.num_images", 1401, "sample_images.num_images: 1401 is too many: .*at most 1400"),
     ("reference_stats.max_features", 300, "write at least 359"),
     ("edits.super-resolution.factor", 3, "edits.super-resolution: images of 8x8 are not divisible by factor 3"),

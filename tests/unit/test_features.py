@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 import yaml
 from PIL import Image
+from timm.layers import resample_abs_pos_embed
 
 from tessera.bases import judging
 from tessera.bases.optimization import Training
@@ -471,6 +473,26 @@ def test_dinov2_positions_are_the_trained_ones_under_a_cubic_filter_stretched_by
         assert torch.equal(found[:, :1], tiny["pos_embed"][:, :1])
         np.testing.assert_allclose(found[0, 1:], expected.reshape(-1, TINY.width), atol=1e-5)
     assert torch.equal(network.positions(37, 37), tiny["pos_embed"])
+
+
+def test_timm_s_dinov2_is_ours_but_for_its_size_and_its_positions_of_another_grid(tiny):
+    """Why kind timm is no substitute: on 224 pixels it blurs the trained positions before it takes fewer of them."""
+    weights = {name: tensor for name, tensor in tiny.items() if name != "mask_token"}
+    ours = dinov2.VisionTransformer(TINY).eval().requires_grad_(False)
+    ours.load_state_dict(weights)
+    sizes = {"embed_dim": TINY.width, "depth": TINY.depth, "num_heads": TINY.heads, "init_values": 1.0}
+    settings = {"pretrained": False, "num_classes": 0, **sizes}
+    for side, positions, is_ours in [
+        (518, weights["pos_embed"], True),
+        (224, ours.positions(16, 16), True),
+        (224, resample_abs_pos_embed(weights["pos_embed"], [16, 16]), False),
+    ]:
+        theirs = timm.create_model("vit_small_patch14_dinov2", img_size=side, **settings).eval()
+        theirs.load_state_dict({**weights, "pos_embed": positions})
+        pixels = images(1, 3, side, side)
+        with torch.no_grad():
+            difference = (theirs(pixels) - ours(pixels)).norm() / ours(pixels).norm()
+        assert (difference < 1e-5) == is_ours, (side, difference)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (300, 280), (20, 500)])
