@@ -1,13 +1,13 @@
 """Perceptual loss of any image network of timm: how far the features of a reconstruction are from those of its image.
 
-With y^l the features of layer l, of unit length along the channels at each place, c a constant, and means over places:
+With y^l the features of layer l, of unit length along the channels at each place, u a constant, and means over places:
 
-    distance(y, x) = 1/c sum_l mean_ij sum_c (y^l - x^l)^2
+    distance(y, x) = 1/u sum_l mean_ij sum_c (y^l - x^l)^2
 
-c is the mean of the same sum over pairs of unrelated images, so that 1 is the distance of two images that have nothing in
+u is the mean of the same sum over pairs of unrelated images, so that 1 is the distance of two images that have nothing in
 common, and `perceptual_weight` means the same for every network and choice of layers. The images are noise with the
-spectrum of photographs, drawn from a seed of their own: c follows from the network alone, on the CPU, when a training
-begins, and is then in its checkpoints as `unrelated`: a resumed training does not depend on its being computed again.
+spectrum of photographs, drawn from a seed of their own: u follows from the settings and weights alone, on the CPU, when a
+training begins. Its checkpoints have it as `unrelated`, so that a resumed training goes on with the same bits.
 
 The weights are the installed ones of EfficientNet-lite0, or those of a local file, checked by its sha256. They are frozen and
 in no artifact or checkpoint. A network that trained a tokenizer must not be its only judge (`tessera.params`).
@@ -16,7 +16,7 @@ Source: Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perc
 section 3.1, equation 1; Johnson et al., "Perceptual Losses for Real-Time Style Transfer", 2016, arXiv:1603.08155, section 3
 (as a loss); Field, "Relations between the statistics of natural images and the response properties of cortical cells", 1987
 (amplitudes fall as 1/f).
-Differs from them: no learned weights of channels, all weigh alike; divided by c; small images are enlarged.
+Differs from them: no learned weights of channels, all weigh alike; divided by u; small images are enlarged.
 """
 
 from collections.abc import Iterator
@@ -95,7 +95,7 @@ class Distance(nn.Module):
             self.register_buffer("unrelated", self._sum_over_layers(noise, noise.roll(1, dims=0)))
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        """Zhang et al., equation 1, over c; the gradient reaches the reconstructions."""
+        """Zhang et al., equation 1, over u; the gradient reaches the reconstructions."""
         return self._sum_over_layers(reconstructions, images) / self.unrelated
 
     def _sum_over_layers(self, first: Tensor, second: Tensor) -> Tensor:
