@@ -15,7 +15,7 @@ import pytest
 from clones import Clone, smoke_params
 from PIL import Image
 
-pytestmark = pytest.mark.e2e(seconds=200)
+pytestmark = pytest.mark.e2e(seconds=300)
 ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md", "README.zh.md", "docs/index.md", "docs/library.md", "docs/edits.md", "docs/studio.md", "docs/evaluation.md",
