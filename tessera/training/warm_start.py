@@ -38,9 +38,7 @@ class Fitting(NamedTuple):
     taken: dict[str, Tensor]
     anew: dict[str, str]  # the model's other tensors, each with the reason
     unused: list[str]  # the folder's other tensors
-    tokenizer: str | None = (
-        None  # the fingerprint of the one whose tokens the folder's prior learned, where that is known
-    )
+    tokenizer: str | None = None  # the fingerprint of the one whose tokens the folder's prior learned, if known
 
 
 def begin(objective: Objective, config: Params, part: str, job: Job) -> None:
