@@ -25,7 +25,7 @@ def text(
         f"---\n{yaml.safe_dump(_head(params, images), sort_keys=False, allow_unicode=True)}---",
         f"# {params.dataset.name}-{name}",
         f"Draws images of {images.channels} x {images.height} x {images.width} pixels like those of the data set "
-        f"{images.name}: a {system.prior.kind} prior on the tokens of a {tokenizer.kind} tokenizer.",
+        f"{images.name}. Tokenizer: {tokenizer.kind}, prior: {system.prior.kind}.",
         f"![samples, as they came](./{layout.GRID})" if has_grid else "",
         _use(images, has_onnx),
         _labels(images),
@@ -75,6 +75,8 @@ def _use(images: ImageSpec, has_onnx: bool) -> str:
 def _labels(images: ImageSpec) -> str:
     if images.num_classes == 1:
         return ""
+    if list(images.class_names) == [str(label) for label in range(images.num_classes)]:
+        return f"Labels: 0 to {images.num_classes - 1}, named so."
     named = [f"{label} {name}" for label, name in enumerate(images.class_names[:LABELS_SHOWN])]
     more = [f"and {images.num_classes - LABELS_SHOWN} more"] if images.num_classes > LABELS_SHOWN else []
     return f"Labels: {', '.join([*named, *more])}."

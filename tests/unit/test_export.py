@@ -32,7 +32,13 @@ from tessera.system import System
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ImageSpec(
-    name="digits", channels=1, height=8, width=8, num_classes=10, class_names=tuple("0123456789"), licence="CC BY 4.0"
+    name="digits",
+    channels=1,
+    height=8,
+    width=8,
+    num_classes=10,
+    class_names=tuple("zero one two three four five six seven eight nine".split()),
+    licence="CC BY 4.0",
 )
 SYSTEMS = list(all_params.read(ROOT / "presets/zoo.yaml").systems)
 
@@ -188,7 +194,7 @@ def test_the_card_has_figures_licence_classes_and_a_head_that_the_hub_reads(
         f"| generation/fd_classifier | {one['value']:.4g} | {one['standard_error']:.4g} | 1,000 | 359 test | classifier |"
         in card.text
     )
-    assert "CC BY 4.0" in card.text and "3 3, 4 4" in card.text and "(./samples.png)" in card.text
+    assert "CC BY 4.0" in card.text and "3 three, 4 four" in card.text and "(./samples.png)" in card.text
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == figures
     metrics.unlink()
     picture.unlink()
