@@ -37,7 +37,7 @@ DIGITS = ImageSpec(
     height=8,
     width=8,
     num_classes=10,
-    class_names=tuple(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]),
+    class_names=("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
     licence="CC BY 4.0",
 )
 SYSTEMS = list(all_params.read(ROOT / "presets/zoo.yaml").systems)
