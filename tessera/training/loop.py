@@ -26,6 +26,7 @@ from tessera import seeding
 from tessera.bases.optimization import Training, learning_rate_factor, update_average
 from tessera.contracts import Job, Objective
 from tessera.nn.draw import MovesOncePerStep
+from tessera.nn.precision import slowness
 from tessera.nn.processes import Processes
 from tessera.training.reading import Data, Reader
 from tessera.training.sharding import gathered, is_sharded, shard, whole
@@ -135,8 +136,8 @@ def _accelerator(settings: Training, job: Job, is_validated: bool) -> Accelerato
             *([InitProcessGroupKwargs(timeout=LONGEST_VALIDATION)] if is_validated else []),
         ],
     )
-    if settings.precision == "bf16" and accelerator.device.type == "cpu" and not computes_in_bf16():
-        job.say("this processor has no bf16 instructions: precision fp32 is many times faster on it")
+    if told := slowness(settings.precision, accelerator.device):
+        job.say(told)
     shares = accelerator.num_processes * settings.gradient_accumulation
     if settings.batch_size % shares:
         raise ValueError(
@@ -201,11 +202,6 @@ def _validated(
     accelerator.wait_for_everyone()
     speed.leave_out(time.monotonic() - began)
     return metrics
-
-
-def computes_in_bf16() -> bool:
-    """Whether the processor has instructions for products of bfloat16; without them PyTorch emulates each."""
-    return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 def recompute_activations(objective: nn.Module) -> None:
