@@ -30,6 +30,7 @@ ELSEWHERE = {  # the beginning of a line: the test that runs it
     "make demo": "tests/unit/test_demo.py",
     "make start IMAGES=photographs    #": "tests/e2e/test_snippets.py",  # below, from the tutorial
     "ssh -L": "tests/e2e/test_studio.py",
+    "python -m tessera.code accept": "tests/e2e/test_update.py",  # there is nothing to accept here
     "python -m tessera.tracking champion": "tests/e2e/test_served_model.py",
     "python -m flows.sweep": "tests/e2e/test_flow.py",
     "TESSERA_PROCESSES=auto": "tests/e2e/test_training_processes.py",
