@@ -135,14 +135,20 @@ class Machine(Clone):
                     found.append(int(entry.name))
         return found
 
-    def runs(self, stage: str) -> bool:
-        """Whether a process of this machine is at a stage: "train_prior vqgan-flow"."""
-        command = f"tessera.running {stage}".replace(" ", "\0").encode()
+    def at(self, stage: str) -> list[int]:
+        """The processes of this machine that are at a stage: "train_prior vqgan-flow"."""
+        command, found = f"tessera.running {stage}".replace(" ", "\0").encode(), []
         for pid in self.processes():
             with contextlib.suppress(OSError):
                 if command in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    return True
-        return False
+                    found.append(pid)
+        return found
+
+    def signal(self, stage: str, number: int) -> None:
+        """To all that is at a stage."""
+        for pid in self.at(stage):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def kill(self) -> None:
         """kill -9 of everything, until nothing is left."""

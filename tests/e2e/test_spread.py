@@ -24,7 +24,8 @@ pytestmark = pytest.mark.e2e(seconds=400)
 PARENT = "0123456789abcdef0123456789abcdef"
 SYSTEMS = ("gan", "vqgan-flow")  # of which no image is drawn yet when the tests begin
 DRAWN = [f"sample_images@{system}" for system in SYSTEMS]
-TRAINING = "train_prior@gan"
+TRAINING, PROCESS = "train_prior@gan", "train_prior gan"
+CHECKPOINT = ".state/train_prior-gan/*/step-*/manifest.json"
 STEPS = 2500
 OUT = "data/priors/gan"
 PASSWORD = "a-password-of-tests"
@@ -150,18 +151,30 @@ def train_longer(c: Machine) -> None:
     c.write_params(params)
 
 
-def trainer(team: Team) -> Machine | None:
-    """The machine that trains and has sent a checkpoint."""
-    sent = team.store.list_objects_v2(Bucket="tessera", Prefix="dvc/states/").get("Contents", [])
-    found = [name for name in ("a", "b") if team.machines[name].runs("train_prior gan")]
-    is_sent = any("/step-" in each["Key"] and each["Key"].endswith("manifest.json") for each in sent)
-    return team.machines[found[0]] if found and is_sent else None
+def held(team: Team) -> Machine:
+    """The machine that trains, standing still once it has a checkpoint, which has been sent: else it might be done by then."""
+    found: list[Machine] = []
+
+    def trains() -> bool:
+        for machine in (team.machines["a"], team.machines["b"]):
+            if machine.at(PROCESS) and any(machine.folder.glob(f".state/runs/part-*/{CHECKPOINT}")):
+                machine.signal(PROCESS, signal.SIGSTOP)
+                found.append(machine)
+        return bool(found)
+
+    def is_sent() -> bool:
+        objects = team.store.list_objects_v2(Bucket="tessera", Prefix="dvc/states/").get("Contents", [])
+        return any("/step-" in each["Key"] and each["Key"].endswith("manifest.json") for each in objects)
+
+    wait_for("a machine trains", trains, 240)
+    wait_for("its checkpoint is sent", is_sent, 120)
+    return found[0]
 
 
 def test_a_cancelled_run_takes_back_what_waits_and_ends_what_works(team: Team, c: Machine) -> None:
     train_longer(c)
     run = team.submit("reproduce/spread", targets=["sample_images@gan"])
-    wait_for("a machine trains", lambda: trainer(team) is not None, 120)
+    held(team).signal(PROCESS, signal.SIGCONT)
     team.ask("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     team.ends(run, "Cancelled", 60)
     for below in team.below(run):
@@ -170,7 +183,7 @@ def test_a_cancelled_run_takes_back_what_waits_and_ends_what_works(team: Team, c
             lambda below=below: team.state(below["id"]) in ("Cancelled", "Completed"),
             60,
         )
-    assert not any(team.machines[name].runs("train_prior gan") for name in ("a", "b"))
+    assert not any(team.machines[name].at(PROCESS) for name in ("a", "b"))
 
 
 def test_a_machine_that_is_killed_while_it_trains_is_replaced_and_the_training_goes_on(team: Team, c: Machine) -> None:
@@ -178,8 +191,7 @@ def test_a_machine_that_is_killed_while_it_trains_is_replaced_and_the_training_g
     alone = team.machine("d")
     train_longer(alone)
     run = team.submit("reproduce/spread", targets=["sample_images@gan"])
-    wait_for("a machine trains", lambda: trainer(team) is not None, 120)
-    lost = trainer(team)
+    lost = held(team)
     other = team.machines["b" if lost.name == "a" else "a"]
     lost.kill()
     assert alone.run("dvc", "pull", "encode_tokens@none").returncode == 0
