@@ -66,8 +66,7 @@ class EncodeTokens(Params):
     def _has_latents_of_that_dtype(self) -> "EncodeTokens":
         if self.latents_dtype != "float32" and not self.store_latents:
             raise ValueError(
-                f"latents_dtype {self.latents_dtype} is of latents, which store_latents: false leaves out: set store_latents: "
-                f"true, or leave out latents_dtype"
+                f"latents_dtype {self.latents_dtype} needs store_latents: true; set it, or leave out the dtype"
             )
         return self
 
@@ -80,10 +79,8 @@ class FollowTraining(Params):
     features: FeaturesConfig = Field({"kind": "random"}, validate_default=True)  # of the distance
     precision: Precision = added_later("fp32")  # of what is drawn
     criterion: Literal["last", "validation_loss", "frechet"] = "last"  # the weights that are kept: of which look
-    validation_share: Annotated[float, Field(gt=0, lt=1)] = (
-        0.1  # of the training images of each class: a criterion other
-    )
-    # than last is of these, and they are not trained on. The test images decide nothing
+    # Of the training images of each class: by these a criterion other than last chooses. Neither they nor test images train
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
     @field_validator("criterion", mode="before")
     @classmethod
@@ -337,9 +334,10 @@ class Pipeline(Params):
 
 def _is_same_network(first: Any, second: Any) -> bool:
     """Whether two parts look at images with one network; installed weights may be those of a file of any sha256."""
-    networks = [getattr(config, "network", None) for config in (first, second)]
-    digests = {getattr(config, "sha256", None) for config in (first, second)}
-    return None not in networks and networks[0] == networks[1] and (None in digests or len(digests) == 1)
+    (name, sha), (other, its) = (
+        (getattr(one, "network", None), getattr(one, "sha256", None)) for one in (first, second)
+    )
+    return name is not None and name == other and (sha is None or its is None or sha == its)
 
 
 class Description(NamedTuple):

@@ -86,7 +86,7 @@ WRONG = [
     (
         "encode_tokens",
         GOOD["encode_tokens"] | {"store_latents": False, "latents_dtype": "float16"},
-        r"encode_tokens: latents_dtype float16 is of latents, .*: set store_latents: true, or leave out latents_dtype",
+        r"encode_tokens: latents_dtype float16 needs store_latents: true; set it, or leave out the dtype",
     ),
     (
         "systems.vqgan-flow.sampling.precision",

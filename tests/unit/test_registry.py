@@ -218,7 +218,7 @@ def test_a_model_in_the_registry_is_safetensors_json_and_source_and_no_pickle(ro
     evaluate(root, "one")
     assert uploader.replay(root, 60) == 0
     files = [path for path in (root / "mlruns" / EXPERIMENT / "models").rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".py", ".yaml", ".txt", ".html", ""}
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".py", ".typed", ".yaml", ".txt", ".html", ""}
     assert [path.name for path in files if path.suffix == ""] == ["MLmodel"]
     assert not [path for path in files if path.read_bytes()[:2] in (b"\x80\x04", b"\x80\x05", b"PK")]
     settings = yaml.safe_load(next(path for path in files if path.name == "MLmodel").read_text())
