@@ -233,7 +233,7 @@ class Pipeline(Params):
         called_fid = [name for name, features in self.features.items() if features.kind == "inception"]
         if len(called_fid) > 1:
             found.append(
-                f"features {' and '.join(called_fid)} are both of kind inception, but only one figure can be the fid"
+                f"features {' and '.join(called_fid)} are both of kind inception: only one figure can be the fid"
             )
         for name, tokenizer in self.tokenizers.items():
             trained_by = getattr(tokenizer, "perceptual", None)
@@ -334,10 +334,9 @@ class Pipeline(Params):
 
 def _is_same_network(first: Any, second: Any) -> bool:
     """Whether two parts look at images with one network; installed weights may be those of a file of any sha256."""
-    (name, sha), (other, its) = (
-        (getattr(one, "network", None), getattr(one, "sha256", None)) for one in (first, second)
-    )
-    return name is not None and name == other and (sha is None or its is None or sha == its)
+    networks = {getattr(config, "network", None) for config in (first, second)}
+    digests = {getattr(config, "sha256", None) for config in (first, second)}
+    return len(networks) == 1 and None not in networks and (None in digests or len(digests) == 1)
 
 
 class Description(NamedTuple):
