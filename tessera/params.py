@@ -232,9 +232,7 @@ class Pipeline(Params):
         found = []
         called_fid = [name for name, features in self.features.items() if features.kind == "inception"]
         if len(called_fid) > 1:
-            found.append(
-                f"features {' and '.join(called_fid)} are both of kind inception: only one figure can be the fid"
-            )
+            found.append(f"features {' and '.join(called_fid)} are both of kind inception: only one can be the fid")
         for name, tokenizer in self.tokenizers.items():
             trained_by = getattr(tokenizer, "perceptual", None)
             if all(_is_same_network(judge, trained_by) for judge in self.features.values()):
