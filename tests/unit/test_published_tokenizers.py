@@ -13,6 +13,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import onnxruntime
 import pytest
 import safetensors.torch
 import torch
@@ -29,8 +30,9 @@ from tessera.artifacts.images import to_float
 from tessera.check import images as known_images
 from tessera.check import problems
 from tessera.components import InvalidParams, MissingPackage, parse
-from tessera.contracts import ImageBatch, ImageSpec
+from tessera.contracts import ImageBatch, ImageSpec, TokenSpec
 from tessera.export import __main__ as export
+from tessera.export import onnx as networks
 from tessera.params import Pipeline
 from tessera.running.job import Job
 from tessera.sources import diffusers as published
@@ -382,6 +384,21 @@ def test_a_prior_learns_the_tokens_and_no_later_stage_needs_the_folder(
     assert "again" not in str(caught.value)  # nothing is wrong with the folder
     with pytest.raises(artifact.ArtifactError, match=r"pip install 'tessera\[pretrained\]'"):
         System.read(made, prior)
+
+
+def test_the_decoder_as_onnx_takes_batches_that_diffusers_lays_out_otherwise(
+    folders: Path, token_spec: TokenSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = token_spec.model_copy(update={"codebook_size": None, "latent_shape": (3, 8, 4), "index_grid": (8, 4)})
+    system = System(filled(configured(folders / "kl", "kl")).model.eval(), nn.Linear(1, 1), spec, "latents")
+    tokens, decoder = torch.randn(65, 3, 8, 4), networks.Decoder(system).eval()
+    with torch.no_grad():
+        expected = decoder(tokens).numpy()
+    monkeypatch.setattr(networks, "networks", lambda system: {"decoder": (decoder, {"tokens": tokens[:2]}, "images")})
+    networks.write(system, tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx/decoder.onnx")
+    (found,) = session.run(None, {"tokens": tokens.numpy()})
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
 def test_tuning_starts_at_the_published_weights_and_makes_reconstructions_better(
