@@ -27,8 +27,8 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.images import to_float
+from tessera.check import estimate, problems
 from tessera.check import images as known_images
-from tessera.check import problems
 from tessera.components import InvalidParams, MissingPackage, parse
 from tessera.contracts import ImageBatch, ImageSpec, TokenSpec
 from tessera.export import __main__ as export
@@ -82,6 +82,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "norms": {
         "class_name": "AutoencoderDC",
         **SIDES,
+        **{f"{side}_layers_per_block": [1, 1] for side in ("encoder", "decoder")},
         "latent_channels": 4,
         "attention_head_dim": 8,
         "decoder_norm_types": ["batch_norm", "rms_norm"],
@@ -416,6 +417,17 @@ def test_tuning_starts_at_the_published_weights_and_makes_reconstructions_better
     assert errors["tuned"] < 0.5 * errors["frozen"]
 
 
+def test_blocks_with_running_averages_are_never_run_twice_in_a_step(folders: Path) -> None:
+    model = filled(configured(folders / "norms", "norms")).model
+    again = [block for block in model.modules() if getattr(block, "recomputes", False)]
+    assert len(again) == 3 and any(isinstance(each, nn.BatchNorm2d) for each in model.modules())
+    assert not [each for block in again for each in block.modules() if isinstance(each, nn.BatchNorm2d)]
+    for name in NETWORKS:
+        some = tokenizer.Model(configured(folders / name, name), SPEC)
+        parts = (some.encoder, some.decoder)
+        assert all(any(getattr(block, "recomputes", False) for block in part.modules()) for part in parts), name
+
+
 def test_averaged_codes_start_as_the_published_ones(folders: Path) -> None:
     """One step moves an average by a small share of the way; from sums that are not those of the codes it would jump."""
     quantizer = published.quantizer_of(published.network_of(network("vq"))) | {"update": "ema", "ema_decay": 0.99}
@@ -531,6 +543,15 @@ def test_a_folder_that_is_not_the_one_that_was_meant_is_one_sentence(
     assert found in ([], [f"tokenizers.kl: {caught.value}"])
     later = problems.problems(all_params, planned, is_begin=False)
     assert not [one for one in later if one.startswith("tokenizers.kl: ")]  # what was made of it stands
+
+
+def test_an_estimate_leaves_out_what_is_not_trained(folders: Path) -> None:
+    training = {"num_steps": 3, "batch_size": 2}
+    kl, vq = settings(folders / "kl", "kl"), settings(folders / "vq", "vq", training=training)
+    all_params = params(folders, kl=kl, vq=vq)
+    planned = known_images.planned(all_params, SPEC, {split: np.arange(60) % 3 for split in ("train", "test")})
+    found = [one.entry for one in estimate.of_run(all_params, planned, seconds=0.01).trainings]
+    assert [one for one in found if "tokenizer" in one] == ["train_tokenizer@vq"]
 
 
 @pytest.mark.parametrize(
