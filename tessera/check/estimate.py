@@ -116,7 +116,7 @@ def _tokens(config: Any, spec: TokenSpec) -> TokenBatch:
 def _tried(entry: str, folder: str, config: Any, spec: Any, batch: Any, seconds: float) -> list[Trained]:
     """The training of a part, timed; none where nothing is trained."""
     module = load(folder, config.kind)
-    if batch is None or not hasattr(module, "Objective"):
+    if batch is None or not hasattr(module, "Objective") or not config.training.num_steps:
         return []
     objective = module.Objective(module.Model(config, spec), config)
     return [Trained(entry, config.training.num_steps, _seconds_per_step(objective, batch, config.training, seconds))]

@@ -46,7 +46,8 @@ def write(system: System, out: Path) -> None:
         raise ValueError("ONNX needs the packages onnx and onnxscript: pip install 'tessera[onnx]'") from None
     out.mkdir()
     for name, (network, given, result) in networks(system).items():
-        batch = torch.export.Dim("batch", min=1)
+        # The graph is of any batch, whatever is said here: diffusers lays 64 images and more out otherwise, to the same end
+        batch = torch.export.Dim("batch", min=1, max=63)
         with whole.file(out / f"{name}.onnx") as beside, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of the exporter about itself
             # Here, because torch.onnx would make a constant of a batch that the network does not leave open

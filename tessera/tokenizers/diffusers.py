@@ -32,14 +32,9 @@ from tessera.components import MissingPackage, QuantizerConfig, Weight, load
 from tessera.contracts import Encoded, ImageSpec, Planned
 from tessera.sources import diffusers as published
 
-BLOCKS = (
-    "ResnetBlock2D",
-    "AutoencoderTinyBlock",
-    "ResBlock",
-    "EfficientViTBlock",
-)  # what gradient_checkpointing recomputes
-
-
+# What gradient_checkpointing recomputes
+BLOCKS = ("ResnetBlock2D", "ResnetBlockCondNorm2D", "AutoencoderTinyBlock", "ResBlock", "EfficientViTBlock")
+PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")  # of a published network, beside its codebook
 AS_PUBLISHED = ("kind", "codebook_size", "code_dim", "init")  # keys of the quantizer that are not free
 
 
@@ -52,12 +47,9 @@ class Config(AdversarialConfig):
     kind: Literal["diffusers"] = "diffusers"
     folder: Annotated[str, Field(min_length=1)]  # config.json and diffusion_pytorch_model.safetensors
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of the latter
-    quantizer: QuantizerConfig = Field(
-        {"kind": "identity"}, validate_default=True
-    )  # of VQModel vector, as its codebook is
-    network: Annotated[
-        SerializeAsAny[published.Network], BeforeValidator(published.network_of)
-    ]  # as config.json has it
+    # What config.json says; of VQModel also its codebook, as quantizer vector has it
+    network: Annotated[SerializeAsAny[published.Network], BeforeValidator(published.network_of)]
+    quantizer: QuantizerConfig = Field({"kind": "identity"}, validate_default=True)
     perceptual: Literal["none", "laplacian", "lpips"] = "laplacian"
     adversarial_weight: Weight = 0.0
     kl_weight: Weight = 1e-4  # of AutoencoderKL
@@ -192,9 +184,6 @@ def _mark(network: nn.Module) -> None:
             block.recomputes = True
 
 
-PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")  # of a published network, beside its codebook
-
-
 @torch.no_grad()
 def fill(model: Model, config: Config) -> None:
     """Put the published weights in. Raises ValueError, in a sentence, for a folder that is not the one that was meant."""
@@ -229,9 +218,7 @@ class Objective(AdversarialObjective):
             return model.decode_codes(drawn), self.config.kl_weight * divergence, {"kl_loss": divergence}
         quantized = model.quantizer(model.latents(images))
         self.watch.note_codes(quantized.indices, step)
-        terms = {} if model.codebook_size is None else {"quantizer_loss": quantized.loss}
-        return (
-            model.decode_codes(quantized.codes),
-            quantized.loss,
-            terms | codebook_terms(quantized, model.codebook_size),
-        )
+        terms = codebook_terms(quantized, model.codebook_size)
+        if model.codebook_size is not None:
+            terms = {"quantizer_loss": quantized.loss, **terms}
+        return model.decode_codes(quantized.codes), quantized.loss, terms

@@ -13,6 +13,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import onnxruntime
 import pytest
 import safetensors.torch
 import torch
@@ -26,11 +27,12 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.images import to_float
+from tessera.check import estimate, problems
 from tessera.check import images as known_images
-from tessera.check import problems
 from tessera.components import InvalidParams, MissingPackage, parse
-from tessera.contracts import ImageBatch, ImageSpec
+from tessera.contracts import ImageBatch, ImageSpec, TokenSpec
 from tessera.export import __main__ as export
+from tessera.export import onnx as networks
 from tessera.params import Pipeline
 from tessera.running.job import Job
 from tessera.sources import diffusers as published
@@ -80,6 +82,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "norms": {
         "class_name": "AutoencoderDC",
         **SIDES,
+        **{f"{side}_layers_per_block": [1, 1] for side in ("encoder", "decoder")},
         "latent_channels": 4,
         "attention_head_dim": 8,
         "decoder_norm_types": ["batch_norm", "rms_norm"],
@@ -384,6 +387,21 @@ def test_a_prior_learns_the_tokens_and_no_later_stage_needs_the_folder(
         System.read(made, prior)
 
 
+def test_the_decoder_as_onnx_takes_batches_that_diffusers_lays_out_otherwise(
+    folders: Path, token_spec: TokenSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = token_spec.model_copy(update={"codebook_size": None, "latent_shape": (3, 8, 4), "index_grid": (8, 4)})
+    system = System(filled(configured(folders / "kl", "kl")).model.eval(), nn.Linear(1, 1), spec, "latents")
+    tokens, decoder = torch.randn(65, 3, 8, 4), networks.Decoder(system).eval()
+    with torch.no_grad():
+        expected = decoder(tokens).numpy()
+    monkeypatch.setattr(networks, "networks", lambda system: {"decoder": (decoder, {"tokens": tokens[:2]}, "images")})
+    networks.write(system, tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx/decoder.onnx")
+    (found,) = session.run(None, {"tokens": tokens.numpy()})
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
 def test_tuning_starts_at_the_published_weights_and_makes_reconstructions_better(
     folders: Path, images_folder: Path, tmp_path: Path
 ) -> None:
@@ -397,6 +415,17 @@ def test_tuning_starts_at_the_published_weights_and_makes_reconstructions_better
         codes = safetensors.torch.load_file(folders / "vq" / WEIGHTS)["quantize.embedding.weight"]
         assert torch.equal(model.quantizer.codebook, codes) == (name == "frozen")
     assert errors["tuned"] < 0.5 * errors["frozen"]
+
+
+def test_blocks_with_running_averages_are_never_run_twice_in_a_step(folders: Path) -> None:
+    model = filled(configured(folders / "norms", "norms")).model
+    again = [block for block in model.modules() if getattr(block, "recomputes", False)]
+    assert len(again) == 3 and any(isinstance(each, nn.BatchNorm2d) for each in model.modules())
+    assert not [each for block in again for each in block.modules() if isinstance(each, nn.BatchNorm2d)]
+    for name in NETWORKS:
+        some = tokenizer.Model(configured(folders / name, name), SPEC)
+        parts = (some.encoder, some.decoder)
+        assert all(any(getattr(block, "recomputes", False) for block in part.modules()) for part in parts), name
 
 
 def test_averaged_codes_start_as_the_published_ones(folders: Path) -> None:
@@ -514,6 +543,15 @@ def test_a_folder_that_is_not_the_one_that_was_meant_is_one_sentence(
     assert found in ([], [f"tokenizers.kl: {caught.value}"])
     later = problems.problems(all_params, planned, is_begin=False)
     assert not [one for one in later if one.startswith("tokenizers.kl: ")]  # what was made of it stands
+
+
+def test_an_estimate_leaves_out_what_is_not_trained(folders: Path) -> None:
+    training = {"num_steps": 3, "batch_size": 2}
+    kl, vq = settings(folders / "kl", "kl"), settings(folders / "vq", "vq", training=training)
+    all_params = params(folders, kl=kl, vq=vq)
+    planned = known_images.planned(all_params, SPEC, {split: np.arange(60) % 3 for split in ("train", "test")})
+    found = [one.entry for one in estimate.of_run(all_params, planned, seconds=0.01).trainings]
+    assert [one for one in found if "tokenizer" in one] == ["train_tokenizer@vq"]
 
 
 @pytest.mark.parametrize(
