@@ -98,7 +98,7 @@ class Tokenizer(NamedTuple):
     """A folder as the package diffusers writes it. Its config.json is read strictly, and needs no hash."""
 
     place: str  # a folder on the hub, at a commit
-    licence: str
+    licence: str = ""  # as its authors state it; "": not known here
     sha256: str = ""  # of the weights, as several independent projects name it
 
     @property
@@ -126,7 +126,6 @@ TOKENIZERS = {
     ),
     "dc-ae-f32c32-in": Tokenizer(  # AutoencoderDC, 32x32 pixels to 32 channels
         HUB + "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers/resolve/main",
-        "Apache-2.0",
     ),
 }
 TIMEOUT_SECONDS = 60
@@ -218,7 +217,8 @@ def get_weights(weights: Weights, folder: Path) -> None:
 def get_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Its two files in the folder, and what params.yaml takes from the second one."""
     _, weights = [fetch(file, folder) for file in tokenizer.files]
-    print(f"license, as its authors state it: {tokenizer.licence}")
+    known = tokenizer.licence or "not known here, read it on their page before you use the weights"
+    print(f"license, as its authors state it: {known}")
     if not tokenizer.sha256:
         print(
             f"nobody told the sha256 of {weights}: it is {checksum(weights, 'sha256')}; params.yaml keeps it, so that a later "
