@@ -18,7 +18,7 @@ from PIL import Image
 from studio import edit
 from tessera import params as all_params
 from tessera import seeding
-from tessera.artifacts import checkpoints
+from tessera.artifacts import checkpoints, pictures
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import to_uint8
@@ -173,7 +173,7 @@ class Studio:
         images = Frame(self.params.dataset, picture.size).tensor(picture)
         generator = seeding.generator(asked.seed, "studio_damage")
         return self._keep(
-            _picture(to_uint8(load("edits", "enhance").measure(images, asked.config, generator))[0].numpy())
+            pictures.picture(to_uint8(load("edits", "enhance").measure(images, asked.config, generator))[0].numpy())
         )
 
     def picture(self, name: str) -> Image.Image:
@@ -199,7 +199,7 @@ class Studio:
         return name
 
     def _test_picture(self, row: int) -> Image.Image:
-        return _picture(self._test.uint8(np.array([row]))[0].numpy())
+        return pictures.picture(self._test.uint8(np.array([row]))[0].numpy())
 
     def _edits_of(self, name: str) -> list[str]:
         """The edits that a system can do, asked of its prior without weights."""
@@ -271,11 +271,6 @@ def mask_of(layers: list[Image.Image], size: tuple[int, int]) -> Image.Image:
         raise ValueError("nothing is painted: paint over what is to be drawn anew")
     shares = Image.fromarray(painted.astype(np.float32)).resize(size, Image.Resampling.BOX)  # as bytes they round to 0
     return Image.fromarray(np.where(np.asarray(shares) > 0, 255, 0).astype(np.uint8))
-
-
-def _picture(pixels: np.ndarray) -> Image.Image:
-    """(C, H, W) uint8, of one channel or three."""
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
 def _seed(value: Any) -> int:

@@ -28,6 +28,7 @@ from tessera import plain_yaml, seeding
 from tessera.artifacts import pictures
 from tessera.artifacts.images import to_uint8
 from tessera.components import kinds, load, parse
+from tessera.editing.beside import HALFWAY, Beside
 from tessera.nn.precision import slowness
 from tessera.params import Pipeline
 from tessera.sources.decoding import decode, pillow_warnings
@@ -37,7 +38,6 @@ from tessera.system import System
 
 MAX_BYTES, MAX_PIXELS = 64 * 2**20, 32 * 2**20  # of a file, of its image
 ROW = 10  # images side by side
-HALFWAY = 0.5  # from an image to the other one
 
 
 class Request(NamedTuple):
@@ -209,27 +209,23 @@ def edit(
     labels = torch.full((1,), label, device=system.device)
     generator = seeding.generator(asked.seed, "edit_file", device=system.device)
     module, system = load("edits", asked.kind), _as_asked(system, asked.sampling)
+    beside = Beside(
+        size=(images.shape[2], images.shape[3]),
+        mask=frame.mask(mask).to(system.device) if asked.kind == "inpaint" else None,
+        others=None if other is None else Frame(params.dataset, other.size).tensor(other).to(system.device),
+        share=asked.share,
+    )
+    factor = 1
+    if asked.kind == "enhance" and asked.config.damage == "downsample":
+        factor = asked.config.factor
+        module.damaged(images, asked.config)  # refuses a factor that does not divide the models' size
+        images = Frame(params.dataset, picture.size, factor).tensor(picture).to(system.device)
     given = (system, asked.config, asked.sampling, generator)
-    if asked.kind == "inpaint":
-        hole = frame.mask(mask).to(system.device)
-        edited = module.edit(images, labels, *given, hole)
-        return frame.put_back(picture, edited, mask)
+    edited = module.edit(images, labels, *given, *beside.arguments(asked.kind))
     if asked.kind == "enhance":
-        size, measured, factor = (images.shape[2], images.shape[3]), images, 1
-        if asked.config.damage == "downsample":
-            factor = asked.config.factor
-            module.damaged(images, asked.config)  # refuses a factor that does not divide the models' size
-            measured = Frame(params.dataset, picture.size, factor).tensor(picture).to(system.device)
-        edited = module.edit(measured, labels, *given, size)
-        larger = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
-        return Frame(params.dataset, larger.size).put_back(larger, edited)
-    if asked.kind == "interpolate":
-        others = Frame(params.dataset, other.size).tensor(other).to(system.device)
-        return frame.put_back(picture, module.edit(images, labels, *given, others, asked.share))
-    if asked.kind == "restyle" and other is not None:
-        reference = Frame(params.dataset, other.size).tensor(other).to(system.device)[0]
-        return frame.put_back(picture, module.edit(images, labels, *given, reference))
-    return frame.put_back(picture, module.edit(images, labels, *given))
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
+        frame = Frame(params.dataset, picture.size)
+    return frame.put_back(picture, edited, mask if asked.kind == "inpaint" else None)
 
 
 def _parser() -> argparse.ArgumentParser:

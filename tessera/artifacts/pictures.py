@@ -26,6 +26,11 @@ def grid(images: np.ndarray, num_columns: int) -> np.ndarray:
     return canvas.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
+def picture(image: np.ndarray) -> Image.Image:
+    """(C, H, W) uint8, gray or RGB."""
+    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+
+
 def save_grid(path: Path, images: np.ndarray, num_columns: int) -> None:
     with whole.file(path) as beside:
         Image.fromarray(grid(images, num_columns)).save(beside, optimize=False)

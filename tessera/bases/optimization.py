@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
-from tessera.components import Fraction, Params
+from tessera.components import Fraction, Params, added_later
 from tessera.nn.muon import Muon
 
 Rate = Annotated[float, Field(ge=1e-8, le=10)]
@@ -45,8 +45,8 @@ class PriorTraining(Training):
     """The training of a prior that learns in one phase: the processes that share it may share its weights too."""
 
     # full: each process keeps its share of weights, average, gradients and optimizer state (training/sharding.py); one process
-    # has all of them as ever. Written only where it is set, so that what older params describe stays the same text
-    sharding: Literal["none", "full"] = Field("none", exclude_if=lambda value: value == "none")
+    # has all of them as ever
+    sharding: Literal["none", "full"] = added_later("none")
 
     @model_validator(mode="after")
     def _can_be_sharded(self) -> Self:

@@ -17,12 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from tessera import seeding
-from tessera.artifacts import checkpoints
+from tessera.artifacts import checkpoints, pictures
 from tessera.artifacts.images import to_float, to_uint8
 from tessera.artifacts.tokens import require_codes, require_finite
 from tessera.artifacts.whole import ArtifactError
 from tessera.components import kinds, missing_package, parse
 from tessera.components import load as part
+from tessera.editing.beside import HALFWAY, Beside
 from tessera.export import layout
 from tessera.export.layout import Exported
 from tessera.sources.frame import Frame
@@ -115,7 +116,7 @@ class TrainedSystem:
         seed: int = 0,
         mask: Tensor | None = None,
         other: Tensor | None = None,
-        share: float = 0.5,
+        share: float = HALFWAY,
         settings: dict[str, Any] | None = None,
         **sampling: Any,
     ) -> Tensor:
@@ -133,7 +134,7 @@ class TrainedSystem:
         if labels is not None and "told_label" in module.Config.model_fields:
             given = {"told_label": "own"} | given
         config = parse(module.Config, given, kind)
-        extra = self._extra(kind, config, images, mask, other, share)
+        self._require_beside(kind, config, mask, other, share)
         factor = getattr(config, "factor", 1) if getattr(config, "damage", "") == "downsample" else 1
         pixels = self._to_float(images, factor)
         told = self._system.null_labels(len(pixels)) if labels is None else torch.tensor(labels, device=self.device)
@@ -143,9 +144,16 @@ class TrainedSystem:
             )
         self._system.require_trained_on(told.cpu().numpy())
         generator = seeding.generator(seed, "edit_file", device=self.device)
+        _, height, width = self.image_shape
+        beside = Beside(
+            size=(height, width),
+            mask=None if mask is None else mask.to(self.device).expand(len(pixels), -1, -1),
+            others=None if other is None else self._to_float(other).expand(len(pixels), -1, -1, -1),
+            share=share,
+        )
         drawn_by = self._settings(sampling)
         system = self._system.computing_in(drawn_by.precision)
-        edited = module.edit(pixels, told, system, config, drawn_by, generator, *extra)
+        edited = module.edit(pixels, told, system, config, drawn_by, generator, *beside.arguments(kind))
         return to_uint8(edited.detach()).cpu()
 
     def preprocess(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -154,8 +162,7 @@ class TrainedSystem:
 
     def pictures(self, images: Tensor) -> list[Image.Image]:
         """Images -> Pillow's, gray or RGB."""
-        arrays = images.numpy(force=True)
-        return [Image.fromarray(one[0] if len(one) == 1 else one.transpose(1, 2, 0)) for one in arrays]
+        return [pictures.picture(one) for one in images.numpy(force=True)]
 
     def _settings(self, changed: dict[str, Any]) -> Any:
         return parse(self._system.sampling_schema, self.sampling | changed, "sampling")
@@ -170,27 +177,18 @@ class TrainedSystem:
             )
         return to_float(images.to(self.device))
 
-    def _extra(
-        self, kind: str, config: Any, images: Tensor, mask: Tensor | None, other: Tensor | None, share: float
-    ) -> tuple[Any, ...]:
-        """What an edit takes beside images and settings."""
+    def _require_beside(self, kind: str, config: Any, mask: Tensor | None, other: Tensor | None, share: float) -> None:
+        """Raises ValueError unless the edit has what it needs beside images and settings."""
         _, height, width = self.image_shape
-        if kind == "enhance":
-            return ((height, width),)
-        if kind == "inpaint":
-            if mask is None or mask.dtype != torch.bool or tuple(mask.shape[-2:]) != (height, width):
-                found = "none" if mask is None else f"{mask.dtype} of the shape {tuple(mask.shape)}"
-                raise ValueError(f"inpaint needs a mask: expected torch.bool of ({height}, {width}), got {found}")
-            return (mask.to(self.device).expand(len(images), -1, -1),)
-        if kind == "interpolate":
-            if other is None or not 0 <= share <= 1:
-                raise ValueError("interpolate needs other images to go to, and a share of the way from 0 to 1")
-            return (self._to_float(other).expand(len(images), -1, -1, -1), share)
-        if kind == "restyle" and other is not None:
-            if config.target is not None:
-                raise ValueError("restyle takes a target or the look of another image: expected one of them, not both")
-            return (self._to_float(other)[0],)
-        return ()
+        if kind == "inpaint" and (
+            mask is None or mask.dtype != torch.bool or tuple(mask.shape[-2:]) != (height, width)
+        ):
+            found = "none" if mask is None else f"{mask.dtype} of the shape {tuple(mask.shape)}"
+            raise ValueError(f"inpaint needs a mask: expected torch.bool of ({height}, {width}), got {found}")
+        if kind == "interpolate" and (other is None or not 0 <= share <= 1):
+            raise ValueError("interpolate needs other images to go to, and a share of the way from 0 to 1")
+        if kind == "restyle" and other is not None and config.target is not None:
+            raise ValueError("restyle takes a target or the look of another image: expected one of them, not both")
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> TrainedSystem:

@@ -20,22 +20,15 @@ OPSET = 20
 EXAMPLES = 2  # images while the graph is traced: a batch of one would be taken for a constant
 
 
-class Encoder(nn.Module):
-    def __init__(self, system: System):
+class Call(nn.Module):
+    """A method of a system that takes a tensor, as a network."""
+
+    def __init__(self, system: System, method: str):
         super().__init__()
-        self.tokenizer, self.system = system.tokenizer, system
+        self.tokenizer, self.system, self.method = system.tokenizer, system, method
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.system.encode(images)
-
-
-class Decoder(nn.Module):
-    def __init__(self, system: System):
-        super().__init__()
-        self.tokenizer, self.system = system.tokenizer, system
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.system.decode(tokens)
+    def forward(self, given: Tensor) -> Tensor:
+        return getattr(self.system, self.method)(given)
 
 
 def write(system: System, out: Path) -> None:
@@ -63,8 +56,8 @@ def networks(system: System) -> dict[str, tuple[nn.Module, dict[str, Tensor], st
     system = System(system.tokenizer.cpu(), system.prior.cpu(), system.spec, system.learns, system.name)
     images, tokens = _images(system), _tokens(system)
     return {
-        "encoder": (Encoder(system).eval(), {"images": images}, "tokens"),
-        "decoder": (Decoder(system).eval(), {"tokens": tokens}, "images"),
+        "encoder": (Call(system, "encode").eval(), {"images": images}, "tokens"),
+        "decoder": (Call(system, "decode").eval(), {"tokens": tokens}, "images"),
         "prior": (system.prior, _inputs_of_prior(system, tokens), "predicted"),
     }
 

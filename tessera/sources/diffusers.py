@@ -98,16 +98,21 @@ class Network(Params):
         return self
 
 
-class AutoencoderKL(Network):
+class Convolutional(Network):
+    """What AutoencoderKL and VQModel have alike."""
+
     levels = (("block_out_channels", "down_block_types", "up_block_types"),)
 
-    class_name: Literal["AutoencoderKL"] = "AutoencoderKL"
     out_channels: Channels = 3
     down_block_types: DownBlocks = ("DownEncoderBlock2D",)
     up_block_types: UpBlocks = ("UpDecoderBlock2D",)
     block_out_channels: Widths = (64,)
     layers_per_block: Layers = 1
     act_fn: Activation = "silu"
+
+
+class AutoencoderKL(Convolutional):
+    class_name: Literal["AutoencoderKL"] = "AutoencoderKL"
     latent_channels: Channels = 4
     norm_num_groups: Channels = 32
     use_quant_conv: bool = True
@@ -115,17 +120,10 @@ class AutoencoderKL(Network):
     mid_block_add_attention: bool = True
 
 
-class VQModel(Network):
-    levels = (("block_out_channels", "down_block_types", "up_block_types"),)
+class VQModel(Convolutional):
     without_effect = WITHOUT_EFFECT | {"lookup_from_codebook"}  # of what its `decode` is given
 
     class_name: Literal["VQModel"] = "VQModel"
-    out_channels: Channels = 3
-    down_block_types: DownBlocks = ("DownEncoderBlock2D",)
-    up_block_types: UpBlocks = ("UpDecoderBlock2D",)
-    block_out_channels: Widths = (64,)
-    layers_per_block: Layers = 1
-    act_fn: Activation = "silu"
     latent_channels: Channels = 3
     num_vq_embeddings: Annotated[int, Field(ge=2, le=2**22)] = 256
     norm_num_groups: Channels = 32

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tessera.artifacts import pictures
 from tessera.artifacts.images import to_float, to_uint8
 
 PREPROCESSING = {"resize": "crop", "filter": "lanczos", "background": "white"}  # where a data set says nothing else
@@ -56,7 +57,7 @@ class Frame:
     def put_back(self, picture: Image.Image, edited: torch.Tensor, mask: Image.Image | None = None) -> Image.Image:
         """The picture with the (1, C, H, W) result in its place; with a mask, only where that is white."""
         pixels = to_uint8(edited)[0].cpu().numpy()
-        result = Image.fromarray(pixels[0] if self.mode == "L" else pixels.transpose(1, 2, 0))
+        result = pictures.picture(pixels)
         left, top, right, bottom = (round(side) for side in self.box)
         result = result.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
         whole = picture.convert(self.mode)

@@ -114,10 +114,10 @@ def _whole(value: Any, name: str, largest: int) -> int:
 
 def _png(image: Any) -> str:
     """(C, H, W) uint8, gray or RGB -> a PNG in base64."""
-    from PIL import Image
+    from tessera.artifacts.pictures import picture
 
     file = io.BytesIO()
-    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, "png")
+    picture(image).save(file, "png")
     return base64.b64encode(file.getvalue()).decode()
 
 

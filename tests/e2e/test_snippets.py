@@ -1,7 +1,8 @@
 """Every command and Python snippet of README and of the site's pages for users, run as it stands, in clones.
 
 What stands for something of the reader's own is put in its place (SUBSTITUTES), and trainings are short. What starts a server,
-the tests themselves or several machines is run by the test that the table names (ELSEWHERE); every other command is run here.
+the tests themselves or several machines is run by the test that ELSEWHERE names; of what is run nowhere NOT_RUN says why. Every
+other command is run here.
 """
 
 import re
@@ -21,22 +22,22 @@ PAGES = [
     "README.md", "README.zh.md", "docs/index.md", "docs/library.md", "docs/edits.md", "docs/studio.md", "docs/evaluation.md",
     "docs/tutorial.md", "docs/tutorial.zh.md",
 ]  # fmt: skip
-ELSEWHERE = {  # the beginning of a line: the test that runs it
-    "make test": ".ci/run",
-    "make ui": "tests/e2e/test_stack.py::test_make_ui_answers_to_its_own_names_alone",
-    "make studio": "tests/e2e/test_studio.py",
-    "make stack": "tests/e2e/test_stack.py",
-    "make serve": "tests/e2e/test_served_model.py",
-    "make demo": "tests/unit/test_demo.py",
-    "make start IMAGES=photographs    #": "tests/e2e/test_snippets.py",  # below, from the tutorial
-    "ssh -L": "tests/e2e/test_studio.py",
-    "python -m tessera.code accept": "tests/e2e/test_update.py",  # there is nothing to accept here
-    "python -m tessera.tracking champion": "tests/e2e/test_served_model.py",
-    "python -m flows.sweep": "tests/e2e/test_flow.py",
-    "TESSERA_PROCESSES=auto": "tests/e2e/test_training_processes.py",
-    "TESSERA_PROCESSES_TRAIN_PRIOR=4": "tests/e2e/test_flow.py",
-    "TESSERA_NODES=2": "tests/e2e/test_training_processes.py",
+ELSEWHERE = {  # the beginning of a line: the file that runs what it starts, and how that is written there
+    "make test": (".ci/run", "make test"),
+    "make ui": ("tests/e2e/test_stack.py", "def test_make_ui_answers_to_its_own_names_alone("),
+    "make studio": ("tests/e2e/test_studio.py", '"studio.page"'),
+    "make stack": ("tests/e2e/test_stack.py", '"flows.stack"'),
+    "make serve": ("tests/e2e/test_served_model.py", '"serving.images"'),
+    "make demo": ("tests/unit/test_demo.py", '"tools.demo"'),
+    "make start IMAGES=photographs    #": ("tests/e2e/test_snippets.py", 'run_page("docs/tutorial.md"'),
+    "python -m tessera.code accept": ("tests/e2e/test_update.py", '"accept"'),  # there is nothing to accept here
+    "python -m tessera.tracking champion": ("tests/e2e/test_served_model.py", '"champion"'),
+    "python -m flows.sweep": ("tests/e2e/test_deployments.py", "sweep/sweep"),
+    "TESSERA_PROCESSES=auto": ("tests/unit/test_launch.py", 'TESSERA_PROCESSES="auto"'),
+    "TESSERA_PROCESSES_TRAIN_PRIOR=4": ("tests/unit/test_launch.py", 'TESSERA_PROCESSES_TRAIN_PRIOR="2"'),
+    "TESSERA_NODES=2": ("tests/e2e/test_training_processes.py", '"TESSERA_NODES": "2"'),
 }
+NOT_RUN = {"ssh -L": "needs another machine"}
 SUBSTITUTES = {  # what this clone has instead
     "vqgan-masked": "vqgan-flow",
     "pixel-diffusion": "vqgan-flow",
@@ -58,7 +59,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
 def runnable(block: str) -> str:
     """The lines of a shell block that are run here, with this clone's names, without comments: languages differ in those."""
     kept = [line for line in block.splitlines() if line.strip() and not line.startswith("#")]
-    kept = [line for line in kept if not line.startswith((*ELSEWHERE, " "))]
+    kept = [line for line in kept if not line.startswith((*ELSEWHERE, *NOT_RUN, " "))]
     return "\n".join(substituted(re.sub(r"\s+#.*", "", line)) for line in kept)
 
 
@@ -102,14 +103,12 @@ def prepare(clone: Clone) -> None:
 
 
 def test_what_is_run_elsewhere_is_in_a_test_that_is_there() -> None:
-    for line, place in ELSEWHERE.items():
-        file, _, name = place.partition("::")
-        assert (ROOT / file).is_file(), line
-        assert not name or f"def {name}(" in (ROOT / file).read_text(), line
+    for line, (file, words) in ELSEWHERE.items():
+        assert words in (ROOT / file).read_text(), line
     lines = [
         line for page in PAGES for language, block in blocks(page) if language == "bash" for line in block.splitlines()
     ]
-    for line in ELSEWHERE:
+    for line in (*ELSEWHERE, *NOT_RUN):
         assert any(each.startswith(line) for each in lines), f"{line}: no page has it"
 
 

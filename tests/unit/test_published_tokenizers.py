@@ -392,7 +392,7 @@ def test_the_decoder_as_onnx_takes_batches_that_diffusers_lays_out_otherwise(
 ) -> None:
     spec = token_spec.model_copy(update={"codebook_size": None, "latent_shape": (3, 8, 4), "index_grid": (8, 4)})
     system = System(filled(configured(folders / "kl", "kl")).model.eval(), nn.Linear(1, 1), spec, "latents")
-    tokens, decoder = torch.randn(65, 3, 8, 4), networks.Decoder(system).eval()
+    tokens, decoder = torch.randn(65, 3, 8, 4), networks.Call(system, "decode").eval()
     with torch.no_grad():
         expected = decoder(tokens).numpy()
     monkeypatch.setattr(networks, "networks", lambda system: {"decoder": (decoder, {"tokens": tokens[:2]}, "images")})
