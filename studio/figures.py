@@ -4,9 +4,9 @@ import base64
 import io
 
 import numpy as np
-from PIL import Image
 
 from studio.actions import Drawn
+from tessera.artifacts import pictures
 
 LARGEST_NUMBERED = 16  # columns of a grid whose cells have room for numbers
 
@@ -27,6 +27,8 @@ CSS = """
   grid-auto-rows: auto !important; grid-template-rows: none !important; height: auto}
 .thumbnails .thumbnail-item {aspect-ratio: 1; width: 100%; height: auto; cursor: pointer;
   border-radius: 3px !important}
+/* Gradio asks an editor twice for what is painted, and waits for ever if a new picture comes between */
+#editor > [data-testid=status-tracker] {display: none}
 [data-testid=status-tracker]:has(> .error) {display: none}  /* a red box without words: the message says them */
 .cannot {padding: 8px 12px; border-left: 4px solid var(--color-accent); background: var(--background-fill-secondary)}
 .cannot .cannot {padding: 0; border: 0}
@@ -65,5 +67,5 @@ def _cell(index: int, is_fine: bool) -> str:
 def data_uri(image: np.ndarray) -> str:
     """(C, H, W) uint8 as a PNG of just these pixels."""
     file = io.BytesIO()
-    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, "png")
+    pictures.picture(image).save(file, "png")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
