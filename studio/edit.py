@@ -5,6 +5,7 @@
     python -m studio.edit --system vqgan-flow --restyle --set target=3 --set strength=0.7 in.png out.png
     python -m studio.edit --system vqgan-flow --interpolate --other b.png --share 0.5 a.png out.png
     python -m studio.edit --system vqgan-flow --sample --label 3 --count 8 --seed 1 out.png
+    python -m studio.edit --system vqgan-flow --sample --caption "the digit 7" --count 8 out.png
 
 The image gets the data set's own preprocessing; the result has the size of the input (of a downsampled one: `factor` times
 that). Where a mask is white, pixels are drawn anew, and all others come back as they were. `--sample` edits nothing: it draws
@@ -28,6 +29,7 @@ from tessera import plain_yaml, seeding
 from tessera.artifacts import pictures
 from tessera.artifacts.images import to_uint8
 from tessera.components import kinds, load, parse
+from tessera.editing import words
 from tessera.editing.beside import HALFWAY, Beside
 from tessera.nn.precision import slowness
 from tessera.params import Pipeline
@@ -73,11 +75,13 @@ class Draw(NamedTuple):
     label: int | None = None  # None: one label after another
     count: int = 1
     seed: int = 0
+    caption: str | None = None  # in the place of a label
 
     def command(self, target: str = "out.png") -> str:
         """The line for the shell that does it again."""
         parts = [f"python -m studio.edit --system {self.system} --sample"]
         parts += [f"--label {self.label}"] if self.label is not None else []
+        parts += [f"--caption {shlex.quote(self.caption)}"] if self.caption is not None else []
         parts += [f"--count {self.count}"] if self.count != 1 else []
         parts += _options("--sampling", self.sampling, self.usual_sampling)
         return " ".join([*parts, *_seeded(self.seed), shlex.quote(target)])
@@ -128,6 +132,8 @@ def to_draw(params: Pipeline, system: str, sampling: dict[str, Any] | None = Non
     made = Draw(system, *_sampling(params, system, sampling), **other)
     if made.count < 1:
         raise ValueError(f"count is {made.count}: expected at least 1 image")
+    if made.caption is not None and made.label is not None:
+        raise ValueError("a label and a caption are given: expected one of them")
     return made
 
 
@@ -170,13 +176,21 @@ def draw(system: System, asked: Draw) -> tuple[torch.Tensor, np.ndarray]:
     num_classes = system.spec.num_classes
     if asked.label is not None and not 0 <= asked.label < num_classes:
         raise ValueError(f"label is {asked.label}: expected 0 to {num_classes - 1}")
+    told = _told(system, asked)
+    generator = seeding.generator(asked.seed, "edit_file", device=system.device)
+    system = _as_asked(system, asked.sampling)
+    tokens = system.prior.sample(told, asked.sampling, generator)
+    return tokens.cpu(), to_uint8(system.decode(tokens)).cpu().numpy()
+
+
+def _told(system: System, asked: Draw) -> torch.Tensor:
+    """What the prior is told of each image: labels, or a caption."""
+    if asked.caption is not None:
+        return words.told(system, [asked.caption]).expand(asked.count, -1)
     every = torch.from_numpy(system.labels[np.arange(asked.count) % len(system.labels)])
     labels = every if asked.label is None else torch.full((asked.count,), asked.label)
     system.require_trained_on(labels.numpy())
-    generator = seeding.generator(asked.seed, "edit_file", device=system.device)
-    system = _as_asked(system, asked.sampling)
-    tokens = system.prior.sample(labels.to(system.device), asked.sampling, generator)
-    return tokens.cpu(), to_uint8(system.decode(tokens)).cpu().numpy()
+    return labels.to(system.device)
 
 
 def edit(
@@ -246,6 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--label", type=int, help="of the image, if it is known; sample: to draw, else one after another"
     )
+    parser.add_argument("--caption", help="sample: what to draw, in words, of a prior that learned captions")
     parser.add_argument("--count", type=int, default=1, help="sample: number of images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the edit")
@@ -267,7 +282,7 @@ def main(arguments: list[str]) -> int:
         if given.output.suffix.lower() not in (".png", ".bmp", ".tif", ".tiff"):
             raise ValueError(f"{given.output} would lose pixels or is no image: expected a name that ends in .png")
         if given.kind == "sample":
-            wanted = {"label": given.label, "count": given.count, "seed": given.seed}
+            wanted = {"label": given.label, "count": given.count, "seed": given.seed, "caption": given.caption}
             drawing = to_draw(params, given.system, _pairs(given.sampling), **wanted)
             _, images = draw(open_system(params, given.system), drawing)
             pictures.save_grid(given.output, images, min(ROW, len(images)))

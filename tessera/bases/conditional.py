@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from tessera.bases.initialization import Initialization
 from tessera.bases.optimization import optimizers_for
-from tessera.components import AddedKey, Fraction, Params
+from tessera.components import AddedKey, ConditionConfig, Fraction, Params, load, sets
 from tessera.contracts import TokenBatch, TokenSpec
 
 
@@ -68,6 +68,7 @@ class ConditionalConfig(PriorSettings):
 
     label_dropout: Fraction = 0.1  # share of the labels replaced by the null label: what guidance needs
     is_conditional: bool = True  # False: every label is the null label
+    condition: AddedKey[ConditionConfig] = None  # what is told of an image in the place of its label
 
 
 class ConditionalModel(nn.Module):
@@ -79,12 +80,26 @@ class ConditionalModel(nn.Module):
         self.null_label = spec.num_classes
 
     def null_labels(self, labels: Tensor) -> Tensor:
-        """(B,) labels -> (B,) null labels."""
+        """(B,) labels -> (B,) null labels; of other conditions their own null."""
+        if sets(self.config, "condition"):
+            return null_of(labels, self)
         return torch.full_like(labels, self.null_label)
 
     def condition(self, labels: Tensor) -> Tensor:
         """(B,) labels -> (B,) what the network is conditioned on: null labels where the prior is not conditional."""
         return labels if self.config.is_conditional else self.null_labels(labels)
+
+
+def null_of(told: Tensor, model: ConditionalModel) -> Tensor:
+    """(B,) labels -> (B,) null labels; another condition (B, ...) -> its own null."""
+    if told.ndim == 1:
+        return torch.full_like(told, model.null_label)
+    return load("conditions", model.config.condition.kind).null(told)
+
+
+def embedding_of(config: ConditionalConfig, spec: TokenSpec, table: nn.Embedding) -> nn.Module:
+    """What embeds the condition in the place of a table of labels."""
+    return load("conditions", config.condition.kind).Network(config.condition, spec, table)
 
 
 class ConditionalObjective(nn.Module):

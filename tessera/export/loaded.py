@@ -23,6 +23,7 @@ from tessera.artifacts.tokens import require_codes, require_finite
 from tessera.artifacts.whole import ArtifactError
 from tessera.components import kinds, missing_package, parse
 from tessera.components import load as part
+from tessera.editing import words
 from tessera.editing.beside import HALFWAY, Beside
 from tessera.export import layout
 from tessera.export.layout import Exported
@@ -70,12 +71,22 @@ class TrainedSystem:
     def device(self) -> torch.device:
         return self._system.device
 
-    def sample(self, labels: Sequence[int] | None = None, seed: int = 0, **sampling: Any) -> Tensor:
-        """An image of each label; None: one of each that there is. sampling: settings other than `self.sampling`.
+    def sample(
+        self,
+        labels: Sequence[int] | None = None,
+        seed: int = 0,
+        *,
+        captions: Sequence[str] | None = None,
+        **sampling: Any,
+    ) -> Tensor:
+        """An image of each label, or of each caption; None: one of each label that there is.
 
-        They are drawn in batches as the pipeline draws them: its samples come out of its labels and its seed.
-        Raises CannotDraw for a label without training images, ValueError for settings that make no sense.
+        sampling: settings other than `self.sampling`. Images of labels are drawn in batches as the pipeline draws them: its
+        samples come out of its labels and its seed. Raises CannotDraw for a label without training images and for captions
+        where the prior learned none, ValueError for settings that make no sense.
         """
+        if captions is not None:
+            return self._of_captions(captions, labels, seed, sampling)
         wanted = np.array(self.labels if labels is None else labels, dtype=np.int64)
         if wanted.ndim != 1 or not len(wanted):
             raise ValueError(f"labels have the shape {wanted.shape}: expected a list of at least one label")
@@ -84,6 +95,18 @@ class TrainedSystem:
         for start in range(0, len(wanted), size):
             generator = seeding.generator(seed, "sample_images", start, device=self.device)
             batches.append(self._system.draw(wanted[start : start + size], settings, generator))
+        return torch.from_numpy(np.concatenate(batches))
+
+    def _of_captions(
+        self, captions: Sequence[str], labels: Sequence[int] | None, seed: int, sampling: dict[str, Any]
+    ) -> Tensor:
+        if labels is not None or isinstance(captions, str) or not len(captions):
+            raise ValueError("expected labels or a list of at least one caption, not both and no single text")
+        settings, size = self._settings(sampling), self._exported.batch_size
+        batches = []
+        for start in range(0, len(captions), size):
+            generator = seeding.generator(seed, "sample_images", start, device=self.device)
+            batches.append(words.draw(self._system, captions[start : start + size], settings, generator))
         return torch.from_numpy(np.concatenate(batches))
 
     @torch.no_grad()

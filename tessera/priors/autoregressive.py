@@ -20,10 +20,17 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tessera.bases.conditional import ConditionalConfig, ConditionalModel, ConditionalObjective, RampedSampling, guided
+from tessera.bases.conditional import (
+    ConditionalConfig,
+    ConditionalModel,
+    ConditionalObjective,
+    RampedSampling,
+    embedding_of,
+    guided,
+)
 from tessera.bases.optimization import PriorTraining
 from tessera.bases.transformer import TransformerConfig
-from tessera.components import Fraction
+from tessera.components import Fraction, sets
 from tessera.contracts import Learns, TokenSpec
 from tessera.nn.decoding import decoder
 from tessera.nn.gumbel import gumbel_noise
@@ -77,6 +84,8 @@ class Model(ConditionalModel):
         self.head = nn.Linear(config.width, spec.codebook_size)
         for layer in (self.index_embedding, self.label_embedding, self.head):
             nn.init.normal_(layer.weight, std=0.02)
+        if sets(config, "condition"):
+            self.label_embedding = embedding_of(config, spec, self.label_embedding)
 
     def forward(self, indices: Tensor, labels: Tensor, order: Tensor | None = None) -> Tensor:
         """(B, L) indices, (B,) labels up to and including null_label -> (B, L, K) logits; place i sees indices < i.

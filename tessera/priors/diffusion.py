@@ -22,11 +22,12 @@ from tessera.bases.conditional import (
     ConditionalModel,
     ConditionalObjective,
     IntervalSampling,
+    embedding_of,
     guided,
     rising,
 )
 from tessera.bases.optimization import PriorTraining
-from tessera.components import DenoiserConfig, Fraction, Steps, load
+from tessera.components import DenoiserConfig, Fraction, Steps, load, sets
 from tessera.contracts import Learns, TokenSpec
 from tessera.nn import noise_levels, samplers
 
@@ -73,6 +74,8 @@ class Model(ConditionalModel):
         super().__init__(config, spec)
         network = load("denoisers", config.denoiser.kind)
         self.denoiser = network.Model(config.denoiser, spec.latent_shape, spec.num_classes + 1)
+        if sets(config, "condition"):
+            self.denoiser.label_embedding = embedding_of(config, spec, self.denoiser.label_embedding)
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         """(B, D, h, w) alpha * data + sigma_vp * noise at levels sigma (B,), (B,) labels up to and including null_label -> the

@@ -22,10 +22,11 @@ from tessera.bases.conditional import (
     ConditionalModel,
     ConditionalObjective,
     IntervalSampling,
+    embedding_of,
     guided,
 )
 from tessera.bases.optimization import PriorTraining
-from tessera.components import DenoiserConfig, Steps, load
+from tessera.components import DenoiserConfig, Steps, load, sets
 from tessera.contracts import Learns, TokenSpec
 from tessera.nn import samplers
 
@@ -52,6 +53,8 @@ class Model(ConditionalModel):
         super().__init__(config, spec)
         network = load("denoisers", config.denoiser.kind)
         self.denoiser = network.Model(config.denoiser, spec.latent_shape, spec.num_classes + 1)
+        if sets(config, "condition"):
+            self.denoiser.label_embedding = embedding_of(config, spec, self.denoiser.label_embedding)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """(B, D, h, w) latents at times t (B,) in [0, 1], (B,) labels up to and including null_label -> their velocities."""

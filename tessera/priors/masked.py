@@ -21,10 +21,17 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tessera.bases.conditional import ConditionalConfig, ConditionalModel, ConditionalObjective, RampedSampling, guided
+from tessera.bases.conditional import (
+    ConditionalConfig,
+    ConditionalModel,
+    ConditionalObjective,
+    RampedSampling,
+    embedding_of,
+    guided,
+)
 from tessera.bases.optimization import PriorTraining
 from tessera.bases.transformer import TransformerConfig
-from tessera.components import Fraction, Steps
+from tessera.components import Fraction, Steps, sets
 from tessera.contracts import Learns, TokenSpec
 from tessera.nn.gumbel import gumbel_noise, uniform
 from tessera.nn.transformer import Transformer
@@ -140,6 +147,8 @@ class Model(ConditionalModel):
         self.head = nn.Linear(config.width, spec.codebook_size)
         for layer in (self.index_embedding, self.label_embedding, self.head):
             nn.init.normal_(layer.weight, std=0.02)
+        if sets(config, "condition"):
+            self.label_embedding = embedding_of(config, spec, self.label_embedding)
 
     def forward(self, indices: Tensor, labels: Tensor) -> Tensor:
         """(B, L) indices up to and including mask_index, (B,) labels up to and including null_label -> (B, L, K) logits."""

@@ -12,7 +12,18 @@ from tessera import params as all_params
 from tessera.components import InvalidParams, Params, kinds, load, parse
 from tessera.params import read
 
-FOLDERS = ("datasets", "features", "tokenizers", "quantizers", "priors", "denoisers", "edits", "metrics", "perceptual")
+FOLDERS = (
+    "datasets",
+    "features",
+    "tokenizers",
+    "quantizers",
+    "priors",
+    "denoisers",
+    "edits",
+    "metrics",
+    "perceptual",
+    "conditions",
+)
 PARTS = [load(folder, kind) for folder in FOLDERS for kind in kinds(folder)]
 MODULES = [
     all_params,

@@ -188,7 +188,8 @@ def test_what_an_added_key_turns_on_is_told_by_its_form_alone(tmp_path, line, co
 
 
 @pytest.mark.parametrize(
-    "folder", ["quantizers", "denoisers", "metrics", "edits", "priors", "tokenizers", "features", "perceptual"]
+    "folder",
+    ["quantizers", "denoisers", "metrics", "edits", "priors", "tokenizers", "features", "perceptual", "conditions"],
 )
 def test_a_new_part_makes_nothing_stale_until_it_is_used(copy, graph, fingerprints, folder):
     some = next(path for path in sorted((copy / "tessera" / folder).glob("*.py")) if path.stem != "__init__")
@@ -270,6 +271,7 @@ def test_the_closure_of_definitions_lies_within_that_of_imports(fingerprints):
             "edits",
             "metrics",
             "perceptual",
+            "conditions",
         }
         parts = {module for module in modules if module.split(".")[1] in folders}
         allowed = {stage, *parts}.union(*(imports.find_upstream_modules(module) for module in (stage, *parts)))

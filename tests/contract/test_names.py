@@ -24,7 +24,18 @@ FREE_NAMES = (
     "metrics",
     "protocols",
 )  # what stands directly below them is named by the user
-FOLDERS = ("datasets", "features", "tokenizers", "quantizers", "priors", "denoisers", "edits", "metrics", "perceptual")
+FOLDERS = (
+    "datasets",
+    "features",
+    "tokenizers",
+    "quantizers",
+    "priors",
+    "denoisers",
+    "edits",
+    "metrics",
+    "perceptual",
+    "conditions",
+)
 FIGURES = [  # besides those of metrics, which tests/contract/test_metrics.py measures
     "fd_random",
     "pfd_classifier",

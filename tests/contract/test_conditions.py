@@ -1,0 +1,157 @@
+"""What a prior may be told in the place of a label: each condition with each prior that takes labels.
+
+Conditions are found by their files; a new one adds its settings to SETTINGS and what it is told to TOLD.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from test_abilities import SPEC, seeded
+from test_components import SMALL, _EndsAt, _trained, _training_data
+from torch import Tensor, nn
+
+from tessera.bases.conditional import ConditionalConfig
+from tessera.components import InvalidParams, kinds, load, parse
+from tessera.conditions import caption
+from tessera.contracts import ImageSpec, TokenSpec
+from tessera.running.job import Job, Stopped
+
+CAPTIONS = (("a zero", "the digit 0", "零"), ("one", "一"), ("a two",))
+SETTINGS: dict[str, dict[str, Any]] = {
+    "caption": {"width": 16, "heads": 2, "max_bytes": 16, "of_classes": [list(each) for each in CAPTIONS]},
+}
+TOLD = {"caption": caption.encoded(["a zero", "二", "a two"], 16)}
+PRIORS = [kind for kind in kinds("priors") if issubclass(load("priors", kind).Config, ConditionalConfig)]
+EACH = [(condition, prior) for condition in kinds("conditions") for prior in PRIORS]
+of_each = pytest.mark.parametrize(("condition", "prior"), EACH)
+
+
+def test_every_condition_is_tried() -> None:
+    assert SETTINGS.keys() == TOLD.keys() == set(kinds("conditions"))
+
+
+def built(condition: str, prior: str, spec: TokenSpec = SPEC, **changes: Any) -> nn.Module:
+    """A prior of weights so large that what it is told shows."""
+    settings = {"kind": prior, **SMALL["priors"][prior], "condition": {"kind": condition, **SETTINGS[condition]}}
+    module = load("priors", prior)
+    torch.manual_seed(0)
+    model = module.Model(parse(module.Config, settings | changes), spec).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.requires_grad_(False)
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """What embeds the condition."""
+    (found,) = [each for each in model.modules() if type(each).__module__.startswith("tessera.conditions.")]
+    return found
+
+
+def answer(model: nn.Module, told: Tensor) -> Tensor:
+    """What the network says of the same tokens, whatever it is told."""
+    if load("priors", model.config.kind).LEARNS == "indices":
+        indices = torch.randint(SPEC.codebook_size, (1, 8), generator=seeded()).expand(len(told), -1)
+        return model(indices, told)
+    x = torch.randn(1, *SPEC.latent_shape, generator=seeded()).expand(len(told), -1, -1, -1)
+    return model(x, torch.full((len(told),), 0.5), told)
+
+
+@of_each
+def test_the_null_condition_is_the_null_label_and_says_nothing(condition: str, prior: str) -> None:
+    model, told = built(condition, prior), TOLD[condition]
+    null = answer(model, model.null_labels(told))
+    assert torch.equal(null, answer(model, torch.full((len(told),), SPEC.num_classes)))
+    unconditional = built(condition, prior, is_conditional=False)
+    unconditional.load_state_dict(model.state_dict())
+    drawn = [each.sample(told, load("priors", prior).Sampling(), seeded(3)) for each in (model, unconditional)]
+    expected = model.sample(model.null_labels(told), load("priors", prior).Sampling(), seeded(3))
+    assert torch.equal(drawn[1], expected) and not torch.equal(*drawn)
+
+
+@of_each
+def test_an_image_depends_on_what_it_is_told_and_not_on_what_others_are(condition: str, prior: str) -> None:
+    model, told = built(condition, prior), TOLD[condition]
+    said = answer(model, told)
+    assert not any(torch.equal(said[one], said[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
+    order = torch.tensor([2, 0, 1])
+    torch.testing.assert_close(answer(model, told[order]), said[order])  # convolutions of a batch are not exact
+    network = network_of(model)
+    assert torch.equal(network(told[order]), network(told)[order])
+    torch.testing.assert_close(torch.cat([network(told[row : row + 1]) for row in range(3)]), network(told))
+
+
+@of_each
+def test_a_guidance_of_one_is_the_condition_and_of_zero_none(condition: str, prior: str) -> None:
+    """By the sampler's own two passes: the scale is so near to 1 that nothing but its being there differs."""
+    model, told, sampling = built(condition, prior), TOLD[condition], load("priors", prior).Sampling
+    drawn = {
+        scale: model.sample(told, parse(sampling, {"guidance_scale": scale}), seeded(3))
+        for scale in (0.0, 1.0, 1.0 + 1e-12)
+    }
+    null = model.sample(model.null_labels(told), sampling(), seeded(3))
+    torch.testing.assert_close(drawn[1.0 + 1e-12], drawn[1.0], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(drawn[0.0], null, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_a_label_is_read_as_a_caption_of_its_class(prior: str) -> None:
+    model = built("caption", prior)
+    network = network_of(model)
+    labels = torch.tensor([0, 1, 2])
+    firsts = caption.encoded([captions[0] for captions in CAPTIONS], 16)
+    assert torch.equal(answer(model, labels), answer(model, firsts))
+    assert torch.equal(network.of_labels(labels), firsts)
+    network.train()
+    seen = {bytes(row.tolist()).rstrip(b"\0").decode() for _ in range(40) for row in network.of_labels(labels)}
+    assert seen == {each for captions in CAPTIONS for each in captions}
+    assert not network.of_labels(torch.tensor([3])).any()
+
+
+@of_each
+def test_a_training_resumes_bit_identically(
+    condition: str, prior: str, image_spec: ImageSpec, token_spec: TokenSpec, tmp_path: Any, monkeypatch: Any
+) -> None:
+    told = {"kind": condition, **SETTINGS[condition]}
+    monkeypatch.setitem(SMALL["priors"], prior, {**SMALL["priors"][prior], "condition": told})
+    plain = _trained("priors", prior, image_spec, token_spec, Job("parts", tmp_path / "plain"))
+    first = Job("parts", tmp_path / "stopped")
+    _, rows = _training_data("priors", prior, image_spec, token_spec)
+    with pytest.raises(Stopped):
+        _trained("priors", prior, image_spec, token_spec, first, data=_EndsAt(3, rows, first, Stopped))
+    resumed = _trained("priors", prior, image_spec, token_spec, Job("parts", tmp_path / "stopped"))
+    assert resumed.keys() == plain.keys() and all(torch.equal(value, resumed[name]) for name, value in plain.items())
+
+
+def test_what_a_caption_says_is_its_bytes_and_then_nothing() -> None:
+    rows = caption.encoded(["七", "a b"], 8)
+    with pytest.raises(ValueError, match="is no Unicode text"):
+        caption.encoded(["\ud800"], 8)
+    assert rows.tolist() == [[*"七".encode(), 0, 0, 0, 0, 0], [97, 32, 98, 0, 0, 0, 0, 0]]
+
+
+BAD = [
+    ({"of_classes": [["a"], [""]]}, "of_classes"),
+    ({"of_classes": [["a"], [" "]]}, "is empty or has the character NUL: expected words"),
+    ({"of_classes": [["a\0b"]]}, "is empty or has the character NUL: expected words"),
+    ({"of_classes": [["x" * 40]]}, "has 40 bytes in UTF-8, expected at most max_bytes 32: say it in fewer words"),
+    ({"of_classes": [["七" * 11]]}, "has 33 bytes in UTF-8"),
+    ({"of_classes": []}, "of_classes"),
+    ({"of_classes": [[]]}, "of_classes"),
+    ({"of_classes": [["a"]], "max_bytes": 10**6}, "max_bytes"),
+    ({"of_classes": [["a"]], "width": 12, "heads": 5}, "must be a multiple of 4"),
+]
+
+
+@pytest.mark.parametrize(("settings", "sentence"), BAD)
+def test_what_is_no_caption_is_refused_with_the_params(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidParams) as refused:
+        parse(caption.Config, {"kind": "caption", **settings}, "condition")
+    assert sentence in str(refused.value) and len(str(refused.value)) < 300, refused.value
+
+
+def test_another_number_of_classes_is_refused() -> None:
+    two = {"of_classes": [["a"], ["b"]]}
+    config = parse(caption.Config, {"kind": "caption", **two})
+    with pytest.raises(ValueError, match=r"captions of 2 classes, expected 3, a list for each label"):
+        caption.Network(config, SPEC, nn.Embedding(4, 8))
