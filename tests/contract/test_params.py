@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tessera.components import InvalidParams, kinds
@@ -249,7 +249,7 @@ plain = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # other tests run beside it
 @given(st.dictionaries(keys, plain, max_size=3))
 def test_no_input_ends_in_anything_but_a_sentence(tmp_path_factory, replaced):
     path = written(tmp_path_factory.mktemp("params"), {**GOOD, **replaced})
