@@ -51,11 +51,11 @@ def asked(stage: str, gpus: int | None = None) -> Launch:
     key = f"TESSERA_PROCESSES_{stage.upper()}"
     key = key if key in os.environ else "TESSERA_PROCESSES"
     text = os.environ.get(key) or "1"
-    processes = max(1, _number_of_gpus() if gpus is None else gpus) if text == "auto" else _number(key, text, 1)
-    nodes = _number("TESSERA_NODES", os.environ.get("TESSERA_NODES") or "1", 1)
+    processes = max(1, _number_of_gpus() if gpus is None else gpus) if text == "auto" else _whole(key, text, 1)
+    nodes = _whole("TESSERA_NODES", os.environ.get("TESSERA_NODES") or "1", 1)
     if nodes == 1:
         return Launch(processes)
-    node = _number("TESSERA_NODE", os.environ.get("TESSERA_NODE") or "", 0)
+    node = _whole("TESSERA_NODE", os.environ.get("TESSERA_NODE") or "", 0)
     rendezvous = os.environ.get("TESSERA_RENDEZVOUS", "")
     if node >= nodes or not rendezvous.rpartition(":")[0] or not rendezvous.rpartition(":")[2].isdecimal():
         raise ValueError(
@@ -73,6 +73,11 @@ def is_rank() -> bool:
 def rank() -> int:
     """Of this process, 0 if it is alone."""
     return int(os.environ.get("RANK", "0"))
+
+
+def number() -> int:
+    """Of the processes of this stage."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def part(items: Sequence[Item]) -> Sequence[Item]:
@@ -99,7 +104,7 @@ def _processes() -> "Processes":
 
     if is_rank() and not dist.is_initialized():
         dist.init_process_group("gloo")
-    return Processes(dist.get_world_size() if is_rank() else 1)
+    return Processes(number())
 
 
 def use_device() -> None:
@@ -184,7 +189,7 @@ def is_lost(error: BaseException) -> bool:
     return is_rank() and isinstance(error, RuntimeError) and any(name in text for name in ("gloo", "NCCL", "TCPStore"))
 
 
-def _number(key: str, text: str, least: int) -> int:
+def _whole(key: str, text: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
         expected = "auto, or how many processes share a stage" if "PROCESSES" in key else f"a number from {least}"
         raise ValueError(f"{key} is {text!r}: expected {expected}; correct it")

@@ -27,7 +27,7 @@ from tessera.artifacts import recorded, whole
 from tessera.check import images as known_images
 from tessera.check import problems
 from tessera.code import entries
-from tessera.components import PACKAGE, missing_package
+from tessera.components import PACKAGE, load, missing_package
 from tessera.params import Pipeline
 from tessera.running import launch, progress
 from tessera.running.job import STOP_SIGNALS, Job, Stopped
@@ -52,7 +52,7 @@ def main(command: list[str]) -> None:
     try:
         params = _required(name, arguments)
         wanted = launch.asked(name.partition("@")[0])
-        if not wanted.is_one:
+        if not wanted.is_one and _can_be_shared(*name.split("@"), params=params):
             sys.exit(launch.launch(name, command, wanted))
         with _sole_owner(name, is_main):
             _execute(run, name, params, arguments, is_main, began)
@@ -118,6 +118,8 @@ def _execute(
             signal.signal(number, _end)
         gc.enable()  # everything is imported
         launch.use_device()
+        if not is_main and not _can_be_shared(*name.split("@"), params=params):
+            return  # of somebody's own torchrun
         figures = run(params=params, job=job, **arguments) or {}
         if not is_main:
             return
@@ -131,11 +133,21 @@ def _execute(
         if torch := sys.modules.get("torch"):
             timing["threads"] = torch.get_num_threads()  # the bits of a training on a CPU depend on it
             if launch.is_rank():
-                timing["processes"] = torch.distributed.get_world_size()
+                timing["processes"] = launch.number()
         artifact.write_json(progress.TIMINGS / f"{stage}.json", timing)
     _remove_state(state)
     speed = figures.get("images_per_second")
     progress.say(f"{name}  done in {figures['seconds']:.1f}s" + (f", {speed:,.0f} images/s" if speed else ""))
+
+
+def _can_be_shared(stage: str, key: str = "", *, params: Pipeline) -> bool:
+    """Whether there is work for several processes: a part without an objective has its weights already, and is written down."""
+    if not stage.startswith("train_"):
+        return True
+    section = SECTIONS.get(stage, "systems")
+    found = getattr(params, section)[key]
+    folder, config = ("priors", found.prior) if section == "systems" else (section, found)
+    return hasattr(load(folder, config.kind), "Objective")
 
 
 def _require_known(stage: str, key: str = "", *, params: Pipeline) -> None:

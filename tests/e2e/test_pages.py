@@ -22,6 +22,8 @@ import pytest
 from clones import AT_THE_END, cell
 from PIL import Image
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
+from prefect_api import Asks
+from waiting import wait_for
 
 pytestmark = pytest.mark.e2e(seconds=130)
 RUN_SECONDS = 600  # for a whole small pipeline; a busy machine takes several minutes
@@ -36,7 +38,7 @@ RUN = {"evaluate_real", "evaluate_tokenizer@vqgan"} | cell("vqgan-flow") | cell(
 ENDS = re.compile("^(Completed|Failed|Crashed|Cancelled)$")
 
 
-class Pages:
+class Pages(Asks):
     """A clone with its stack, and a browser that reaches nothing else."""
 
     def __init__(self, clone: Any, browser: Any, shots: Path):
@@ -58,6 +60,7 @@ class Pages:
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
+        self.folder, self.environment = clone.folder, {"PREFECT_API_URL": self.url("prefect", "/api")}
         self.remote: list[str] = []
         context = browser.new_context(viewport={"width": 1400, "height": 900})
         context.set_default_timeout(1000 * PAGE_SECONDS)
@@ -91,16 +94,37 @@ class Pages:
         self.page.locator("a[href*='/deployments/deployment/']", has_text=re.compile("^reproduce$")).click()
         self.page.get_by_role("button", name="Run", exact=True).click()
 
-    def open_run(self, name: str = "") -> None:
-        """A run of the deployment whose page is open; without a name, the only one. On a busy machine its list may lag."""
-        run = self.page.locator("a[href*='/runs/flow-run/']", has_text=name).first
-        for _ in range(2):
+    def open_only_run(self) -> None:
+        """That of the deployment whose page is open. On a busy machine its list may lag."""
+        run = self.page.locator("a[href*='/runs/flow-run/']").first
+        for _ in range(PAGE_SECONDS // 10):
             try:
                 run.wait_for(timeout=20_000)
                 break
             except PlaywrightTimeout:  # the page asks anew when it is loaded
                 self.page.reload()
-        run.click(timeout=20_000)
+        run.click()
+
+    def submit(self) -> None:
+        """Send the form; again, as a person would, if it stays: a click may be lost while the page changes its size."""
+        for _ in range(3):
+            self.page.get_by_role("button", name="Submit").click()
+            try:
+                self.page.wait_for_url(re.compile("tab=Runs"), timeout=20_000)
+                return
+            except PlaywrightTimeout:
+                self.page.screenshot(path=self.shots / "prefect-not-submitted.png")
+        raise AssertionError(f"the form stays: {self.shots}/prefect-not-submitted.png")
+
+    def open_run(self, name: str) -> None:
+        query, found = {"flow_runs": {"name": {"any_": [name]}}}, []
+
+        def is_there() -> bool:
+            found[:] = self.ask("POST", "/flow_runs/filter", query) or []
+            return bool(found)
+
+        wait_for(f"the run {name} is there", is_there, 2 * PAGE_SECONDS)
+        self.page.goto(self.url("prefect", f"/runs/flow-run/{found[0]['id']}"))
 
     def wait_for_end(self) -> str:
         """The state in which the run on the page ends."""
@@ -167,7 +191,7 @@ def test_a_run_started_on_prefects_page_finishes_and_shows_its_stages_logs_table
     assert "deployed reproduce" in said
     pages.open_deployment()
     page.get_by_text("Quick run", exact=True).click()
-    pages.open_run()
+    pages.open_only_run()
     ended = pages.wait_for_end()
     pages.run = page.url
     assert ended == "Completed", page.locator("body").inner_text()
@@ -272,7 +296,7 @@ def test_cancel_on_the_page_ends_a_training_within_ten_seconds(pages: Pages) -> 
     pages.shoot("prefect-custom-run", 1500)
     pages.resize(1500)  # the form is longer than a page
     name = page.get_by_role("textbox").first.input_value()
-    page.get_by_role("button", name="Submit").click()
+    pages.submit()
     pages.open_run(name)
     training = re.compile(r"^train_prior@vqgan-flow\s+step\s+\d+/100000")
     page.get_by_text(training).first.wait_for(timeout=1000 * RUN_SECONDS)

@@ -170,6 +170,19 @@ def test_two_processes_train_the_prior_that_one_process_trains(clone):
         assert np.abs(weights[1][key] - one).mean() < 1e-5, key
 
 
+@pytest.mark.parametrize("stage", ["train_tokenizer@none", "train_features@random"])
+@pytest.mark.parametrize("by", ["environment", "torchrun"])
+def test_what_has_its_weights_already_is_written_once_however_many_processes_there_are(clone, stage, by):
+    command = clone.command_of(stage)
+    out = command[command.index("--out") + 1]
+    whole = clone.hashes(out)
+    if by == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *command[1:]]
+    done = clone.run(*command, **({"TESSERA_PROCESSES": "2"} if by == "environment" else {}))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert clone.hashes(out) == whole and done.stdout.count(" done in ") == 1
+
+
 def test_kill_9_of_a_sharded_training_and_again_gives_the_same_bits_and_whoever_samples_notices_nothing(
     clone, tmp_path
 ):
