@@ -289,6 +289,8 @@ def main() -> int:
     given = parser.parse_args()
     beside = given.out.with_suffix(".csv")
     beside.parent.mkdir(parents=True, exist_ok=True)
+    if given.work is not None:
+        given.work.mkdir(parents=True, exist_ok=True)
     for number in given.images:
         rows, status = measured(number, given.work)
         known = pd.read_csv(beside) if beside.is_file() else rows.head(0)

@@ -30,7 +30,7 @@ from tessera.artifacts import pictures
 from tessera.artifacts.images import to_uint8
 from tessera.components import kinds, load, parse
 from tessera.editing import words
-from tessera.editing.beside import HALFWAY, Beside
+from tessera.editing.beside import HALFWAY, Beside, require_used
 from tessera.nn.precision import slowness
 from tessera.params import Pipeline
 from tessera.sources.decoding import decode, pillow_warnings
@@ -277,6 +277,7 @@ def main(arguments: list[str]) -> int:
     try:
         if (given.input is None) != (given.kind == "sample"):
             raise ValueError("an edit needs an input and an output, --sample an output alone")
+        _require_used(given)
         params = all_params.read(Path("params.yaml"))
         options = {"label": given.label, "seed": given.seed, "share": given.share}
         if given.output.suffix.lower() not in (".png", ".bmp", ".tif", ".tiff"):
@@ -295,6 +296,26 @@ def main(arguments: list[str]) -> int:
         print(f"nothing was edited: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _require_used(given: argparse.Namespace) -> None:
+    """Raises ValueError for an option that this kind of edit has no use for, and for files that are not there."""
+    is_sample = given.kind == "sample"
+    of_samples = {"caption": given.caption is not None, "count": given.count != 1}
+    of_edits = {"set": bool(given.set), "mask": given.mask is not None, "other": given.other is not None}
+    useless = [name for name, is_given in (of_edits if is_sample else of_samples).items() if is_given]
+    if is_sample and given.share != HALFWAY:
+        useless.append("share")
+    if useless:
+        raise ValueError(f"--{given.kind} has no use for --{useless[0]}: leave it out")
+    if not is_sample:
+        share = given.share != HALFWAY
+        require_used(given.kind, mask=given.mask is not None, other=given.other is not None, share=share)
+    for path in (given.input, given.mask, given.other):
+        if path is not None and not path.is_file():
+            raise ValueError(f"{path} is no file: expected a picture")
+    if not given.output.absolute().parent.is_dir():
+        raise ValueError(f"{given.output.parent} is no folder: make it, or write elsewhere")
 
 
 def _pairs(texts: list[str]) -> dict[str, Any]:

@@ -98,7 +98,11 @@ def null_of(told: Tensor, model: ConditionalModel) -> Tensor:
 
 
 def embedding_of(config: ConditionalConfig, spec: TokenSpec, table: nn.Embedding) -> nn.Module:
-    """What embeds the condition in the place of a table of labels."""
+    """What embeds the condition in the place of a table of labels. Raises ValueError where nothing would be told."""
+    if not config.is_conditional:
+        raise ValueError(
+            "is_conditional is false, and there is a condition: leave out one of them, as nothing would be told"
+        )
     return load("conditions", config.condition.kind).Network(config.condition, spec, table)
 
 

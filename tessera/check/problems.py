@@ -92,6 +92,11 @@ def _begun(
     """As `_built`, and the sentence about the folder of weights that it is to begin from."""
     model, refused = _built(where, folder, config, spec)
     if is_begin and model is not None and sets(config, "init"):
+        own = Path("data") / folder / where.split(".")[1]
+        if Path(config.init.folder).resolve() == own.resolve():
+            return model, [
+                f"{where}: init.from: {own} is what this stage writes anew: copy it elsewhere, and name the copy"
+            ]
         try:
             warm_start.read(model, config, folder)
         except ValueError as refusal:

@@ -59,6 +59,8 @@ def encoded(captions: Sequence[str], max_bytes: int) -> Tensor:
     """(B,) captions -> (B, max_bytes) int64, bytes of UTF-8, then zeros. Raises ValueError, in a sentence, for what is none."""
     rows = torch.zeros(len(captions), max_bytes, dtype=torch.long)
     for row, caption in zip(rows, captions, strict=True):
+        if not isinstance(caption, str):
+            raise ValueError(f"{caption!r:.80} is no caption: expected text")
         try:
             found = caption.encode()
         except UnicodeEncodeError:

@@ -7,6 +7,16 @@ from torch import Tensor
 HALFWAY = 0.5  # from an image to the other one
 
 
+USES = {"mask": ("inpaint",), "other": ("interpolate", "restyle"), "share": ("interpolate",)}
+
+
+def require_used(kind: str, **given: bool) -> None:
+    """Raises ValueError for what was given and the edit has no use for: mask, other, share."""
+    for name, is_given in given.items():
+        if is_given and kind not in USES[name]:
+            raise ValueError(f"{kind} has no use for {name}: leave it out; it is for {' and '.join(USES[name])}")
+
+
 class Beside(NamedTuple):
     """Given for an edit of B images; what it has no use for is not looked at."""
 

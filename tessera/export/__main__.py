@@ -20,6 +20,8 @@ from tessera.params import Pipeline
 from tessera.sources.frame import PREPROCESSING
 from tessera.system import System
 
+LONGEST_NAME = 200  # bytes; file systems take 255, of which the folder that is being written needs some
+
 
 def write(params: Pipeline, name: str, root: Path, out: Path, onnx: bool = False) -> None:
     """Export a system of the checkout at `root`. Raises ValueError if it is not trained, or `out` is taken."""
@@ -27,6 +29,7 @@ def write(params: Pipeline, name: str, root: Path, out: Path, onnx: bool = False
         raise ValueError(f"there is no system '{name}' in params.yaml: expected one of {', '.join(params.systems)}")
     if out.exists():
         raise ValueError(f"{out} exists: expected the name of a new folder")
+    _require_apart(out, root)
     data = root / "data"
     parts = {"tokenizer": data / "tokenizers" / params.systems[name].tokenizer, "prior": data / "priors" / name}
     system = System.read(parts["tokenizer"], parts["prior"], name)  # verified, and of one another
@@ -53,6 +56,23 @@ def write(params: Pipeline, name: str, root: Path, out: Path, onnx: bool = False
             shutil.copyfile(picture, place / layout.GRID)
         text = card.text(params, name, images, figures, has_grid=picture.is_file(), has_onnx=onnx)
         (place / layout.CARD).write_text(text, encoding="utf-8")
+
+
+def _require_apart(out: Path, root: Path) -> None:
+    """Raises ValueError for a folder in one that stages write, or in an artifact, which would no longer be what it says."""
+    above = [out.absolute(), *out.absolute().parents]
+    if (root / "data").absolute() in above:
+        raise ValueError(f"{out} lies in {root / 'data'}, which stages write: expected a folder outside of it")
+    inside = next((place for place in above[1:] if (place / artifact.MANIFEST).is_file()), None)
+    if inside is not None:
+        raise ValueError(f"{out} lies in {inside}, which is an artifact: expected a folder outside of it")
+    blocked = next((place for place in above[1:] if place.exists() and not place.is_dir()), None)
+    if blocked is not None:
+        raise ValueError(f"{blocked} is a file: expected a folder to put {out.name:.40} into")
+    if len(out.name.encode()) > LONGEST_NAME:
+        raise ValueError(
+            f"{out.name:.40}... has {len(out.name.encode())} bytes: expected a name of at most {LONGEST_NAME}"
+        )
 
 
 def _config(params: Pipeline, name: str, manifests: dict[str, str]) -> dict[str, Any]:

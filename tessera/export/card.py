@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from tessera.components import sets
 from tessera.contracts import ImageSpec
 from tessera.export import layout
 from tessera.params import Pipeline
@@ -29,6 +30,7 @@ def text(
         f"![samples, as they came](./{layout.GRID})" if has_grid else "",
         _use(images, has_onnx),
         _labels(images),
+        _captions(system.prior),
         _figures(figures),
         f"## Data and licence\n\nTrained on {images.name}. Licence of its images: {images.licence}. What it means for the "
         "weights is for their publisher to say here.",
@@ -68,7 +70,10 @@ def _use(images: ImageSpec, has_onnx: bool) -> str:
         "`hf upload OWNER/NAME FOLDER`.",
     ]
     if has_onnx:
-        lines += ["", f"`{layout.ONNX}/` holds the encoder, the decoder and one step of the prior, for onnxruntime."]
+        lines += [
+            "",
+            f"`{layout.ONNX}/` holds the encoder, the decoder and one step of the prior, of labels, for onnxruntime.",
+        ]
     return "\n".join(lines)
 
 
@@ -80,6 +85,17 @@ def _labels(images: ImageSpec) -> str:
     named = [f"{label} {name}" for label, name in enumerate(images.class_names[:LABELS_SHOWN])]
     more = [f"and {images.num_classes - LABELS_SHOWN} more"] if images.num_classes > LABELS_SHOWN else []
     return f"Labels: {', '.join([*named, *more])}."
+
+
+def _captions(prior: Any) -> str:
+    """What of it was told in words, and how to tell it."""
+    if not sets(prior, "condition") or prior.condition.kind != "caption":
+        return ""
+    shown = [repr(captions[-1]) for captions in prior.condition.of_classes[:3]]
+    return (
+        f"It was told captions of at most {prior.condition.max_bytes} bytes, such as {', '.join(shown)} (all are below): "
+        "`system.sample(captions=[...])`. A label is read as the first caption of its class."
+    )
 
 
 def _figures(figures: dict[str, Any] | None) -> str:

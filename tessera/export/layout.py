@@ -55,7 +55,9 @@ def read(folder: Path) -> Exported:
     require_no_way_out(folder)
     value = artifact.read_json(folder / CONFIG)
     if not isinstance(value, dict) or value.get("library_name") != "tessera":
-        raise ArtifactError(f"{folder / CONFIG} is of no exported system: expected library_name tessera in it")
+        raise ArtifactError(
+            f"{folder / CONFIG} is of no exported system: expected library_name tessera in it; name another folder"
+        )
     found = value.get("format")
     if isinstance(found, int) and found > FORMAT:
         raise ArtifactError(
@@ -68,6 +70,7 @@ def read(folder: Path) -> Exported:
         if actual != exported.manifests.get(part):
             raise ArtifactError(
                 f"{manifest} is not the one that {folder / CONFIG} was written for: sha256 {actual}, expected "
-                f"{exported.manifests.get(part, 'one of it')}"
+                f"{exported.manifests.get(part, 'the hash of a manifest, which config.json lacks')}. Export or download "
+                f"{folder} again"
             )
     return exported

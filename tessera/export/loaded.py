@@ -24,10 +24,11 @@ from tessera.artifacts.whole import ArtifactError
 from tessera.components import kinds, missing_package, parse
 from tessera.components import load as part
 from tessera.editing import words
-from tessera.editing.beside import HALFWAY, Beside
-from tessera.export import layout
+from tessera.editing.beside import HALFWAY, Beside, require_used
+from tessera.export import given, layout
 from tessera.export.layout import Exported
-from tessera.sources.frame import Frame
+from tessera.sources.decoding import pillow_warnings, pixels_of
+from tessera.sources.records import Unreadable
 from tessera.system import CannotDraw, CannotEdit, System
 
 __all__ = ["ArtifactError", "CannotDraw", "CannotEdit", "TrainedSystem", "load"]
@@ -87,9 +88,8 @@ class TrainedSystem:
         """
         if captions is not None:
             return self._of_captions(captions, labels, seed, sampling)
-        wanted = np.array(self.labels if labels is None else labels, dtype=np.int64)
-        if wanted.ndim != 1 or not len(wanted):
-            raise ValueError(f"labels have the shape {wanted.shape}: expected a list of at least one label")
+        seed = given.seed(seed)
+        wanted = np.array(self.labels) if labels is None else self._known_labels(labels)
         settings, size = self._settings(sampling), self._exported.batch_size
         batches = []
         for start in range(0, len(wanted), size):
@@ -100,8 +100,9 @@ class TrainedSystem:
     def _of_captions(
         self, captions: Sequence[str], labels: Sequence[int] | None, seed: int, sampling: dict[str, Any]
     ) -> Tensor:
-        if labels is not None or isinstance(captions, str) or not len(captions):
-            raise ValueError("expected labels or a list of at least one caption, not both and no single text")
+        captions, seed = given.captions(captions), given.seed(seed)
+        if labels is not None:
+            raise ValueError("labels and captions are given: expected one of them, not both")
         settings, size = self._settings(sampling), self._exported.batch_size
         batches = []
         for start in range(0, len(captions), size):
@@ -119,11 +120,7 @@ class TrainedSystem:
         """Tokens -> images. Raises ValueError for what are no tokens of this system."""
         spec, of_indices = self._system.spec, self._system.learns == "indices"
         shape, dtype = (spec.index_grid, torch.int64) if of_indices else (spec.latent_shape, torch.float32)
-        if tokens.dtype != dtype or tuple(tokens.shape[1:]) != shape or not len(tokens):
-            raise ValueError(
-                f"tokens are {tokens.dtype} of the shape {tuple(tokens.shape)}: expected {dtype} of (B, "
-                f"{', '.join(map(str, shape))}), as encode gives them"
-            )
+        tokens = given.tokens(tokens, shape, dtype)
         if spec.codebook_size is not None and of_indices:
             require_codes(tokens.numpy(force=True), spec.codebook_size)
         else:
@@ -153,25 +150,30 @@ class TrainedSystem:
         if kind not in kinds("edits"):
             raise ValueError(f"there is no edit {kind!r}: expected one of {', '.join(kinds('edits'))}")
         module = part("edits", kind)
-        given = {"kind": kind} | (settings or {})
+        if settings is not None and not isinstance(settings, dict):
+            raise ValueError(f"settings are a {type(settings).__name__}: expected a dict, such as {{'strength': 0.5}}")
+        wanted = {"kind": kind} | (settings or {})
         if labels is not None and "told_label" in module.Config.model_fields:
-            given = {"told_label": "own"} | given
-        config = parse(module.Config, given, kind)
-        self._require_beside(kind, config, mask, other, share)
+            wanted = {"told_label": "own"} | wanted
+        config = parse(module.Config, wanted, kind)
+        if labels is None and getattr(config, "told_label", "") == "own":
+            raise ValueError("told_label is own, but no labels are given: expected labels, or another told_label")
+        require_used(kind, mask=mask is not None, other=other is not None, share=share != HALFWAY)
+        self._require_beside(kind, config, other, share)
         factor = getattr(config, "factor", 1) if getattr(config, "damage", "") == "downsample" else 1
         pixels = self._to_float(images, factor)
-        told = self._system.null_labels(len(pixels)) if labels is None else torch.tensor(labels, device=self.device)
-        if tuple(told.shape) != (len(pixels),):
-            raise ValueError(
-                f"labels have the shape {tuple(told.shape)}: expected one for each of {len(pixels)} images"
-            )
-        self._system.require_trained_on(told.cpu().numpy())
-        generator = seeding.generator(seed, "edit_file", device=self.device)
-        _, height, width = self.image_shape
+        told = self._system.null_labels(len(pixels))
+        if labels is not None:
+            known = self._known_labels(labels)
+            if len(known) != len(pixels):
+                raise ValueError(f"there are {len(known)} labels for {len(pixels)} images: expected one for each")
+            told = torch.from_numpy(known).to(self.device)
+        generator = seeding.generator(given.seed(seed), "edit_file", device=self.device)
+        size = self.image_shape[1:]
         beside = Beside(
-            size=(height, width),
-            mask=None if mask is None else mask.to(self.device).expand(len(pixels), -1, -1),
-            others=None if other is None else self._to_float(other).expand(len(pixels), -1, -1, -1),
+            size=size,
+            mask=given.mask(mask, size, len(pixels)).to(self.device) if kind == "inpaint" else None,
+            others=None if other is None else self._others(kind, other, len(pixels)),
             share=share,
         )
         drawn_by = self._settings(sampling)
@@ -180,35 +182,62 @@ class TrainedSystem:
         return to_uint8(edited.detach()).cpu()
 
     def preprocess(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Pictures of any size -> images, as the data set's were made of files: cropped or padded, and resized."""
-        return to_uint8(torch.cat([Frame(self._exported.preprocessing, one.size).tensor(one) for one in pictures]))
+        """Pictures of any size and mode -> images, as the data set's were made of files: turned as EXIF says, on a background
+        where they are transparent, in 8 bits, cropped or padded, and resized. Raises ValueError for one that cannot be read."""
+        how, made = self._exported.preprocessing.model_dump(), []
+        for number, picture in enumerate(given.pictures(pictures)):
+            try:
+                with pillow_warnings():
+                    made.append(pixels_of(picture, **how))
+            except Unreadable as reason:
+                raise ValueError(f"picture {number} cannot be read: it {reason}") from None
+        return torch.from_numpy(np.stack(made))
 
     def pictures(self, images: Tensor) -> list[Image.Image]:
-        """Images -> Pillow's, gray or RGB."""
+        """Images -> Pillow's, gray or RGB. Raises ValueError for images of another type or number of channels."""
+        if (
+            not isinstance(images, Tensor)
+            or images.dtype != torch.uint8
+            or images.ndim != 4
+            or images.shape[1] not in (1, 3)
+        ):
+            of = (
+                f"{images.dtype} of the shape {tuple(images.shape)}"
+                if isinstance(images, Tensor)
+                else type(images).__name__
+            )
+            raise ValueError(f"images are {of}: expected torch.uint8 of (B, 1 or 3, H, W), as sample gives them")
         return [pictures.picture(one) for one in images.numpy(force=True)]
+
+    def _known_labels(self, labels: Any) -> np.ndarray:
+        """(n,) int64, all of classes that it was trained on. Raises CannotDraw for others."""
+        found = given.labels(labels)
+        self._system.require_trained_on(found)
+        if (found == self._system.spec.num_classes).any():
+            raise CannotDraw(
+                f"label {found.max()} is of no class of {self.name}: expected one of {self.labels}, see `labels`"
+            )
+        return found
+
+    def _others(self, kind: str, other: Tensor, number: int) -> Tensor:
+        """The other images of an edit of so many, (number, C, H, W) in [-1, 1]."""
+        found = self._to_float(other, what="other")
+        if len(found) not in ((1,) if kind == "restyle" else (1, number)):
+            expected = "one image" if kind == "restyle" else f"one image, or one for each of {number}"
+            raise ValueError(f"other has {len(found)} images: expected {expected}")
+        return found.expand(number, -1, -1, -1)
 
     def _settings(self, changed: dict[str, Any]) -> Any:
         return parse(self._system.sampling_schema, self.sampling | changed, "sampling")
 
-    def _to_float(self, images: Tensor, factor: int = 1) -> Tensor:
+    def _to_float(self, images: Tensor, factor: int = 1, what: str = "images") -> Tensor:
         channels, height, width = self.image_shape
-        shape = (channels, height // factor, width // factor)
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != shape or not len(images):
-            raise ValueError(
-                f"images are {images.dtype} of the shape {tuple(images.shape)}: expected torch.uint8 of (B, "
-                f"{', '.join(map(str, shape))}); preprocess makes them of pictures"
-            )
-        return to_float(images.to(self.device))
+        return to_float(given.images(images, (channels, height // factor, width // factor), what).to(self.device))
 
-    def _require_beside(self, kind: str, config: Any, mask: Tensor | None, other: Tensor | None, share: float) -> None:
+    def _require_beside(self, kind: str, config: Any, other: Tensor | None, share: float) -> None:
         """Raises ValueError unless the edit has what it needs beside images and settings."""
-        _, height, width = self.image_shape
-        if kind == "inpaint" and (
-            mask is None or mask.dtype != torch.bool or tuple(mask.shape[-2:]) != (height, width)
-        ):
-            found = "none" if mask is None else f"{mask.dtype} of the shape {tuple(mask.shape)}"
-            raise ValueError(f"inpaint needs a mask: expected torch.bool of ({height}, {width}), got {found}")
-        if kind == "interpolate" and (other is None or not 0 <= share <= 1):
+        is_share = isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1
+        if kind == "interpolate" and (other is None or not is_share):
             raise ValueError("interpolate needs other images to go to, and a share of the way from 0 to 1")
         if kind == "restyle" and other is not None and config.target is not None:
             raise ValueError("restyle takes a target or the look of another image: expected one of them, not both")
@@ -217,9 +246,13 @@ class TrainedSystem:
 def load(folder: str | Path, device: str | torch.device | None = None) -> TrainedSystem:
     """Open an exported folder; device: the GPU if there is one.
 
-    Every file is verified before it is used, and weights are safetensors: nothing in the folder is run as code.
-    Raises ArtifactError for a folder that is damaged, not whole, or of a newer version.
+    Both parts are verified before they are used, by the hashes in config.json, and weights are safetensors: nothing in the
+    folder is run as code. Raises ArtifactError for a folder that is damaged, not whole, or of a newer version, ValueError for a
+    device that is not there.
     """
+    if not isinstance(folder, str | Path) or not str(folder):
+        raise ArtifactError(f"{folder!r:.40} is no folder: expected the path of one that was exported")
+    place = None if device is None else given.device(device)
     folder = Path(folder)
     try:
         exported = layout.read(folder)
@@ -237,7 +270,6 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Traine
         told, *of_stages = REMEDIES_OF_STAGES.split(str(error))
         again = f"{told.strip()} Export or download {folder} again"
         raise ArtifactError(again if of_stages else told) from None
-    if device is not None:
-        place = torch.device(device)
+    if place is not None:
         system = System(system.tokenizer.to(place), system.prior.to(place), system.spec, system.learns, system.name)
     return TrainedSystem(system, exported, images.class_names)

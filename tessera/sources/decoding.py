@@ -74,6 +74,31 @@ def decode(
     return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
 
 
+def pixels_of(
+    picture: Image.Image,
+    *,
+    channels: int,
+    height: int,
+    width: int,
+    resize: Resize,
+    filter: Filter,
+    background: Background,
+) -> np.ndarray:
+    """As `decode` makes of a file, of a picture that is open already. Raises Unreadable with the reason.
+
+    Apart from it, because the code of `decode` is what the images of every checkout were made by.
+    """
+    try:
+        picture = _plain(ImageOps.exif_transpose(picture), background)
+    except Unreadable:
+        raise
+    except Exception as error:  # pixels are loaded only now
+        raise Unreadable(_reason(error)) from None
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    pixels = np.asarray(_fit(picture, height, width, resize, Image.Resampling[filter.upper()], background))
+    return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "Pillow cannot identify it as an image"

@@ -23,13 +23,24 @@ class Frame:
         self.filter = Image.Resampling[getattr(dataset, "filter", PREPROCESSING["filter"]).upper()]
         self.background = getattr(dataset, "background", PREPROCESSING["background"])
         width, height = size
-        pick = {"crop": min, "pad": max}.get(how)
-        if pick is None:
-            self.box = (0.0, 0.0, float(width), float(height))
-        else:  # as large as fits into the picture, or as small as holds it, around its center
-            scale = pick(width / self.width, height / self.height)
+        self.inner = (
+            self.width,
+            self.height,
+        )  # what the picture becomes; smaller than the models' images where it is padded
+        self.corner = (0, 0)  # where it lies in them
+        if how == "pad":
+            scale = min(self.width / width, self.height / height)
+            self.inner = (max(1, round(width * scale)), max(1, round(height * scale)))
+            self.corner = ((self.width - self.inner[0]) // 2, (self.height - self.inner[1]) // 2)
+            across, down = width / self.inner[0], height / self.inner[1]  # pixels of the picture to one of the models'
+            left, top = -self.corner[0] * across, -self.corner[1] * down
+            self.box = (left, top, left + self.width * across, top + self.height * down)
+        elif how == "crop":  # as large as fits into the picture, around its center
+            scale = min(width / self.width, height / self.height)
             left, top = (width - self.width * scale) / 2, (height - self.height * scale) / 2
             self.box = (left, top, left + self.width * scale, top + self.height * scale)
+        else:
+            self.box = (0.0, 0.0, float(width), float(height))
 
     def tensor(self, picture: Image.Image) -> torch.Tensor:
         """(1, C, H, W) in [-1, 1]"""
@@ -67,11 +78,11 @@ class Frame:
 
     def _seen(self, picture: Image.Image, filter: Image.Resampling, background: str) -> Image.Image:
         width, height = picture.size
+        if self.inner != (self.width, self.height):
+            canvas = Image.new(picture.mode, (self.width, self.height), background)
+            canvas.paste(picture.resize(self.inner, filter), self.corner)
+            return canvas
         left, top, right, bottom = self.box
-        if left < 0 or top < 0:  # padded
-            canvas = Image.new(picture.mode, (round(right - left), round(bottom - top)), background)
-            canvas.paste(picture, (round(-left), round(-top)))
-            return canvas.resize((self.width, self.height), filter)
         return picture.resize((self.width, self.height), filter, (left, top, min(right, width), min(bottom, height)))
 
 

@@ -261,13 +261,14 @@ def test_no_input_ends_in_anything_but_a_sentence(tmp_path_factory, replaced):
 
 def test_the_zoo_has_every_part():
     zoo = yaml.safe_load((ROOT / "presets/zoo.yaml").read_text())
-    used = {folder: set() for folder in ("tokenizers", "quantizers", "priors", "denoisers")}
+    used = {folder: set() for folder in ("tokenizers", "quantizers", "priors", "denoisers", "conditions")}
     for tokenizer in zoo["tokenizers"].values():
         used["tokenizers"].add(tokenizer["kind"])
         used["quantizers"].add(tokenizer["quantizer"]["kind"])
     for system in zoo["systems"].values():
         used["priors"].add(system["prior"]["kind"])
-        used["denoisers"] |= {system["prior"].get("denoiser", {}).get("kind")} - {None}
+        for key in ("denoiser", "condition"):
+            used[f"{key}s"] |= {system["prior"].get(key, {}).get("kind")} - {None}
     used["tokenizers"].add("diffusers")  # which needs weights that nobody here has
     assert used == {folder: set(kinds(folder)) for folder in used}
 

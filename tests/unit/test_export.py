@@ -17,17 +17,22 @@ from PIL import Image
 import tessera
 from stages import sample_images
 from tessera import params as all_params
+from tessera import seeding
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
+from tessera.artifacts.images import to_uint8
 from tessera.artifacts.samples import Samples
 from tessera.components import load as part
 from tessera.components import parse
 from tessera.contracts import ImageSpec, TokenSpec
+from tessera.editing import words
 from tessera.export import __main__ as command
 from tessera.export import layout
 from tessera.export import onnx as networks
 from tessera.params import Pipeline
 from tessera.running.job import Job
+from tessera.sources.decoding import decode, pixels_of
+from tessera.sources.frame import Frame
 from tessera.system import System
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +45,7 @@ DIGITS = ImageSpec(
     class_names=("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
     licence="CC BY 4.0",
 )
+MASK = torch.ones(8, 8, dtype=torch.bool)
 SYSTEMS = list(all_params.read(ROOT / "presets/zoo.yaml").systems)
 
 
@@ -115,6 +121,44 @@ def test_a_loaded_system_draws_the_bits_of_the_pipeline_and_knows_its_own_tokens
     assert torch.equal(system.preprocess(pictures), images)
 
 
+def test_words_are_drawn_as_the_shell_draws_them_and_a_label_is_its_first_caption(
+    exported: Path, checkout: Path, params: Pipeline
+) -> None:
+    from studio import edit
+
+    system = tessera.load(exported / "vqvae-captions", device="cpu")
+    images = system.sample(captions=["seven", "七", "三", "nobody"], seed=1)
+    assert images.shape == (4, 1, 8, 8) and len(set(map(bytes, images.numpy()))) == 4
+    assert torch.equal(system.sample(captions=["three", "seven"], seed=2), system.sample([3, 7], seed=2))
+    inside = edit.open_system(params, "vqvae-captions", checkout)
+    asked = edit.to_draw(params, "vqvae-captions", caption="七", count=2, seed=3)
+    line = "python -m studio.edit --system vqvae-captions --sample --caption '七' --count 2 --seed 3 out.png"
+    assert asked.command() == line
+    tokens, drawn = edit.draw(inside, asked)
+    assert drawn.shape == (2, 1, 8, 8) and not torch.equal(*tokens)
+    generator = seeding.generator(3, "edit_file")
+    assert np.array_equal(words.draw(inside, ["七", "七"], asked.sampling, generator), drawn)
+    with pytest.raises(ValueError, match="a label and a caption are given: expected one of them"):
+        edit.to_draw(params, "vqvae-captions", caption="七", label=7)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "sentence"),
+    [
+        ("vqvae-captions", {"captions": ["much too long"]}, "has 13 bytes in UTF-8, expected at most max_bytes 8"),
+        ("vqvae-captions", {"captions": [" "]}, "is empty or has the character NUL"),
+        ("vqvae-captions", {"captions": "seven"}, "no single text"),
+        ("vqvae-captions", {"captions": []}, "at least one caption"),
+        ("vqvae-captions", {"captions": [7]}, "7 is no caption: expected text"),
+        ("vqvae-captions", {"captions": ["one"], "labels": [1]}, "not both"),
+        ("vqgan-masked", {"captions": ["one"]}, "was trained on labels, not on captions"),
+    ],
+)
+def test_what_is_no_caption_is_told_in_a_sentence(name: str, given: dict, sentence: str, exported: Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        tessera.load(exported / name, device="cpu").sample(**given)
+
+
 def test_edits_are_those_of_the_shell_and_refuse_as_it_does(exported: Path, checkout: Path, params: Pipeline) -> None:
     from studio import edit
 
@@ -145,20 +189,84 @@ def test_edits_are_those_of_the_shell_and_refuse_as_it_does(exported: Path, chec
     ("call", "told"),
     [
         (lambda system: system.sample([9]), "no image of label 9"),
-        (lambda system: system.sample([]), "expected a list of at least one label"),
+        (lambda system: system.sample([]), "expected a list of at least one whole number"),
+        (lambda system: system.sample([10]), "label 10 is of no class"),
+        (lambda system: system.sample([3.7]), "expected a list of at least one whole number"),
+        (lambda system: system.sample([True]), "expected a list of at least one whole number"),
+        (lambda system: system.sample(["七"]), "words are given as captions"),
+        (lambda system: system.sample(3), "expected a list of at least one whole number"),
+        (lambda system: system.sample([10**30]), "expected labels of the system"),
+        (lambda system: system.sample([1], seed=1.5), "seed is 1.5: expected a whole number"),
+        (lambda system: system.sample([1], seed=True), "seed is True: expected a whole number"),
+        (lambda system: system.encode(None), "images are a NoneType: expected a torch.uint8 tensor"),
+        (lambda system: system.decode([1]), "tokens are a list: expected torch.int64"),
+        (lambda system: system.pictures(system.sample([1]) / 255), "images are torch.float32"),
+        (lambda system: system.preprocess([]), "pictures are an empty list"),
+        (lambda system: system.preprocess(["a.png"]), "pictures are a str: expected a list"),
+        (lambda system: system.preprocess(Image.new("L", (8, 8))), "expected a list of at least one PIL.Image.Image"),
+        (
+            lambda system: system.preprocess([Image.new("F", (8, 8), 3.0)]),
+            "picture 0 cannot be read: it has values from",
+        ),
         (lambda system: system.sample([1], tempo=3), "sampling.tempo: unknown key"),
         (lambda system: system.encode(torch.zeros(1, 1, 8, 8)), "expected torch.uint8 of .B, 1, 8, 8."),
         (lambda system: system.decode(torch.zeros(1, 3, 3).long()), "expected torch.int64 of .B, 4, 4."),
         (lambda system: system.decode(torch.full((1, 4, 4), 10**6)), "outside the codebook"),
         (lambda system: system.edit("paint", system.sample([1])), "there is no edit 'paint': expected one of enhance"),
         (lambda system: system.edit("inpaint", system.sample([1])), "inpaint needs a mask"),
-        (lambda system: system.edit("restyle", system.sample([1]), labels=[1, 2]), "expected one for each of 1 images"),
+        (lambda system: system.edit("restyle", system.sample([1]), labels=[1, 2]), "there are 2 labels for 1 images"),
+        (
+            lambda system: system.edit("restyle", system.sample([1]), labels=[1.0]),
+            "expected a list of at least one whole",
+        ),
+        (
+            lambda system: system.edit("restyle", system.sample([1]), settings=[1]),
+            "settings are a list: expected a dict",
+        ),
+        (lambda system: system.edit("restyle", system.sample([1]), share=0.2), "restyle has no use for share"),
+        (lambda system: system.edit("variations", system.sample([1]), mask=MASK), "variations has no use for mask"),
+        (lambda system: system.edit("inpaint", system.sample([1, 2]), mask=MASK.expand(3, 8, 8)), "or .2, 8, 8., got"),
+        (lambda system: system.edit("restyle", system.sample([1]), other=system.sample([1, 2])), "expected one image"),
     ],
 )
 def test_a_call_that_makes_no_sense_is_one_sentence(exported: Path, call: Any, told: str) -> None:
     with pytest.raises(ValueError, match=told) as caught:
         call(tessera.load(exported / "vqgan-masked", device="cpu"))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_pictures_of_any_mode_become_what_the_data_set_makes_of_their_files(exported: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (9, 12, 4), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # as a phone that is held upright writes it
+    saved = {
+        "rgba.png": Image.fromarray(pixels),
+        "gray.png": Image.fromarray(random.integers(0, 2**16, (9, 12), dtype=np.uint16)),
+        "nothing.png": Image.new("LA", (9, 12), (0, 0)),
+        "palette.png": Image.fromarray(pixels[..., :3]).quantize(8),
+        "phone.jpg": Image.fromarray(pixels[..., :3]),
+    }
+    system = tessera.load(exported / "vqgan-masked", device="cpu")
+    how = json.loads((exported / "vqgan-masked/config.json").read_text())["preprocessing"]
+    for name, picture in saved.items():
+        picture.save(tmp_path / name, **({"exif": turned} if name == "phone.jpg" else {}))
+        expected = decode((tmp_path / name).read_bytes(), max_pixels=1000, **how)
+        with Image.open(tmp_path / name) as opened:
+            assert np.array_equal(system.preprocess([opened])[0].numpy(), expected), name
+
+
+@pytest.mark.parametrize("size", [(43, 60), (28, 100), (3, 2), (24, 32), (31, 31)])
+@pytest.mark.parametrize("resize", ["crop", "pad", "stretch"])
+def test_a_frame_sees_of_a_picture_what_the_data_set_makes_of_it(resize: str, size: tuple[int, int]) -> None:
+    how = layout.Preprocessing(channels=3, height=24, width=32, resize=resize, filter="lanczos", background="white")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    frame = Frame(how, picture.size)
+    seen = frame.tensor(picture)
+    assert np.array_equal(to_uint8(seen)[0].numpy(), pixels_of(picture, **how.model_dump()))
+    back = frame.put_back(picture, torch.full_like(seen, -1.0))
+    assert back.size == picture.size
+    assert resize == "crop" or not np.asarray(back).any()  # all of the picture lies in the frame
 
 
 @pytest.mark.parametrize("name", ["lfq-masked", "residual-autoregressive", "vae-diffusion", "gan"])
@@ -274,7 +382,7 @@ BROKEN = {
     "an unknown key": (lambda folder: _json(folder / "config.json", extra=1), "extra: unknown key"),
     "a missing key": (lambda folder: _without(folder / "config.json", "sampling"), "sampling: this key is missing"),
     "wrong sha": (lambda folder: _json(folder / "config.json", manifests={"tokenizer": "0" * 64, "prior": "0" * 64}), "sha256"),
-    "no hash of a part": (lambda folder: _json(folder / "config.json", manifests={}), "expected one of it"),
+    "no hash of a part": (lambda folder: _json(folder / "config.json", manifests={}), "which config.json lacks"),
     "missing weights": (lambda folder: (folder / "prior/weights.safetensors").unlink(), "no file"),
     "missing part": (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer/manifest.json is not"),
     "half the weights": (lambda folder: _half(folder / "prior/weights.safetensors"), "is damaged: sha256"),
@@ -337,6 +445,10 @@ def test_a_folder_in_the_cache_of_huggingface_hub_is_opened(exported: Path, tmp_
         (["vqgan", "out"], "there is no system 'vqgan' in params.yaml: expected one of gan"),
         (["gan", "there"], "there exists: expected the name of a new folder"),
         (["gan", "out"], "data/tokenizers/none does not exist"),
+        (["gan", "data/out"], "data/out lies in data, which stages write: expected a folder outside of it"),
+        (["gan", "artifact/out"], "which is an artifact: expected a folder outside of it"),
+        (["gan", "params.yaml/out"], "params.yaml is a file: expected a folder to put out into"),
+        (["gan", "x" * 250], "has 250 bytes: expected a name of at most 200"),
     ],
 )
 def test_a_command_that_cannot_work_leaves_nothing(
@@ -345,9 +457,42 @@ def test_a_command_that_cannot_work_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "presets/zoo.yaml", "params.yaml")
     Path("there").mkdir()
+    Path("artifact").mkdir()
+    Path("artifact/manifest.json").touch()
     assert command.main(arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith("nothing was exported: ") and told in said and not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["--variations", "--caption", "七", "in.png", "out.png"],
+            "--variations has no use for --caption: leave it out",
+        ),
+        (["--restyle", "--count", "5", "in.png", "out.png"], "--restyle has no use for --count"),
+        (
+            ["--variations", "--mask", "in.png", "in.png", "out.png"],
+            "variations has no use for mask: leave it out; it is for",
+        ),
+        (["--restyle", "--share", "0.2", "in.png", "out.png"], "restyle has no use for share"),
+        (["--sample", "--set", "strength=1", "out.png"], "--sample has no use for --set"),
+        (["--sample", "--share", "0.2", "out.png"], "--sample has no use for --share"),
+        (["--inpaint", "--mask", "gone.png", "in.png", "out.png"], "gone.png is no file: expected a picture"),
+        (["--sample", "nowhere/out.png"], "nowhere is no folder: make it, or write elsewhere"),
+    ],
+)
+def test_an_option_that_an_edit_has_no_use_for_is_refused(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from studio import edit
+
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (8, 8)).save("in.png")
+    assert edit.main(["--system", "vqgan-masked", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("nothing was edited: ") and told in said and len(said.splitlines()) == 1
 
 
 OTHERS = "accelerate dvc gradio matplotlib mlflow pandas prefect psutil pyarrow scipy sklearn timm yaml"

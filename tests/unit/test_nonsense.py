@@ -78,7 +78,7 @@ def system(token_spec) -> System:
 
 
 def drawn(system: System, label: int | None, count: int = 4):
-    asked = SimpleNamespace(label=label, count=count, seed=0, sampling=SAMPLING)
+    asked = SimpleNamespace(label=label, caption=None, count=count, seed=0, sampling=SAMPLING)
     return editing.draw(system, asked)
 
 

@@ -395,6 +395,9 @@ def test_the_part_that_is_not_trained_is_refused(source, trainer, image_spec):
     given = params(prior=init(source.tokenizer))
     planned = known_images.planned(given, image_spec, {"train": np.arange(1000) % 3, "test": np.arange(359) % 3})
     assert any(one.startswith("systems.small.prior: init.from: ") for one in problems.problems(given, planned))
+    own = {"init": {"from": "data/tokenizers/vqgan", "sha256": "0" * 64}}
+    told = problems.problems(params(own), planned)
+    assert any("data/tokenizers/vqgan is what this stage writes anew: copy it elsewhere" in one for one in told)
 
 
 @pytest.mark.parametrize(
