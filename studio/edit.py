@@ -59,7 +59,7 @@ class Request(NamedTuple):
         parts = ["python -m studio.edit", f"--system {self.system}", f"--{self.kind}"]
         parts += [f"--mask {shlex.quote(mask)}"] if mask else []
         parts += [f"--other {shlex.quote(other)}"] if other else []
-        parts += [f"--share {self.share}"] if other and self.share != HALFWAY else []
+        parts += [f"--share {self.share}"] if self.kind == "interpolate" and self.share != HALFWAY else []
         parts += [f"--label {self.label}"] if self.label is not None else []
         parts += _options("--set", self.config, parse(type(self.config), _usual(self.kind, self.label), self.kind))
         parts += _options("--sampling", self.sampling, self.usual_sampling)
