@@ -7,7 +7,7 @@ system.pictures(system.decode(tokens))[0].save("three.png")
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,29 +86,21 @@ class TrainedSystem:
         samples come out of its labels and its seed. Raises CannotDraw for a label without training images and for captions
         where the prior learned none, ValueError for settings that make no sense.
         """
+        seed, settings = given.seed(seed), self._settings(sampling)
+        if captions is not None and labels is not None:
+            raise ValueError("labels and captions are given: expected one of them, not both")
         if captions is not None:
-            return self._of_captions(captions, labels, seed, sampling)
-        seed = given.seed(seed)
+            return self._in_batches(words.draw, given.captions(captions), settings, seed)
         wanted = np.array(self.labels) if labels is None else self._known_labels(labels)
-        settings, size = self._settings(sampling), self._exported.batch_size
-        batches = []
+        return self._in_batches(System.draw, wanted, settings, seed)
+
+    def _in_batches(self, draw: Callable[..., np.ndarray], wanted: Any, settings: Any, seed: int) -> Tensor:
+        """draw(system, some of what is wanted, settings, generator) of all that is wanted."""
+        size, drawn = self._exported.batch_size, []
         for start in range(0, len(wanted), size):
             generator = seeding.generator(seed, "sample_images", start, device=self.device)
-            batches.append(self._system.draw(wanted[start : start + size], settings, generator))
-        return torch.from_numpy(np.concatenate(batches))
-
-    def _of_captions(
-        self, captions: Sequence[str], labels: Sequence[int] | None, seed: int, sampling: dict[str, Any]
-    ) -> Tensor:
-        captions, seed = given.captions(captions), given.seed(seed)
-        if labels is not None:
-            raise ValueError("labels and captions are given: expected one of them, not both")
-        settings, size = self._settings(sampling), self._exported.batch_size
-        batches = []
-        for start in range(0, len(captions), size):
-            generator = seeding.generator(seed, "sample_images", start, device=self.device)
-            batches.append(words.draw(self._system, captions[start : start + size], settings, generator))
-        return torch.from_numpy(np.concatenate(batches))
+            drawn.append(draw(self._system, wanted[start : start + size], settings, generator))
+        return torch.from_numpy(np.concatenate(drawn))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

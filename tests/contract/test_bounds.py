@@ -6,24 +6,13 @@ from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
+from test_names import FOLDERS
 from test_params import GOOD, changed, written
 
 from tessera import params as all_params
 from tessera.components import InvalidParams, Params, kinds, load, parse
 from tessera.params import read
 
-FOLDERS = (
-    "datasets",
-    "features",
-    "tokenizers",
-    "quantizers",
-    "priors",
-    "denoisers",
-    "edits",
-    "metrics",
-    "perceptual",
-    "conditions",
-)
 PARTS = [load(folder, kind) for folder in FOLDERS for kind in kinds(folder)]
 MODULES = [
     all_params,

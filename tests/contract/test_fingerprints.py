@@ -10,6 +10,7 @@ import grimp
 import pytest
 import yaml
 from dvc.repo import Repo
+from test_names import FOLDERS
 
 from tessera import params as all_params
 from tessera.code import changes, entries
@@ -187,10 +188,7 @@ def test_what_an_added_key_turns_on_is_told_by_its_form_alone(tmp_path, line, co
     assert Module("m", path, frozenset({"new"})).definitions["f"].digest != old
 
 
-@pytest.mark.parametrize(
-    "folder",
-    ["quantizers", "denoisers", "metrics", "edits", "priors", "tokenizers", "features", "perceptual", "conditions"],
-)
+@pytest.mark.parametrize("folder", sorted({*FOLDERS} - {"datasets"}))
 def test_a_new_part_makes_nothing_stale_until_it_is_used(copy, graph, fingerprints, folder):
     some = next(path for path in sorted((copy / "tessera" / folder).glob("*.py")) if path.stem != "__init__")
     shutil.copy(some, some.with_name("brand_new.py"))  # in no index and no list
@@ -261,19 +259,7 @@ def test_the_closure_of_definitions_lies_within_that_of_imports(fingerprints):
     for name, code in fingerprints.items():
         modules = {definition.rpartition(".")[0] for definition in code}
         stage = next(module for module in modules if module.startswith("stages."))
-        folders = {
-            "tokenizers",
-            "quantizers",
-            "priors",
-            "denoisers",
-            "features",
-            "datasets",
-            "edits",
-            "metrics",
-            "perceptual",
-            "conditions",
-        }
-        parts = {module for module in modules if module.split(".")[1] in folders}
+        parts = {module for module in modules if module.split(".")[1] in FOLDERS}
         allowed = {stage, *parts}.union(*(imports.find_upstream_modules(module) for module in (stage, *parts)))
         assert modules <= allowed, name
 
