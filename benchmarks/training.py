@@ -18,6 +18,7 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import ImageWriter, to_float
 from tessera.contracts import ImageSpec
+from tessera.nn.processes import Processes
 from tessera.training.reading import Reader, rows_of_step
 from tessera.training.state import State
 
@@ -76,16 +77,24 @@ def checkpoint(folder: Path, weights: int) -> None:
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     optimizer.step()
-    state = State(folder, model, average, {"prior": [optimizer]})
+    state = State(folder, model, average, {"prior": [optimizer]}, Processes(1))
     size = 4 * sum(weight.nelement() for weight in model.parameters()) * 4 / 1e9  # with its average and two moments
+    held = [torch.empty_like(weight) for weight in model.parameters()]
     for number in range(4):
+        optimizer.step()  # as a training does: memory that nothing has touched for seconds may be slow to come by
+        for _ in range(2):
+            began = time.perf_counter()
+            for copy, weight in zip(held, model.parameters(), strict=True):
+                copy.copy_(weight.detach())
+            plain = (time.perf_counter() - began) / (size / 4)
         began = time.perf_counter()
         state.save(number)
         stalled = time.perf_counter() - began
         state.wait()
         whole = time.perf_counter() - began
         print(
-            f"checkpoint of {size:.2f} GB: stalls {stalled / size:.2f} s per GB, is whole after {whole / size:.2f} s per GB"
+            f"checkpoint of {size:.2f} GB: stalls {stalled / size:.2f} s per GB (a copy in memory {plain:.2f}), "
+            f"is whole after {whole / size:.2f} s per GB"
         )
     state.close()
 

@@ -22,6 +22,7 @@ from serving.limits import Limits, OneByOne
 ADDRESS = "127.0.0.1"
 LIMITS = Limits(body=64 * 1024, reading=4, waiting=32, seconds=50)  # MLflow itself answers 504 after 60 s
 EXAMPLE = '{"inputs": {"labels": [3, 5], "seed": 1}}'
+WORDED = '{"inputs": {"captions": ["a blue heart"], "seed": 1}}'
 REMEDY = (
     "Choose a champion with: python -m tessera.tracking champion --metric generation/fd_classifier --lower --threshold 0.5; "
     "or name a version: make serve MODEL=models:/NAME/1"
@@ -33,7 +34,10 @@ class Inputs(BaseModel):
     """The types of a request; which values are good is known to the model."""
 
     model_config = ConfigDict(extra="forbid")
-    labels: list[Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]]
+    labels: list[Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]] | None = None
+    captions: list[Annotated[str, Field(strict=True)]] | None = None
+    attributes: list[dict[str, Any]] | None = None
+    embeddings: list[list[Annotated[float, Field(strict=True)]]] | None = None
     seed: float | None = None
     guidance_scale: float | None = None
 
@@ -50,9 +54,20 @@ def check(headers: Headers, body: bytes) -> None:
     except ValueError as error:
         raise ValueError(f"The body cannot be read as JSON ({str(error)[:80]}): expected {EXAMPLE}") from None
     try:
-        Inputs.model_validate(_row(request))
+        given = Inputs.model_validate(_row(request))
     except ValidationError as error:
         raise ValueError(_sentence(error)) from None
+    lists = ("labels", "captions", "attributes", "embeddings")
+    if all(getattr(given, name) is None for name in lists):
+        raise ValueError(
+            f"labels is missing: expected {EXAMPLE}, or, of a model that was told captions, {WORDED}, attributes or embeddings"
+        )
+    nulls = [name for name in lists if name in given.model_fields_set and getattr(given, name) is None]
+    if nulls:  # at which MLflow fails
+        raise ValueError(f"{nulls[0]} is null: leave it out")
+    lengths = sorted({len(one) for one in given.embeddings or ()})
+    if len(lengths) > 1:  # of which MLflow makes no array
+        raise ValueError(f"embeddings have {lengths[0]} to {lengths[-1]} numbers: expected equally many in each")
 
 
 def _row(request: Any) -> Any:

@@ -6,8 +6,9 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import Images
 from tessera.artifacts.samples import Samples
+from tessera.components import sets
 from tessera.contracts import Job
-from tessera.evaluation import comparison, figures, trial
+from tessera.evaluation import comparison, figures, told, trial
 from tessera.evaluation import neighbors as neighbor_pictures
 from tessera.evaluation.figures import Group, Recorder
 from tessera.evaluation.panel import Drawn, Floor, Panel, SampleSet, training_images
@@ -36,6 +37,8 @@ def run(  # its paths are the options of its command
     group = found.group("generation")
     if samples is None:
         _real(panel, params, splits, found, group)
+        if sets(params.dataset, "metadata"):
+            told.measure_real(panel, images, splits, params.sample_images.num_images, group)
         measured = found.measured()
         for sentence in trial.sentences(measured):
             job.say(f"ALARM: {sentence}")
@@ -47,6 +50,8 @@ def run(  # its paths are the options of its command
         beside = tuple(figures.read(path) for path in (tokenizer_metrics, prior_metrics) if path is not None)
         seen = SampleSet(panel, Drawn(drawn.pixels, drawn.labels), splits, beside)
         panel.measure("of_samples", seen, group)
+        if sets(params.dataset, "metadata"):
+            told.measure_samples(panel, images, drawn, samples, group)
         neighbor_pictures.draw(neighbors, seen, drawn, splits["train"])
         job.attach(neighbors, "neighbors.png")
         for sentence in group.alarms:

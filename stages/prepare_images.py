@@ -1,7 +1,8 @@
 """Data set -> images: uint8 shards and labels per split, and index.parquet with the fate of every source file.
 
 Columns of index.parquet: id (order in the source), split, shard (number of the .npy file), row (in the split, as
-`Images` counts), label, source, sha256, kept, reason. Files without an image have shard and row -1.
+`Images` counts), label, source, sha256, kept, reason; and captions, a list, and attributes, a JSON object, where the data set
+reads metadata. Files without an image have shard and row -1. Vectors, where it reads such, lie in shards beside the images.
 
 Memory does not grow with the number of files, and a data set that can be gone on with loses the last shard alone to a kill.
 """
@@ -15,12 +16,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tessera.artifacts import captions, shards, vectors, whole
 from tessera.artifacts import folder as artifact
-from tessera.artifacts import shards, whole
 from tessera.artifacts.growing import Growing
 from tessera.artifacts.images import SPLITS, ImageWriter, write_counts
 from tessera.artifacts.shards import labels_of
-from tessera.components import load
+from tessera.components import load, sets
 from tessera.sources.records import Record, Source
 
 BATCH = 256
@@ -49,6 +50,9 @@ def run(params: Any, out: Path, job: Any) -> dict[str, float] | None:
             spec = source.spec
             job.require_fit(params, spec, {split: labels_of(folder / split, spec.num_classes) for split in SPLITS})
             index.write(folder / "index.parquet")
+            if sets(config, "metadata"):
+                labels = {split: labels_of(folder / split, spec.num_classes) for split in SPLITS}
+                job.require_fit(params, spec, labels, captions.said_of(folder))
             write_counts(folder, spec, index.sha256.hexdigest(), counts)
     classes = f"{spec.num_classes} classes" if spec.num_classes > 1 else "no classes"
     job.say(
@@ -132,6 +136,8 @@ class _Writer:
         if self.held:
             images = np.stack([record.image for record in self.held])
             self.writer.append(images, np.array([record.label for record in self.held]))
+            if sets(self.held[0].metadata, "embedding"):
+                vectors.append(self.writer, self.held)
             self.held = []
 
 
@@ -151,6 +157,9 @@ class _Index:
         kept = record.image is not None
         place = (self.num_rows, record.split, shard, row, record.label)
         self.held.append((*place, record.source, record.sha256, kept, record.reason))
+        if sets(record, "metadata"):
+            self.metadata = True
+            self.held[-1] += captions.cells(record.metadata.captions, record.metadata.attributes)
         self.num_rows += 1
         self.sha256.update(record.sha256.encode())
         if kept:
@@ -167,6 +176,8 @@ class _Index:
         path = self._part(len(self.parts))
         with whole.file(path) as beside:
             self._table(self.held).to_parquet(beside, index=False)
+            if sets(self, "metadata"):
+                captions.type_as_text(beside)
         self.parts.append(artifact.sha256(path))
         self.held = []
         return {
@@ -192,6 +203,8 @@ class _Index:
         return self.state / f"index-{number:05d}.parquet"
 
     def _table(self, rows: list[tuple]) -> pd.DataFrame:
+        if sets(self, "metadata"):
+            return pd.DataFrame(rows, columns=[*COLUMNS, *captions.COLUMNS])
         return pd.DataFrame(rows, columns=list(COLUMNS))
 
     def require_readable(self, source: str, max_unreadable_fraction: float) -> None:
@@ -210,6 +223,8 @@ class _Index:
             parts = [pd.read_parquet(self._part(number)) for number in range(len(self.parts))]
             rest = [self._table(self.held)] if self.held or not parts else []
             pd.concat([*parts, *rest]).to_parquet(path, index=False)
+            if sets(self, "metadata"):
+                captions.type_as_text(path)
             return
         import pyarrow.parquet as pq  # here: few data sets are so large
 

@@ -9,7 +9,9 @@ from tessera.artifacts import checkpoints, pictures
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.samples import quotas
 from tessera.artifacts.shards import ShardWriter
+from tessera.components import sets
 from tessera.contracts import Job
+from tessera.editing import words
 from tessera.nn.precision import slowness
 from tessera.params import Pipeline
 from tessera.system import System
@@ -24,10 +26,16 @@ def run(
         job.say(told)
     labels = np.repeat(np.arange(system.spec.num_classes), quotas(settings.num_images, system.spec.class_counts))
     seeding.numpy_generator(params.seed, "sample_labels").shuffle(labels)
+    if sets(system.prior.config, "condition"):
+        examples = words.examples(prior, settings.num_images, params.seed)
+        labels = words.labels_of(examples, labels)
     starts = range(0, len(labels), settings.batch_size)
 
     def draw(start: int) -> np.ndarray:
         generator = seeding.generator(params.seed, "sample_images", start, device=system.device)
+        if sets(system.prior.config, "condition"):
+            some = slice(start, start + settings.batch_size)
+            return words.draw_examples(system, examples[some], labels[some], sampling, generator)
         return system.draw(labels[start : start + settings.batch_size], sampling, generator)
 
     drawn, images = job.share(starts, draw), []
@@ -41,6 +49,8 @@ def run(
                 if sum(map(len, images)) < 2000:  # enough for the picture, whatever num_images is
                     images.append(pixels)
         shown = np.concatenate(images)
+        if sets(system.prior.config, "condition"):
+            words.write_told(place, examples)
         artifact.write_json(
             place / "meta.json",
             {
@@ -54,6 +64,8 @@ def run(
             },
         )
     pictures.save_grid(picture, pictures.by_class(shown, labels[: len(shown)]), 10)
+    if sets(system.prior.config, "condition"):
+        words.show(picture, shown, examples, system.prior.config.condition)
     job.attach(picture, "samples.png")
     job.say(f"{len(labels):,} images, {sampling}")
     job.show(picture)

@@ -7,18 +7,20 @@ import torch
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
-from tessera.components import load
+from tessera.components import load, sets
 from tessera.contracts import Job
 from tessera.evaluation import figures
 from tessera.evaluation.judge import Judge
 from tessera.params import Pipeline
-from tessera.training import loop
+from tessera.training import loop, told
 
 
 def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, metrics: Path, job: Job) -> None:
     spec, splits = image_artifact.read(images)
     config = params.features[name]
     module = load("features", config.kind)
+    if sets(config, "captions"):
+        splits = told.told_images(config.captions, splits, images)
     is_trained = hasattr(module, "Objective")
     if is_trained:
         torch.manual_seed(config.seed)  # its own: runs of several seeds are measured by one judge

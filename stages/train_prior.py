@@ -15,11 +15,11 @@ from tessera.contracts import Job, KnowsLikelihood
 from tessera.evaluation.figures import Protocol, Recorder, without_network
 from tessera.evaluation.likelihood import bits_of_each, mean_loss, proportional_rows
 from tessera.params import Pipeline
-from tessera.training import loop, previews, warm_start
+from tessera.training import loop, previews, told, warm_start
 from tessera.training.validation import PriorValidation, hold_out
 
 
-def run(
+def run(  # nine parameters: one for each option of the command in dvc.yaml
     params: Pipeline,
     name: str,
     images: Path,
@@ -30,10 +30,12 @@ def run(
     metrics: Path,
     job: Job,
 ) -> dict[str, float] | None:
-    # nine parameters: one for each option of the command in dvc.yaml
     config = params.systems[name].prior
     module = load("priors", config.kind)
     spec, splits = token_artifact.read(tokens, module.LEARNS, config.num_views)
+    if sets(config, "condition"):
+        splits = told.told_tokens(config.condition, splits, images)
+        all_splits = dict(splits)
     if params.follow_training.criterion != "last":
         splits |= hold_out(splits["train"], params.follow_training, params.seed, job)
     torch.manual_seed(params.seed)
@@ -47,7 +49,11 @@ def run(
     if params.follow_training.every:
         validation = PriorValidation(params, name, spec, splits, images, tokenizer, job)
     inputs = {"prior": config, "tokens": artifact.fingerprint(tokens), "seed": params.seed}
+    if sets(config, "condition"):
+        inputs["captions"] = told.fingerprint(splits)
     job.resumable(inputs | (validation.inputs() if validation else {}), parts=(config, params.follow_training.features))
+    if sets(config, "condition"):
+        told.compute(splits, job)
     objective = module.Objective(model, config)
     if sets(config, "init"):
         warm_start.begin(objective, config, "priors", job)
@@ -63,6 +69,8 @@ def run(
         checkpoints.save(place, "priors", config, spec, model, job.code_of(config))
         if sets(config, "init"):
             warm_start.write_record(place, job)
+        if sets(config, "condition"):
+            told.write_examples(place, config.condition, all_splits, images, params.seed)
         if validation:
             validation.write(place)
     job.keep_history(history)

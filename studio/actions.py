@@ -23,10 +23,12 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import to_uint8
 from tessera.artifacts.shards import spread
+from tessera.bases.captions import CAPTIONED
 from tessera.components import kinds, load
 from tessera.nn.weightless import WithoutWeights
+from tessera.sources.bands import require_picture
 from tessera.sources.decoding import opened
-from tessera.sources.frame import Frame
+from tessera.sources.frame import WITHOUT_PICTURES, Frame
 from tessera.sources.records import Unreadable
 from tessera.system import CannotEdit, System
 
@@ -67,6 +69,13 @@ class Knob(NamedTuple):
     value: float
 
 
+class Words(NamedTuple):
+    """What is to be drawn, and what guidance leads away from; empty: nothing."""
+
+    caption: str = ""
+    negative: str = ""
+
+
 class Studio:
     """The trained systems of a checkout. Every mistake of a user is a ValueError of one sentence."""
 
@@ -79,6 +88,7 @@ class Studio:
         self.edits = {name: self._edits_of(name) for name in trained}
         self.names = sorted(trained, key=lambda name: -len(self.edits[name]))  # the most able first
         spec, splits = image_artifact.read(root / "data/images")
+        require_picture(spec.channels, spec.name, WITHOUT_PICTURES)
         self.classes, self._test = spec.class_names, splits["test"]
         self.rows = spread(len(self._test), THUMBNAILS).tolist()  # of the test images that are shown
         self._models, self._files = threading.Lock(), threading.Lock()
@@ -107,9 +117,17 @@ class Studio:
         sampling = self.params.sampling(name).model_dump()
         return {knob: Knob(key, sampling[key]) for knob, keys in KNOBS.items() for key in keys if key in sampling}
 
-    def draw(self, name: str, label: int | None, count: Any, seed: Any, **knobs: float | None) -> Drawn:
-        """Knobs that are None stay as params.yaml sets them."""
+    def reads_captions(self, name: str) -> bool:
+        """Whether the system's prior was told captions."""
+        condition = getattr(self.params.systems[name].prior, "condition", None)
+        return condition is not None and condition.kind in CAPTIONED
+
+    def draw(
+        self, name: str, label: int | None, count: Any, seed: Any, words: Words | None = None, **knobs: float | None
+    ) -> Drawn:
+        """Knobs that are None stay as params.yaml sets them. words: of a system that reads captions."""
         self._check(name)
+        words = words or Words()
         known = self.knobs(name)
         given = {knob: value for knob, value in knobs.items() if value is not None}
         refused = [knob for knob in given if knob not in known]
@@ -118,6 +136,10 @@ class Studio:
             raise ValueError(f"{name} has no {refused[0]}: its prior samples with {has}")
         sampling = {known[knob].key: int(value) if knob == "steps" else value for knob, value in given.items()}
         options = {"count": _whole(count, "the number of images", 1, MAX_IMAGES), "seed": _seed(seed), "label": label}
+        if words.caption or words.negative:
+            if not self.reads_captions(name):
+                raise ValueError(f"{name} was trained on labels, not on captions: leave the words out")
+            options |= {"caption": words.caption or None, "negative": words.negative or None}
         asked = edit.to_draw(self.params, name, sampling, **options)
         with self._models:
             system = self._open(name)

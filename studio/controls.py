@@ -123,6 +123,19 @@ def class_field(studio: Studio, title: str, none: str | None, value: int = NOBOD
     return gr.Dropdown([(none, NOBODY_KNOWS), *choices] if none else choices, value=value, label=title)
 
 
+def word_fields(is_shown: bool, has_negative: bool) -> list[gr.Textbox]:
+    """What is to be drawn, and, if it is asked for, what not, in words."""
+    titles = {"caption": "In words", "negative": "Not so, in words"}
+    with gr.Row():
+        return [
+            gr.Textbox(
+                "", label=title, elem_id=key if has_negative else f"{key}-of-both", max_lines=1, visible=is_shown
+            )
+            for key, title in titles.items()
+            if has_negative or key == "caption"
+        ]
+
+
 def known(label: int) -> int | None:
     """A drop-down's label; None where nobody knows it."""
     return None if label == NOBODY_KNOWS else label

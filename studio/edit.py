@@ -28,6 +28,7 @@ from tessera import params as all_params
 from tessera import plain_yaml, seeding
 from tessera.artifacts import pictures
 from tessera.artifacts.images import to_uint8
+from tessera.bases.conditional import steering_from
 from tessera.components import kinds, load, parse
 from tessera.editing import words
 from tessera.editing.beside import HALFWAY, Beside, require_used
@@ -75,13 +76,19 @@ class Draw(NamedTuple):
     label: int | None = None  # None: one label after another
     count: int = 1
     seed: int = 0
-    caption: str | None = None  # in the place of a label
+    caption: str | None = None  # in the place of a label, or beside it
+    negative: str | None = None  # a caption that guidance leads away from
+    attributes: dict[str, Any] = {}  # in the place of a caption
+    picture: Any = None  # (C, H, W) uint8, in their place: what is shown of it is painted over
 
     def command(self, target: str = "out.png") -> str:
         """The line for the shell that does it again."""
         parts = [f"python -m studio.edit --system {self.system} --sample"]
         parts += [f"--label {self.label}"] if self.label is not None else []
         parts += [f"--caption {shlex.quote(self.caption)}"] if self.caption is not None else []
+        parts += [f"--attribute {shlex.quote(f'{key}={value}')}" for key, value in self.attributes.items()]
+        parts += [f"--negative {shlex.quote(self.negative)}"] if self.negative is not None else []
+        parts += ["--picture in.png"] if self.picture is not None else []
         parts += [f"--count {self.count}"] if self.count != 1 else []
         parts += _options("--sampling", self.sampling, self.usual_sampling)
         return " ".join([*parts, *_seeded(self.seed), shlex.quote(target)])
@@ -132,8 +139,19 @@ def to_draw(params: Pipeline, system: str, sampling: dict[str, Any] | None = Non
     made = Draw(system, *_sampling(params, system, sampling), **other)
     if made.count < 1:
         raise ValueError(f"count is {made.count}: expected at least 1 image")
-    if made.caption is not None and made.label is not None:
-        raise ValueError("a label and a caption are given: expected one of them")
+    condition = getattr(params.systems[system].prior, "condition", None)
+    if made.caption is not None and made.label is not None and getattr(condition, "of_classes", None) is not None:
+        raise ValueError(
+            "a label and a caption are given: expected one of them, as this prior reads a label as a caption"
+        )
+    given = {"a caption": made.caption, "attributes": made.attributes or None, "a picture": made.picture}
+    both = [name for name, one in given.items() if one is not None]
+    if len(both) > 1:
+        raise ValueError(f"{both[0]} and {both[1]} are given: expected those that the prior was told")
+    if made.negative is not None and made.caption is None:
+        raise ValueError(
+            "a negative caption is given without a caption: expected both; of all else the library takes one"
+        )
     return made
 
 
@@ -176,17 +194,20 @@ def draw(system: System, asked: Draw) -> tuple[torch.Tensor, np.ndarray]:
     num_classes = system.spec.num_classes
     if asked.label is not None and not 0 <= asked.label < num_classes:
         raise ValueError(f"label is {asked.label}: expected 0 to {num_classes - 1}")
-    told = _told(system, asked)
+    told, away = _told(system, asked), None if asked.negative is None else words.told(system, [asked.negative])
     generator = seeding.generator(asked.seed, "edit_file", device=system.device)
     system = _as_asked(system, asked.sampling)
-    tokens = system.prior.sample(told, asked.sampling, generator)
+    with steering_from(system.prior, away):
+        tokens = system.prior.sample(told, asked.sampling, generator)
     return tokens.cpu(), to_uint8(system.decode(tokens)).cpu().numpy()
 
 
 def _told(system: System, asked: Draw) -> torch.Tensor:
     """What the prior is told of each image: labels, or a caption."""
-    if asked.caption is not None:
-        return words.told(system, [asked.caption]).expand(asked.count, -1)
+    given = [one for one in (asked.caption, asked.attributes or None, asked.picture) if one is not None]
+    if given:
+        beside = None if asked.label is None else np.array([asked.label])
+        return words.told(system, given, beside).expand(asked.count, -1)
     every = torch.from_numpy(system.labels[np.arange(asked.count) % len(system.labels)])
     labels = every if asked.label is None else torch.full((asked.count,), asked.label)
     system.require_trained_on(labels.numpy())
@@ -261,6 +282,17 @@ def _parser() -> argparse.ArgumentParser:
         "--label", type=int, help="of the image, if it is known; sample: to draw, else one after another"
     )
     parser.add_argument("--caption", help="sample: what to draw, in words, of a prior that learned captions")
+    parser.add_argument(
+        "--attribute",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="sample: what to draw, of a prior of attributes",
+    )
+    parser.add_argument(
+        "--picture", type=Path, help="sample: an image, of which is shown what the prior was told of images"
+    )
+    parser.add_argument("--negative", help="sample: a caption that guidance leads away from")
     parser.add_argument("--count", type=int, default=1, help="sample: number of images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the edit")
@@ -283,7 +315,12 @@ def main(arguments: list[str]) -> int:
         if given.output.suffix.lower() not in (".png", ".bmp", ".tif", ".tiff"):
             raise ValueError(f"{given.output} would lose pixels or is no image: expected a name that ends in .png")
         if given.kind == "sample":
-            wanted = {"label": given.label, "count": given.count, "seed": given.seed, "caption": given.caption}
+            wanted = {"label": given.label, "count": given.count, "seed": given.seed}
+            wanted |= {"caption": given.caption, "negative": given.negative}
+            wanted["attributes"] = _pairs(given.attribute)
+            if given.picture is not None:
+                picture = read_picture(given.picture.read_bytes(), str(given.picture))
+                wanted["picture"] = to_uint8(Frame(params.dataset, picture.size).tensor(picture))[0]
             drawing = to_draw(params, given.system, _pairs(given.sampling), **wanted)
             _, images = draw(open_system(params, given.system), drawing)
             pictures.save_grid(given.output, images, min(ROW, len(images)))
@@ -301,7 +338,13 @@ def main(arguments: list[str]) -> int:
 def _require_used(given: argparse.Namespace) -> None:
     """Raises ValueError for an option that this kind of edit has no use for, and for files that are not there."""
     is_sample = given.kind == "sample"
-    of_samples = {"caption": given.caption is not None, "count": given.count != 1}
+    of_samples = {
+        "caption": given.caption is not None,
+        "attribute": bool(given.attribute),
+        "negative": given.negative is not None,
+        "picture": given.picture is not None,
+        "count": given.count != 1,
+    }
     of_edits = {"set": bool(given.set), "mask": given.mask is not None, "other": given.other is not None}
     useless = [name for name, is_given in (of_edits if is_sample else of_samples).items() if is_given]
     if is_sample and given.share != HALFWAY:
@@ -311,7 +354,7 @@ def _require_used(given: argparse.Namespace) -> None:
     if not is_sample:
         share = given.share != HALFWAY
         require_used(given.kind, mask=given.mask is not None, other=given.other is not None, share=share)
-    for path in (given.input, given.mask, given.other):
+    for path in (given.input, given.mask, given.other, given.picture):
         if path is not None and not path.is_file():
             raise ValueError(f"{path} is no file: expected a picture")
     if not given.output.absolute().parent.is_dir():

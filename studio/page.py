@@ -20,7 +20,7 @@ import gradio as gr  # noqa: E402  after its environment
 from PIL import Image  # noqa: E402
 
 from studio import controls, figures  # noqa: E402
-from studio.actions import KNOBS, PAINT, Studio, for_painting, mask_of, painted_below  # noqa: E402
+from studio.actions import KNOBS, PAINT, Studio, Words, for_painting, mask_of, painted_below  # noqa: E402
 from studio.controls import edit_button, known, telling  # noqa: E402
 from studio.editor import within_limits  # noqa: E402
 from studio.server import serve  # noqa: E402
@@ -69,22 +69,24 @@ def _sample(studio: Studio, system: gr.Dropdown) -> None:
             controls.count_field(),
             controls.seed_field(),
         )
+    words = controls.word_fields(studio.reads_captions(studio.names[0]), has_negative=True)
     with gr.Row():
         knobs = [controls.knob_field(knob, has.get(knob)) for knob in KNOBS]
     button = gr.Button("Draw", variant="primary", elem_id="draw")
     shown, command = gr.HTML(elem_id="drawn"), controls.command_field()
 
-    def knobs_of(name: str) -> list[gr.Slider]:
-        return [controls.knob_field(knob, studio.knobs(name).get(knob)) for knob in KNOBS]
+    def fields_of(name: str) -> list[gr.Slider | gr.Textbox]:
+        of_words = [gr.Textbox(visible=studio.reads_captions(name)) for _ in words]
+        return [*(controls.knob_field(knob, studio.knobs(name).get(knob)) for knob in KNOBS), *of_words]
 
-    def draw(name: str, label: int, count: int, seed: int, *values: float) -> tuple[str, str]:
-        has = studio.knobs(name)
-        chosen = {knob: value for knob, value in zip(KNOBS, values, strict=True) if knob in has}
-        drawn = studio.draw(name, known(label), count, seed, **chosen)
+    def draw(name: str, label: int, count: int, seed: int, *values: Any) -> tuple[str, str]:
+        has, of_words = studio.knobs(name), Words(*values[len(KNOBS) :]) if studio.reads_captions(name) else None
+        chosen = {knob: value for knob, value in zip(KNOBS, values, strict=False) if knob in has}
+        drawn = studio.draw(name, known(label), count, seed, of_words, **chosen)
         return figures.html(drawn), drawn.command
 
-    system.change(telling(knobs_of), system, knobs, api_name=False)
-    button.click(telling(draw), [system, label, count, seed, *knobs], [shown, command], api_name="sample")
+    system.change(telling(fields_of), system, [*knobs, *words], api_name=False)
+    button.click(telling(draw), [system, label, count, seed, *knobs, *words], [shown, command], api_name="sample")
 
 
 def _compare(studio: Studio) -> None:
@@ -97,6 +99,7 @@ def _compare(studio: Studio) -> None:
             controls.count_field(),
             controls.seed_field(),
         )
+    words = controls.word_fields(any(map(studio.reads_captions, studio.names)), has_negative=False)
     button = gr.Button("Draw both", variant="primary", elem_id="draw-both")
     systems, outputs = [], []
     with gr.Row():
@@ -106,11 +109,11 @@ def _compare(studio: Studio) -> None:
                 systems.append(gr.Dropdown(studio.names, value=name, label="System", elem_id=f"system-{side}"))
                 outputs += [gr.HTML(elem_id=f"drawn-{side}"), controls.command_field()]
 
-    def draw(left: str, right: str, label: int, count: int, seed: int) -> list[str]:
-        both = [studio.draw(name, known(label), count, seed) for name in (left, right)]
+    def draw(left: str, right: str, label: int, count: int, seed: int, *of_words: str) -> list[str]:
+        both = [studio.draw(name, known(label), count, seed, Words(*of_words)) for name in (left, right)]
         return [text for drawn in both for text in (figures.html(drawn), drawn.command)]
 
-    button.click(telling(draw), [*systems, label, count, seed], outputs, api_name="compare")
+    button.click(telling(draw), [*systems, label, count, seed, *words], outputs, api_name="compare")
 
 
 def _inpaint(studio: Studio, system: gr.Dropdown) -> None:

@@ -46,7 +46,7 @@ class TokenSpec(Params):
     num_classes: Count
     class_counts: tuple[
         Annotated[int, Field(ge=0)], ...
-    ]  # of the training images: what samples are drawn in proportion to
+    ]  # of the training images; samples are drawn in proportion to them
     latent_mean: tuple[Mean, ...]  # per channel, of the latents as stored; priors learn (latents - mean) / std
     latent_std: tuple[Deviation, ...]
     tokenizer_fingerprint: str
@@ -112,8 +112,7 @@ class Planned(NamedTuple):
     """What is known of a run before it begins: what parts are asked about by `problems(config, planned)`.
 
     A part's file may have this function beside its Config. It yields a sentence for each setting that cannot work on these
-    images, and would otherwise be refused hours later: what was found, what was expected, what to write. It is never asked
-    by a stage, so that no result depends on it (tessera/check).
+    images: what was found, what was expected, what to write. No stage asks it, and so no result depends on it (tessera/check).
     """
 
     spec: ImageSpec
@@ -121,9 +120,8 @@ class Planned(NamedTuple):
     num_samples: int  # sample_images.num_images
     max_neighbor_images: int  # of evaluate
     networks: tuple[str, ...]  # the kinds of the feature networks
-    is_begin: bool = (
-        True  # files that a stage reads once are needed; later they may be gone, as what was made of them stands
-    )
+    said: Any = None  # of the images by metadata: artifacts/captions.Said; None: it is not known yet
+    is_begin: bool = True  # files that a stage reads once are needed; later they may be gone
 
 
 # Abilities of priors. Indices are (B, *index_grid) int64, `is_known` are booleans of that shape, labels are (B,) up to and
@@ -257,15 +255,12 @@ class Job(Protocol):
     checkpoint_seconds: float
 
     def say(self, line: str) -> None: ...
-    def require_fit(self, params: Any, spec: ImageSpec, labels: Mapping[str, np.ndarray]) -> None: ...
-
-    # raises ValueError, a sentence per problem, if a later stage could not work on images with these labels (of each split)
-
+    def require_fit(self, params: Any, spec: ImageSpec, labels: Any, said: Any = None) -> None: ...
+    # raises ValueError, a sentence per problem, if a later stage could not work on images of which this is said
     def track(self, items: Iterable[Any], total: int, what: str = "") -> Iterator[Any]: ...  # the items, counted aloud
     def part(self, items: Sequence[Any]) -> Sequence[Any]: ...  # those that this process works on when they are shared
     def from_main(self, value: Any) -> Any: ...  # the first process's, in all of them
     def share(self, items: Sequence[Any], work: Callable[[Any], Any]) -> Iterator[Any]: ...  # work of each, in order
-
     # by all processes of the stage; only the first one, which is_main, is given anything
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def attach(self, path: Path, name: str | None = None) -> None: ...
@@ -288,7 +283,7 @@ class Job(Protocol):
 #     of_samples(config, samples: SeenSamples, found: Record)
 #     of_real_images(config, real: RealImages, found: Record)
 #     of_reconstructions(config, decoded: SeenReconstructions, found: Record)
-#     of_tokens(config, tokens: TokenUse, found: Record)
+#     of_tokens(config, tokens: TokenUse, found: Record), of_told(config, told: Told, found: Record) where there are captions
 # and of the class Pairs, each of which is asked where there is something of this kind to measure; and FIGURES, a Shown for
 # each figure that they record.
 
@@ -343,6 +338,19 @@ class Predicted(NamedTuple):
     protocol: Any
 
 
+class Told(NamedTuple):
+    """How a network that reads captions finds the one that each image was told, among all captions there are."""
+
+    kind: str  # of the network
+    is_first: bool  # of those that read captions
+    # of the image's own caption; and of that of another image of its group, which is what chance gives
+    likeness: tuple[np.ndarray, np.ndarray]  # (N,) cosines
+    ranks: tuple[np.ndarray, np.ndarray]  # (N,) how many other captions are nearer to the image, of num_captions
+    groups: np.ndarray  # (N,) what of the caption is new: seen, held_out, new_words (artifacts/captions.py)
+    num_captions: int
+    protocol: Any
+
+
 class SeenSamples(Protocol):
     """Samples of a system beside test images; or training images in their place, which are the floor of each figure."""
 
@@ -389,6 +397,4 @@ class Pairs(Protocol):
     """Measures reconstructions beside their originals, batch by batch. Built as Pairs(config, spec, device)."""
 
     def update(self, originals: Tensor, decoded: Tensor) -> None: ...  # both (n, C, H, W) uint8 on the CPU
-    def record(
-        self, protocol: Any, found: Record
-    ) -> None: ...  # protocol(network="none", network_sha256="", **settings)
+    def record(self, protocol: Any, found: Record) -> None: ...  # protocol(network="none", network_sha256="", **more)

@@ -1,19 +1,25 @@
 """Grids of images as PNG, enlarged by nearest neighbour: what a person looks at to judge a run."""
 
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from tessera.artifacts import whole
+from tessera.artifacts.fonts import font_for
 
 MARGIN = 1  # pixels between images, before enlarging
 SHORTEST_SIDE = 48  # of one image on the screen, at least
+CAPTIONED_SIDE, FONT_SIZE, LINES, GAP = 112, 11, 3, 3  # pixels, and lines of a caption, in pictures with words
 
 
 def grid(images: np.ndarray, num_columns: int) -> np.ndarray:
-    """(N, C, H, W) uint8 in reading order -> (rows, columns, 3) uint8 on a dark ground, each image enlarged alike."""
+    """(N, C, H, W) uint8 in reading order -> (rows, columns, 3) uint8 on a dark ground, each image enlarged alike.
+
+    Of images of other than 3 channels the first one is shown, in gray."""
     count, channels, height, width = images.shape
     num_rows = math.ceil(count / num_columns)
     canvas = np.full((num_rows * (height + MARGIN) + MARGIN, num_columns * (width + MARGIN) + MARGIN, 3), 32, np.uint8)
@@ -27,8 +33,8 @@ def grid(images: np.ndarray, num_columns: int) -> np.ndarray:
 
 
 def picture(image: np.ndarray) -> Image.Image:
-    """(C, H, W) uint8, gray or RGB."""
-    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+    """(C, H, W) uint8: gray, RGB, or of other channels the first one in gray, as `grid` shows it."""
+    return Image.fromarray(image.transpose(1, 2, 0) if len(image) == 3 else image[0])
 
 
 def save_grid(path: Path, images: np.ndarray, num_columns: int) -> None:
@@ -47,3 +53,39 @@ def by_class(images: np.ndarray, labels: np.ndarray, num_columns: int = 10, max_
         blank = np.zeros((num_columns - len(row), *images.shape[1:]), np.uint8)
         rows.append(np.concatenate([row, blank]))
     return np.concatenate(rows)
+
+
+def save_captioned(path: Path, images: np.ndarray, captions: list[str], num_columns: int) -> None:
+    """As `save_grid`, with the words below each image; (N, C, H, W) uint8. Letters that no font here has are boxes."""
+    font = font_for("".join(captions), FONT_SIZE)
+    side = max(CAPTIONED_SIDE, *images.shape[2:])
+    scale = max(1, round(side / max(images.shape[2:])))
+    height, width = (scale * length for length in images.shape[2:])
+    cell, num_rows = width + 2 * GAP, math.ceil(len(images) / num_columns)
+    row_height = height + LINES * (FONT_SIZE + 2) + 3 * GAP
+    canvas = Image.new("RGB", (num_columns * cell, num_rows * row_height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        row, column = divmod(number, num_columns)
+        left, top = column * cell + GAP, row * row_height + GAP
+        canvas.paste(picture(image).convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
+        for line, text in enumerate(_lines(caption, lambda text: draw.textlength(text, font) <= width)):
+            draw.text((left, top + height + GAP + line * (FONT_SIZE + 2)), text, fill="black", font=font)
+    with whole.file(path) as beside:
+        canvas.save(beside, "PNG")
+
+
+def _lines(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """At most LINES lines that fit, broken at words where these are short enough; three dots where more follows."""
+    lines = [""]
+    for word in re.findall(r"\S+\s*", text):
+        for piece in [word] if fits(word.rstrip()) else list(word):
+            if lines[-1] and not fits((lines[-1] + piece).rstrip()):
+                lines.append("")
+            lines[-1] += piece
+    if len(lines) <= LINES:
+        return lines
+    last = lines[LINES - 1].rstrip()
+    while last and not fits(f"{last}..."):
+        last = last[:-1]
+    return [*lines[: LINES - 1], f"{last}..."]

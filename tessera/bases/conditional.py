@@ -6,6 +6,8 @@ Differs from them: the scale is s = 1 + w, so that 1 is the conditional model an
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import torch
@@ -17,6 +19,7 @@ from tessera.bases.initialization import Initialization
 from tessera.bases.optimization import optimizers_for
 from tessera.components import AddedKey, ConditionConfig, Fraction, Params, load, sets
 from tessera.contracts import TokenBatch, TokenSpec
+from tessera.nn.cross_attention import attend
 
 
 def rising(ends: tuple[float, float]) -> tuple[float, float]:
@@ -91,19 +94,60 @@ class ConditionalModel(nn.Module):
 
 
 def null_of(told: Tensor, model: ConditionalModel) -> Tensor:
-    """(B,) labels -> (B,) null labels; another condition (B, ...) -> its own null."""
+    """(B,) labels -> (B,) null labels; another condition (B, ...) -> its own null, or what `steering_from` names."""
+    if getattr(model, "steered_from", None) is not None:
+        return model.steered_from.expand(len(told), -1)
     if told.ndim == 1:
         return torch.full_like(told, model.null_label)
     return load("conditions", model.config.condition.kind).null(told)
 
 
-def embedding_of(config: ConditionalConfig, spec: TokenSpec, table: nn.Embedding) -> nn.Module:
-    """What embeds the condition in the place of a table of labels. Raises ValueError where nothing would be told."""
+@contextmanager
+def steering_from(model: ConditionalModel, told: Tensor | None) -> Iterator[None]:
+    """Inside, guidance leads away from this condition, (1, ...), in the place of the null one: a negative caption."""
+    model.steered_from = told
+    try:
+        yield
+    finally:
+        model.steered_from = None
+
+
+def dropped_of(told: Tensor, objective: "ConditionalObjective") -> Tensor:
+    """Ho and Salimans, algorithm 1, of labels (B,) or of another condition (B, ...), of which parts are left out too."""
+    rate = objective.config.label_dropout
+    if not objective.training or not rate:
+        return told
+    is_dropped = torch.rand(len(told), device=told.device) < rate
+    if told.ndim == 1:
+        return torch.where(is_dropped, objective.model.null_label, told)
+    part = load("conditions", objective.config.condition.kind)
+    return torch.where(is_dropped.unsqueeze(1), part.null(told), part.partly_dropped(told, rate))
+
+
+def either_dropped(told: Tensor, null: Tensor, rate: float) -> Tensor:
+    """(B, 1 + ...) a label and what is told beside it, and null ones -> a share `rate` of them without what is beside the
+    label, and another one without the label.
+
+    Brooks et al. (InstructPix2Pix), 2023, arXiv:2211.09800, section 3.2.1: so that each may be told alone.
+    """
+    draws = torch.rand(len(told), 1, device=told.device)
+    is_label = torch.arange(told.shape[1], device=told.device) == 0
+    label_alone, without_label = draws < rate, (draws >= rate) & (draws < 2 * rate)
+    return torch.where((label_alone & ~is_label) | (without_label & is_label), null, told)
+
+
+def tell(body: nn.Module, config: ConditionalConfig, spec: TokenSpec) -> None:
+    """Put what embeds the condition in the place of a body's `label_embedding`, and let its layers attend to the sequence that
+    the condition gives beside, if it does. Raises ValueError where nothing would be told.
+    """
     if not config.is_conditional:
         raise ValueError(
             "is_conditional is false, and there is a condition: leave out one of them, as nothing would be told"
         )
-    return load("conditions", config.condition.kind).Network(config.condition, spec, table)
+    network = load("conditions", config.condition.kind).Network(config.condition, spec, body.label_embedding)
+    if network.context is not None:
+        attend(body, network.context)
+    body.label_embedding = network
 
 
 class ConditionalObjective(nn.Module):
@@ -125,6 +169,8 @@ class ConditionalObjective(nn.Module):
 
     def dropped(self, labels: Tensor) -> Tensor:
         """Ho and Salimans, algorithm 1: in training a share `label_dropout` of the labels becomes the null label."""
+        if sets(self.config, "condition"):
+            return dropped_of(labels, self)
         if not self.config.is_conditional or not self.training or not self.config.label_dropout:
             return self.model.condition(labels)
         is_dropped = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout

@@ -10,7 +10,7 @@ from torch import nn
 from tessera import seeding
 from tessera.bases.optimization import Training
 from tessera.check.problems import tokens_of
-from tessera.components import load
+from tessera.components import load, sets
 from tessera.contracts import ImageBatch, ImageSpec, Planned, TokenBatch, TokenSpec
 from tessera.nn.precision import in_precision
 from tessera.params import Pipeline
@@ -101,6 +101,10 @@ def _images(config: Any, spec: ImageSpec) -> ImageBatch | None:
         return None
     number = config.training.batch_size
     images = torch.rand(number, spec.channels, spec.height, spec.width) * 2 - 1
+    if sets(config, "captions"):  # one byte to each, for how long they are does not count
+        told = torch.zeros(number, 1 + config.captions.max_bytes, dtype=torch.long)
+        told[:, 1] = torch.arange(number) % 256
+        return ImageBatch(images, told)
     return ImageBatch(images, torch.arange(number) % spec.num_classes)
 
 

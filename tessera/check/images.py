@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tessera.artifacts import captions
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
+from tessera.artifacts.captions import Said
 from tessera.artifacts.images import SPLITS
 from tessera.artifacts.shards import labels_of
 from tessera.components import load
@@ -14,11 +16,13 @@ from tessera.contracts import ImageSpec, Planned
 from tessera.params import Pipeline
 
 
-def planned(params: Pipeline, spec: ImageSpec, labels: Mapping[str, np.ndarray]) -> Planned:
-    """The run of these params on images with these labels, (N,) int64 of each split."""
+def planned(params: Pipeline, spec: ImageSpec, labels: Mapping[str, np.ndarray], said: Said | None = None) -> Planned:
+    """The run of these params on images with these labels, (N,) int64 of each split, of which metadata say this."""
+    if getattr(params.dataset, "metadata", None) is None:
+        said = Said(0, {})
     networks = tuple(config.kind for config in params.features.values())
     at_most = params.evaluate.max_neighbor_images
-    return Planned(spec, labels, params.sample_images.num_images, at_most, networks)
+    return Planned(spec, labels, params.sample_images.num_images, at_most, networks, said)
 
 
 def of_artifact(params: Pipeline, images: Path) -> Planned | None:
@@ -31,9 +35,13 @@ def of_artifact(params: Pipeline, images: Path) -> Planned | None:
                 return None
         spec = image_artifact.read_spec(images)
         labels = {split: labels_of(images / split, spec.num_classes) for split in SPLITS}
-        return planned(params, spec, labels)
+        return planned(params, spec, labels, _said(images, params))
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _said(images: Path, params: Pipeline) -> Said | None:
+    return None if getattr(params.dataset, "metadata", None) is None else captions.said_of(images)
 
 
 def of_source(params: Pipeline) -> Planned:

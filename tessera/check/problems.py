@@ -35,7 +35,8 @@ def problems(params: Pipeline, planned: Planned, is_begin: bool = True) -> list[
     is_begin: files of weights are asked for too. Later they may be gone, as what was made of them stands.
     """
     planned = planned._replace(is_begin=is_begin)
-    asked = [_networks(params, planned), _parts(params, planned), _settings(params), _numbers(params, planned)]
+    asked = [_networks(params, planned), _parts(params, planned), _channels(params, planned)]
+    asked += [_settings(params), _numbers(params, planned)]
     if is_begin:
         asked.append(f"{where}: {sentence}" for where, config in _configs(params) for sentence in _weights(config))
     return [sentence for some in asked for sentence in some]
@@ -126,6 +127,15 @@ def _parts(params: Pipeline, planned: Planned) -> Iterator[str]:
             yield from (f"{where}: {sentence}" for sentence in ask(config, planned))
 
 
+def _channels(params: Pipeline, planned: Planned) -> Iterator[str]:
+    for where, config in _configs(params):
+        if planned.spec.channels not in (1, 3) and getattr(config, "perceptual", None) == "lpips":
+            yield (
+                f"{where}: images of {planned.spec.channels} channels do not fit perceptual: lpips, expected 1 (gray) or 3 "
+                f"(RGB): write perceptual: laplacian"
+            )
+
+
 def _settings(params: Pipeline) -> Iterator[str]:
     """What params alone decide."""
     num_views = views.count(params.encode_tokens)
@@ -135,6 +145,12 @@ def _settings(params: Pipeline) -> Iterator[str]:
             yield (
                 f"systems.{name}.prior: num_views {wanted} is more than the {num_views} that encode_tokens makes of an image: "
                 f"write num_views: {num_views}, or raise encode_tokens.warps"
+            )
+        told = getattr(system.prior, "condition", None)
+        if told is not None and told.kind == "image" and num_views > 1 and system.prior.num_views != 1:
+            yield (
+                f"systems.{name}.prior: its condition shows the image itself, but it learns {num_views} views of each, "
+                f"expected one: write num_views: 1"
             )
     for where, config in _configs(params):
         yield from (f"{where}: {sentence}" for ask in (_batches, _late_discriminator) for sentence in ask(config))

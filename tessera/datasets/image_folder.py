@@ -4,6 +4,10 @@
     source/train/cat/1.jpg         classes, split by you         (test/, val/, valid/ or validation/ beside train/;
                                                          val/ beside both: see val_images)
     source/1.jpg                   no classes                    labels: none
+    source/cat_1.jpg               classes in the names          label_pattern: "([a-z]+)_[0-9]+"
+    source/metadata.jsonl          captions, classes, splits     metadata: {captions: [text]}: sources/metadata.py
+    source/000.tar, ...            shards                        shards: tar, or parquet: sources/shards.py
+    source/1.npy, 1.tif            1 to 16 channels              bands: 13: sources/bands.py
 
 Every file is listed with its fate; none is skipped silently. Deeper folders inside a class belong to the class.
 """
@@ -18,14 +22,18 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from tessera.components import Params
+from tessera.components import AddedKey, Params, sets
 from tessera.contracts import Count, ImageSpec
 from tessera.seeding import derive
 from tessera.sources.archives import ANYWHERE, Limits, Reader, open_source
+from tessera.sources.bands import Bands, ToldByReasons, decoder_of
 from tessera.sources.decoding import PILLOW_MAX_PIXELS, Background, Filter, Resize, decode, pillow_warnings
 from tessera.sources.listing import Entry, Listing
+from tessera.sources.metadata import DescribedLayout, Metadata, described
+from tessera.sources.naming import LabelPattern, NamedLayout, without_classes
 from tessera.sources.processes import Decoder, Fate, Task, fate, fates, num_cores, task
 from tessera.sources.records import DatasetName, Record, Source
+from tessera.sources.shards import ShardKind, open_shards
 
 LICENCE = "not stated: that of the images' authors"
 TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that exists beside train/ is the test split
@@ -56,9 +64,18 @@ class Config(Params):
     max_archive_bytes: Count = 2**40  # of all files in an archive, unpacked
     max_archive_files: Count = 2_000_000
     licence: str = LICENCE
+    metadata: AddedKey[Metadata] = None  # what a file beside the images says of them
+    shards: AddedKey[ShardKind] = None  # the source is many tars (webdataset), or many files of parquet
+    image: AddedKey[str] = None  # of parquet the column that holds the images; unset: "image"
+    label_pattern: AddedKey[LabelPattern] = None  # finds the class in each name, in the place of labels
+    bands: AddedKey[Bands] = None  # channels of each file as they are, in the place of channels: sources/bands.py
 
     @property
     def num_classes(self) -> int | None:
+        if sets(self, "label_pattern"):
+            return None
+        if sets(self, "metadata"):
+            return self.metadata.num_classes_beside(self.labels)
         return 1 if self.labels == "none" else None
 
 
@@ -66,7 +83,13 @@ class Config(Params):
 def opened(config: Config) -> Iterator[Source]:
     """The source, listed once. Raises ValueError if it is missing, empty, damaged or of another layout."""
     with _open(config) as (entries, read):
+        if sets(config, "label_pattern"):
+            config = without_classes(config)
         layout = _Layout(config, entries)
+        if sets(config, "metadata"):
+            layout = DescribedLayout(layout, config, entries, read)
+        if sets(config, "label_pattern"):
+            layout = NamedLayout(layout, config, entries)
         spec = ImageSpec(
             name=config.name,
             channels=config.channels,
@@ -76,6 +99,9 @@ def opened(config: Config) -> Iterator[Source]:
             class_names=tuple(layout.class_names),
             licence=config.licence,
         )
+        if sets(config, "bands"):
+            spec = spec.model_copy(update={"channels": config.bands})
+            layout = ToldByReasons(layout)
         yield Source(spec, entries.fingerprint, partial(_records, entries, layout, read), layout.require_images)
 
 
@@ -108,6 +134,8 @@ def _records(entries: Listing, layout: "_Layout", read: Reader, first: int) -> I
         background=config.background,
         max_pixels=config.max_pixels,
     )
+    if sets(config, "bands"):
+        decoder = decoder_of(config)
     listed = (_Listed(entry, layout) for entry in entries.since(first))
     if len(entries) - first < PROCESSES_FROM or num_cores() == 1:
         yield from _by_threads(listed, read, decoder)
@@ -119,7 +147,13 @@ def census(config: Config) -> dict[str, list[int]]:
     """The labels of the files of each split, as if each were an image: they are listed and not read. Raises as `spec` does."""
     found: dict[str, list[int]] = {"train": [], "test": []}
     with _open(config) as (entries, _):
+        if sets(config, "label_pattern"):
+            config = without_classes(config)
         layout = _Layout(config, entries)
+        if sets(config, "metadata"):
+            layout = DescribedLayout(layout, config, entries, _)  # what reads one of them
+        if sets(config, "label_pattern"):
+            layout = NamedLayout(layout, config, entries)
         for entry in entries:
             place = layout.place(entry.name)
             if not (entry.refusal or place.refusal):
@@ -129,6 +163,8 @@ def census(config: Config) -> dict[str, list[int]]:
 
 def _open(config: Config):  # a context manager of (entries, reader)
     limits = Limits(config.max_file_bytes, config.max_archive_bytes, config.max_archive_files)
+    if sets(config, "shards"):
+        return open_shards(Path(config.source), config.shards, config.image or "image", limits)
     return open_source(Path(config.source), limits)
 
 
@@ -186,8 +222,8 @@ class _Layout:
         if barren:
             raise ValueError(
                 f"{self.config.source} has no readable image in {', '.join(map(repr, barren[:5]))}"
-                f"{f' and {len(barren) - 5} more' if len(barren) > 5 else ''}, but each folder is a class: "
-                f"move what is no class elsewhere, or set labels: none"
+                f"{f' and {len(barren) - 5} more' if len(barren) > 5 else ''}, expected one of each class at least: "
+                f"mend its files (npy asks for dataset.bands), move a folder that is no class elsewhere, or set labels: none"
             )
 
     def _require_classes(self) -> None:
@@ -243,6 +279,8 @@ class _Listed:
         self.entry, self.is_refused = entry, bool(entry.refusal or place.refusal)
         reason, is_ignored = entry.refusal or place.refusal, entry.ignored or place.ignored
         self.record = Record(place.split, place.label, entry.name, "", None, reason, is_ignored)
+        if sets(layout.config, "metadata"):
+            self.record = self.record._replace(metadata=described(layout.said(entry.name)))
 
 
 def _chunks(listed: Iterable[_Listed], files: int, most_bytes: int) -> Iterator[list[_Listed]]:

@@ -15,6 +15,7 @@ from typing import Any
 from tessera import params as all_params
 from tessera.artifacts import checkpoints, whole
 from tessera.artifacts import folder as artifact
+from tessera.contracts import ImageSpec
 from tessera.export import card, layout
 from tessera.params import Pipeline
 from tessera.sources.frame import PREPROCESSING
@@ -38,15 +39,13 @@ def write(params: Pipeline, name: str, root: Path, out: Path, onnx: bool = False
             shutil.copytree(
                 source, place / part, copy_function=shutil.copyfile
             )  # files of its own, not links into a cache
-        config = _config(
-            params, name, {part: artifact.sha256(source / artifact.MANIFEST) for part, source in parts.items()}
-        )
-        artifact.write_json(place / layout.CONFIG, config)
+        _, images = checkpoints.described(parts["tokenizer"], "tokenizers")
+        manifests = {part: artifact.sha256(source / artifact.MANIFEST) for part, source in parts.items()}
+        artifact.write_json(place / layout.CONFIG, _config(params, name, images, manifests))
         if onnx:
             from tessera.export import onnx as networks
 
             networks.write(system, place / layout.ONNX)
-        _, images = checkpoints.described(parts["tokenizer"], "tokenizers")
         metrics = data / "metrics/systems" / f"{name}.json"
         figures = artifact.read_json(metrics) if metrics.is_file() else None
         if figures is not None:
@@ -75,9 +74,9 @@ def _require_apart(out: Path, root: Path) -> None:
         )
 
 
-def _config(params: Pipeline, name: str, manifests: dict[str, str]) -> dict[str, Any]:
+def _config(params: Pipeline, name: str, images: ImageSpec, manifests: dict[str, str]) -> dict[str, Any]:
     preprocessing = {key: getattr(params.dataset, key, usual) for key, usual in PREPROCESSING.items()}
-    shape = {key: getattr(params.dataset, key) for key in ("channels", "height", "width")}
+    shape = {key: getattr(images, key) for key in ("channels", "height", "width")}
     return {
         "library_name": "tessera",
         "format": layout.FORMAT,

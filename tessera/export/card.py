@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from tessera.bases.captions import are_of_images
 from tessera.components import sets
 from tessera.contracts import ImageSpec
 from tessera.export import layout
@@ -63,7 +64,9 @@ def _use(images: ImageSpec, has_onnx: bool) -> str:
         'system = tessera.load("FOLDER")  # this one',
         f"images = system.sample({asked}, seed=1)  # (B, C, H, W) uint8",
         "tokens = system.encode(images)",
-        'system.pictures(system.decode(tokens))[0].save("one.png")',
+        'system.pictures(system.decode(tokens))[0].save("one.png")'
+        if images.channels in (1, 3)
+        else "system.decode(tokens)",
         "```",
         "",
         "From the Hub and to it, with `huggingface_hub`: `hf download OWNER/NAME --local-dir FOLDER`, "
@@ -89,8 +92,39 @@ def _labels(images: ImageSpec) -> str:
 
 def _captions(prior: Any) -> str:
     """What of it was told in words, and how to tell it."""
-    if not sets(prior, "condition") or prior.condition.kind != "caption":
+    if not sets(prior, "condition"):
         return ""
+    if prior.condition.kind == "attributes":
+        numbers = [f"{name} from {low:g} to {high:g}" for name, (low, high) in prior.condition.numbers.items()]
+        categories = [f"{name} ({', '.join(values[:20])})" for name, values in prior.condition.categories.items()]
+        return (
+            f"It was told attributes beside the label: {', '.join([*numbers, *categories])}; any may be left out: "
+            "`system.sample(attributes=[{...}], labels=[0])`."
+        )
+    if prior.condition.kind == "embedding":
+        return (
+            f"It was told an embedding of each image beside the label, {prior.condition.embedding_dim:,} numbers that another "
+            "network made: `system.sample(embeddings=..., labels=[0])`, or either alone. Name that network here."
+        )
+    if prior.condition.kind == "image":
+        return (
+            f"It was told a picture of each image beside the label ({prior.condition.shows}, {prior.condition.pixels[0]} x "
+            f"{prior.condition.pixels[1]} pixels): `system.sample(pictures=system.preprocess([...]), labels=[0])`, or either "
+            "alone."
+        )
+    if are_of_images(prior.condition):
+        by_text_model = prior.condition.kind == "text_model"
+        most = f"{prior.condition.max_tokens} tokens" if by_text_model else f"{prior.condition.max_bytes} bytes"
+        needed = (
+            f" Captions are read by a text model, which is not part of this folder: `{prior.condition.folder}`, of sha256 "
+            f"{prior.condition.sha256}, must be there, and the package transformers."
+            if by_text_model
+            else ""
+        )
+        return (
+            f"It was told the captions of single images, of at most {most}, beside the label: "
+            f'`system.sample(captions=["..."], labels=[0])`, or either alone.{needed}'
+        )
     shown = [repr(captions[-1]) for captions in prior.condition.of_classes[:3]]
     return (
         f"It was told captions of at most {prior.condition.max_bytes} bytes, such as {', '.join(shown)} (all are below): "

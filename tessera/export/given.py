@@ -1,7 +1,7 @@
 """What a caller of the library gives: each mistake is a ValueError of one sentence, before anything is computed."""
 
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,65 @@ def labels(given: Any) -> np.ndarray:
     return np.array([_index(value) for value in values], dtype=np.int64)
 
 
-def captions(given: Any) -> list[str]:
-    """A list of at least one text."""
-    if isinstance(given, str) or not isinstance(given, Collection) or not len(given):
-        raise ValueError(f"captions are {given!r:.80}: expected a list of at least one caption, no single text")
+def said(given: Mapping[str, Any], negative: Any) -> list[Any] | None:
+    """Captions, attributes, embeddings or pictures of images, by their name: a list of at least one of one of them; negative:
+    none, or one such. None where nothing is said."""
+    names = [name for name, found in given.items() if found is not None]
+    if not names:
+        if negative is not None:
+            raise ValueError(f"negative is given without {', '.join(given)}: expected what to draw, too")
+        return None
+    if len(names) > 1:
+        raise ValueError(f"{names[0]} and {names[1]} are given: expected those that the prior was told")
+    name, found = names[0], given[names[0]]
+    kinds = {"captions": lambda one: isinstance(one, str), "attributes": lambda one: isinstance(one, Mapping)}
+    is_one = (kinds | {"embeddings": _is_vector, "pictures": _is_picture})[name]
+    if negative is not None and not is_one(negative):
+        raise ValueError(f"negative is {_kind(negative)}: expected one of what {name} are")
+    if name == "embeddings":
+        return _vectors(found)
+    if name == "pictures":
+        return _pictures(found)
+    if isinstance(found, str | Mapping) or not isinstance(found, Collection) or not len(found):
+        raise ValueError(
+            f"{name} are {found!r:.80}: expected a list of at least one, no single {name.removesuffix('s')}"
+        )
+    if name == "attributes" and not all(map(is_one, found)):
+        raise ValueError(
+            f"attributes are {found!r:.80}: expected of each image a mapping, such as {{'thickness': 3.0}}"
+        )
+    return list(found)
+
+
+def _vectors(given: Any) -> list[Any]:
+    """(B, E) numbers, or a list of B vectors, of which some may be None."""
+    is_array = isinstance(given, Tensor | np.ndarray)
+    rows = list(given) if isinstance(given, list | tuple) or (is_array and given.ndim == 2) else []
+    if not rows or not all(one is None or _is_vector(one) for one in rows):
+        found = f"{given.dtype} of the shape {tuple(given.shape)}" if is_array else _kind(given)
+        wrong = next((f" with {_kind(one)}" for one in rows if one is not None and not _is_vector(one)), "")
+        raise ValueError(
+            f"embeddings are {found}{wrong}: expected (B, E) numbers, a vector for each image, or None for none"
+        )
+    return rows
+
+
+def _pictures(given: Any) -> list[Any]:
+    """(B, C, H, W) uint8."""
+    if not isinstance(given, Tensor) or given.dtype != torch.uint8 or given.ndim != 4 or not len(given):
+        found = f"{given.dtype} of the shape {tuple(given.shape)}" if isinstance(given, Tensor) else _kind(given)
+        raise ValueError(
+            f"pictures are {found}: expected torch.uint8 of (B, C, H, W); preprocess makes them of pictures"
+        )
     return list(given)
+
+
+def _is_picture(given: Any) -> bool:
+    return isinstance(given, Tensor) and given.dtype == torch.uint8 and given.ndim == 3
+
+
+def _is_vector(given: Any) -> bool:
+    return isinstance(given, list | tuple) or (isinstance(given, Tensor | np.ndarray) and given.ndim == 1)
 
 
 def seed(given: Any) -> int:

@@ -7,7 +7,7 @@ system.pictures(system.decode(tokens))[0].save("three.png")
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tessera.editing import words
 from tessera.editing.beside import HALFWAY, Beside, require_used
 from tessera.export import given, layout
 from tessera.export.layout import Exported
+from tessera.sources.bands import require_picture
 from tessera.sources.decoding import pillow_warnings, pixels_of
 from tessera.sources.records import Unreadable
 from tessera.system import CannotDraw, CannotEdit, System
@@ -78,21 +79,39 @@ class TrainedSystem:
         seed: int = 0,
         *,
         captions: Sequence[str] | None = None,
+        attributes: Sequence[Mapping[str, Any]] | None = None,
+        embeddings: Any = None,
+        pictures: Tensor | None = None,
+        negative: Any = None,
         **sampling: Any,
     ) -> Tensor:
-        """An image of each label, or of each caption; None: one of each label that there is.
+        """An image of each label, of each caption, of the attributes or the embedding of each, or of what is shown of each
+        picture; None: one of each label that there is.
+
+        embeddings: (B, E) numbers, or a list of vectors, some of which may be None. pictures: (B, C, H, W) uint8, as
+        `preprocess` makes them: in gray, in edges or small, as the prior was told images, they are painted over. All these, and
+        captions of single images, go together with labels, as many of either, or without. negative: one of what is given, that
+        guidance leads away from, where guidance_scale is above 1.
 
         sampling: settings other than `self.sampling`. Images of labels are drawn in batches as the pipeline draws them: its
         samples come out of its labels and its seed. Raises CannotDraw for a label without training images and for captions
         where the prior learned none, ValueError for settings that make no sense.
         """
         seed, settings = given.seed(seed), self._settings(sampling)
-        if captions is not None and labels is not None:
-            raise ValueError("labels and captions are given: expected one of them, not both")
-        if captions is not None:
-            return self._in_batches(words.draw, given.captions(captions), settings, seed)
-        wanted = np.array(self.labels) if labels is None else self._known_labels(labels)
-        return self._in_batches(System.draw, wanted, settings, seed)
+        told = {"captions": captions, "attributes": attributes, "embeddings": embeddings, "pictures": pictures}
+        said = given.said(told, negative)
+        if said is None:
+            wanted = np.array(self.labels) if labels is None else self._known_labels(labels)
+            return self._in_batches(System.draw, wanted, settings, seed)
+        beside = None if labels is None else self._known_labels(labels)
+        if beside is not None and len(beside) != len(said):
+            raise ValueError(f"there are {len(beside)} labels for {len(said)} images: expected as many")
+
+        def draw(system: System, rows: np.ndarray, settings: Any, generator: torch.Generator) -> np.ndarray:
+            some = None if beside is None else beside[rows]
+            return words.draw(system, [said[row] for row in rows], settings, generator, some, negative)
+
+        return self._in_batches(draw, np.arange(len(said)), settings, seed)
 
     def _in_batches(self, draw: Callable[..., np.ndarray], wanted: Any, settings: Any, seed: int) -> Tensor:
         """draw(system, some of what is wanted, settings, generator) of all that is wanted."""
@@ -175,7 +194,9 @@ class TrainedSystem:
 
     def preprocess(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Pictures of any size and mode -> images, as the data set's were made of files: turned as EXIF says, on a background
-        where they are transparent, in 8 bits, cropped or padded, and resized. Raises ValueError for one that cannot be read."""
+        where they are transparent, in 8 bits, cropped or padded, and resized. Raises ValueError for one that cannot be read,
+        and where images are neither gray nor RGB."""
+        require_picture(self.image_shape[0], self.name, "give a uint8 tensor of (B, C, H, W) in the place of pictures")
         how, made = self._exported.preprocessing.model_dump(), []
         for number, picture in enumerate(given.pictures(pictures)):
             try:
@@ -198,7 +219,10 @@ class TrainedSystem:
                 if isinstance(images, Tensor)
                 else type(images).__name__
             )
-            raise ValueError(f"images are {of}: expected torch.uint8 of (B, 1 or 3, H, W), as sample gives them")
+            raise ValueError(
+                f"images are {of}: expected torch.uint8 of (B, 1 or 3, H, W), as sample gives them; of more channels, choose "
+                f"some"
+            )
         return [pictures.picture(one) for one in images.numpy(force=True)]
 
     def _known_labels(self, labels: Any) -> np.ndarray:

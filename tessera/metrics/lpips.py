@@ -31,6 +31,11 @@ class Config(Params):
 
 
 def problems(config: Config, planned: Planned) -> Iterator[str]:
+    if planned.spec.channels not in (1, 3):
+        yield (
+            f"images of {planned.spec.channels} channels do not fit LPIPS, expected 1 (gray) or 3 (RGB): take the entry of "
+            f"kind lpips out"
+        )
     shortest = min(planned.spec.height, planned.spec.width)
     if shortest < SMALLEST:
         yield (

@@ -25,13 +25,14 @@ from tessera.bases.conditional import (
     ConditionalModel,
     ConditionalObjective,
     RampedSampling,
-    embedding_of,
     guided,
+    tell,
 )
 from tessera.bases.optimization import PriorTraining
 from tessera.bases.transformer import TransformerConfig
 from tessera.components import Fraction, sets
 from tessera.contracts import Learns, TokenSpec
+from tessera.nn.cross_attention import told_decoder
 from tessera.nn.decoding import decoder
 from tessera.nn.gumbel import gumbel_noise
 from tessera.nn.steps import Number, element, put, repeat
@@ -85,7 +86,7 @@ class Model(ConditionalModel):
         for layer in (self.index_embedding, self.label_embedding, self.head):
             nn.init.normal_(layer.weight, std=0.02)
         if sets(config, "condition"):
-            self.label_embedding = embedding_of(config, spec, self.label_embedding)
+            tell(self, config, spec)
 
     def forward(self, indices: Tensor, labels: Tensor, order: Tensor | None = None) -> Tensor:
         """(B, L) indices, (B,) labels up to and including null_label -> (B, L, K) logits; place i sees indices < i.
@@ -194,6 +195,8 @@ class Drawing:
             self.scales = torch.tensor(scales, device=indices.device)
         self.x = model.label_embedding(labels)  # (B, N), or (2 B, N): what the next step reads
         self.decoder = decoder(model.transformer, like=self.x)
+        if sets(model.config, "condition"):
+            self.decoder = told_decoder(model.transformer, self.decoder, like=self.x)
 
     def step(self, number: Number) -> None:
         """Draw the index at `number` of each sequence, unless it is known, and embed it for the next step."""

@@ -22,9 +22,9 @@ from tessera.bases.conditional import (
     ConditionalModel,
     ConditionalObjective,
     IntervalSampling,
-    embedding_of,
     guided,
     rising,
+    tell,
 )
 from tessera.bases.optimization import PriorTraining
 from tessera.components import DenoiserConfig, Fraction, Steps, load, sets
@@ -75,7 +75,7 @@ class Model(ConditionalModel):
         network = load("denoisers", config.denoiser.kind)
         self.denoiser = network.Model(config.denoiser, spec.latent_shape, spec.num_classes + 1)
         if sets(config, "condition"):
-            self.denoiser.label_embedding = embedding_of(config, spec, self.denoiser.label_embedding)
+            tell(self.denoiser, config, spec)
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         """(B, D, h, w) alpha * data + sigma_vp * noise at levels sigma (B,), (B,) labels up to and including null_label -> the

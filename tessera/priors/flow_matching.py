@@ -22,8 +22,8 @@ from tessera.bases.conditional import (
     ConditionalModel,
     ConditionalObjective,
     IntervalSampling,
-    embedding_of,
     guided,
+    tell,
 )
 from tessera.bases.optimization import PriorTraining
 from tessera.components import DenoiserConfig, Steps, load, sets
@@ -54,7 +54,7 @@ class Model(ConditionalModel):
         network = load("denoisers", config.denoiser.kind)
         self.denoiser = network.Model(config.denoiser, spec.latent_shape, spec.num_classes + 1)
         if sets(config, "condition"):
-            self.denoiser.label_embedding = embedding_of(config, spec, self.denoiser.label_embedding)
+            tell(self.denoiser, config, spec)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """(B, D, h, w) latents at times t (B,) in [0, 1], (B,) labels up to and including null_label -> their velocities."""

@@ -26,8 +26,8 @@ from tessera.bases.conditional import (
     ConditionalModel,
     ConditionalObjective,
     RampedSampling,
-    embedding_of,
     guided,
+    tell,
 )
 from tessera.bases.optimization import PriorTraining
 from tessera.bases.transformer import TransformerConfig
@@ -148,7 +148,7 @@ class Model(ConditionalModel):
         for layer in (self.index_embedding, self.label_embedding, self.head):
             nn.init.normal_(layer.weight, std=0.02)
         if sets(config, "condition"):
-            self.label_embedding = embedding_of(config, spec, self.label_embedding)
+            tell(self, config, spec)
 
     def forward(self, indices: Tensor, labels: Tensor) -> Tensor:
         """(B, L) indices up to and including mask_index, (B,) labels up to and including null_label -> (B, L, K) logits."""

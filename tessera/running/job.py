@@ -49,9 +49,15 @@ class Job:
         if self.is_main:
             progress.say(f"{self.name}  {line}")
 
-    def require_fit(self, params: Pipeline, spec: ImageSpec, labels: Mapping[str, np.ndarray]) -> None:
-        """Raise ValueError, a sentence per problem, if a later stage could not work on images with these labels."""
-        planned = images.planned(params, spec, labels)
+    def require_fit(
+        self,
+        params: Pipeline,
+        spec: ImageSpec,
+        labels: Mapping[str, np.ndarray],
+        said: Any = None,
+    ) -> None:
+        """Raise ValueError, a sentence per problem, if a later stage could not work on such images."""
+        planned = images.planned(params, spec, labels, said)
         problems.require(params, planned)
         for remark in problems.remarks(planned):
             self.say(remark)

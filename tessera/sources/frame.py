@@ -8,17 +8,22 @@ from PIL import Image
 
 from tessera.artifacts import pictures
 from tessera.artifacts.images import to_float, to_uint8
+from tessera.sources.bands import channels_of, require_picture
 
 PREPROCESSING = {"resize": "crop", "filter": "lanczos", "background": "white"}  # where a data set says nothing else
+WITHOUT_PICTURES = "export the system, whose `sample` and `edit` in Python take tensors of any number of channels"
 
 
 class Frame:
     """Which part of a picture the models see, by the data set's way of resizing, and the way there and back."""
 
     def __init__(self, dataset: Any, size: tuple[int, int], factor: int = 1):
-        """factor: how much smaller than the models' images the picture is to be."""
+        """factor: how much smaller than the models' images the picture is to be. Raises ValueError unless images are gray or
+        RGB."""
         self.height, self.width = dataset.height // factor, dataset.width // factor
-        self.mode = "L" if dataset.channels == 1 else "RGB"
+        channels = channels_of(dataset)
+        require_picture(channels, "the data set", WITHOUT_PICTURES)
+        self.mode = "L" if channels == 1 else "RGB"
         how = getattr(dataset, "resize", PREPROCESSING["resize"])
         self.filter = Image.Resampling[getattr(dataset, "filter", PREPROCESSING["filter"]).upper()]
         self.background = getattr(dataset, "background", PREPROCESSING["background"])

@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import numpy as np
 from pydantic import Field
 
+from tessera.components import AddedKey
+
 if TYPE_CHECKING:
     from tessera.contracts import ImageSpec  # it imports torch, which the processes that decode do without
 
 # It becomes the name of an experiment and of a registered model, where MLflow refuses slashes, colons and the like
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+class Described(NamedTuple):
+    """What metadata say of an image, beside its label and its split."""
+
+    captions: tuple[str, ...] = ()
+    attributes: dict[str, float | str | None] = {}
+    embedding: AddedKey[np.ndarray] = None  # (E,) float32, NaN where it is missing, if the data set reads vectors
 
 
 class Record(NamedTuple):
@@ -24,6 +34,7 @@ class Record(NamedTuple):
     image: np.ndarray | None  # (C, H, W) uint8
     reason: str = ""  # why there is no image
     ignored: bool = False  # left out by rule (hidden files and the like), so it does not count as unreadable
+    metadata: AddedKey[Described] = None  # of every file, if the data set reads metadata
 
 
 class Source(NamedTuple):

@@ -94,6 +94,12 @@ def of_images(found: Survey) -> list[str]:
         named_ones = "; ".join(f"{one.name!r} {one.reason}" for one in found.unreadable[:5])
         more = f"; and {len(found.unreadable) - 5} more" if len(found.unreadable) > 5 else ""
         lines.append(f"left out, as they give no image: {named_ones}{more}")
+    losing = [one for one in found.images if one.loses]
+    if losing:
+        lines.append(
+            f"{len(losing)} of them lose something, such as {losing[0].name!r}, which {losing[0].loses}; to take pages as "
+            f"channels, write dataset.bands in the place of channels"
+        )
     if found.num_outside:
         lines.append(f"left out, as they lie in no split or class: {found.num_outside} images")
     return lines

@@ -13,6 +13,7 @@ from PIL import Image
 from tessera.artifacts.shards import spread
 from tessera.datasets.image_folder import TEST_FOLDERS, Config
 from tessera.sources.archives import Limits, Reader, open_source
+from tessera.sources.bands import NPY
 from tessera.sources.decoding import opened, pillow_warnings
 from tessera.sources.hashing import require_hashable
 from tessera.sources.listing import Entry
@@ -32,6 +33,7 @@ class Seen(NamedTuple):
     mode: str = ""  # Pillow's
     is_gray: bool = False
     reason: str = ""  # why it is no image
+    loses: str = ""  # what of it a picture of 8 bits has not
 
 
 class Survey(NamedTuple):
@@ -114,15 +116,29 @@ def _look(read: Reader, entry: Entry) -> Seen:
     if entry.refusal:
         return Seen(entry.name, reason=entry.refusal)
     try:
-        with opened(read(entry), Config.model_fields["max_pixels"].default) as image:
+        data = read(entry)
+        if data.startswith(NPY):
+            return Seen(entry.name, reason="is an array of numpy, which dataset.bands reads: write the params by hand")
+        with opened(data, Config.model_fields["max_pixels"].default) as image:
             width, height, mode = *image.size, image.mode
             if image.getexif().get(0x0112) in SIDEWAYS:
                 width, height = height, width
             image.draft("RGB", DRAFT)
             image.load()
-            return Seen(entry.name, width, height, mode, _is_gray(image))
+            is_gray = _is_gray(image)
+            return Seen(entry.name, width, height, mode, is_gray, loses=_lost(image, mode))
     except Unreadable as error:
         return Seen(entry.name, reason=str(error))
+
+
+def _lost(image: Image.Image, mode: str) -> str:
+    if mode.startswith("I;16"):
+        return "has 16 bits, which are scaled to 8"
+    try:
+        image.seek(1)
+    except (EOFError, OSError, SyntaxError):  # there is no second one, or none that can be read
+        return ""
+    return "has several pages or frames, of which the first is taken"
 
 
 def _is_gray(image: Image.Image) -> bool:

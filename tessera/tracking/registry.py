@@ -99,6 +99,23 @@ def _require_registered_model(client: Any, name: str) -> None:
             raise
 
 
+def inputs() -> Any:
+    """The schema of requests, one for all models: one or two of the first four are given, and the model says which it takes."""
+    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types.schema import AnyType, Array
+
+    return Schema(
+        [
+            ColSpec(Array(DataType.long), "labels", required=False),
+            ColSpec(Array(DataType.string), "captions", required=False),
+            ColSpec(Array(AnyType()), "attributes", required=False),  # objects with other keys in each
+            ColSpec(Array(AnyType()), "embeddings", required=False),  # lists of numbers, whole ones among them
+            ColSpec(DataType.double, "seed", required=False),  # a long one would silently become whole
+            ColSpec(DataType.double, "guidance_scale", required=False),
+        ]
+    )
+
+
 def _log_model(client: Any, run_id: str, offer: dict[str, Any], folders: dict[str, Path]) -> str:
     """The id of a logged model with these artifacts. Those whose upload was interrupted are replaced."""
     import mlflow
@@ -114,11 +131,6 @@ def _log_model(client: Any, run_id: str, offer: dict[str, Any], folders: dict[st
     system = run.data.tags.get(SYSTEM, run.info.run_name)
     tags = {DIGEST: offer["digest"], SYSTEM: system}
     model = client.create_logged_model(run.info.experiment_id, system, run_id, tags, run.data.params)
-    inputs = [
-        ColSpec(Array(DataType.long), "labels"),
-        ColSpec(DataType.double, "seed", required=False),  # a long one would silently become whole
-        ColSpec(DataType.double, "guidance_scale", required=False),
-    ]
     outputs = [
         ColSpec(Array(DataType.string), "images"),
         ColSpec(DataType.long, "seed"),
@@ -133,7 +145,7 @@ def _log_model(client: Any, run_id: str, offer: dict[str, Any], folders: dict[st
             python_model=str(code / SERVED_MODEL.relative_to(PACKAGE)),
             artifacts={role: str(folder) for role, folder in folders.items()},
             code_paths=[str(code)],
-            signature=ModelSignature(Schema(inputs), Schema(outputs)),
+            signature=ModelSignature(inputs(), Schema(outputs)),
             input_example=EXAMPLE,
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in NEEDS],
             model_config={"sampling": offer["sampling"]},

@@ -1,7 +1,10 @@
 """What `mlflow models serve` answers with: images for labels, as PNG in base64. MLflow copies this file into each model.
 
-Request: {"inputs": {"labels": [3, 5], "seed": 1, "guidance_scale": 2.0}}; only the labels are required. Equal requests get
-equal bytes, on one machine and number of threads; an image depends on its place among the labels.
+Request: {"inputs": {"labels": [3, 5], "seed": 1, "guidance_scale": 2.0}}; only the labels are required. A model whose prior was
+told captions takes {"inputs": {"captions": ["a blue heart"]}}; one that was told attributes, {"inputs": {"attributes":
+[{"thickness": 3.0}]}}, where those that are left out are missing; and one that was told embeddings, {"inputs": {"embeddings":
+[[0.5, -1.0]]}}. Labels may stand beside them, but beside captions of classes.
+Equal requests get equal bytes, on one machine and number of threads; an image depends on its place in the request.
 """
 
 import base64
@@ -21,6 +24,7 @@ from mlflow.pyfunc import PythonModel
 MOST_LABELS = 64  # in one request
 LARGEST_SEED = 2**32 - 1
 LARGEST_GUIDANCE = 20.0
+SAID = ("captions", "attributes", "embeddings")  # in the place of labels, or beside them
 
 
 class Refused(MlflowException):
@@ -51,37 +55,63 @@ class ServedImages(PythonModel):
     def predict(self, context, model_input, params=None):  # with type hints MLflow would want a list of requests
         """model_input: a table of one row -> {"images": [base64 PNG, ...], "seed": ..., "guidance_scale": ...}"""
         try:
-            labels, seed, sampling = self._read(model_input)
-            return self._draw(labels, seed, sampling)
+            labels, said, seed, sampling = self._read(model_input)
+            return self._draw(labels, said, seed, sampling)
         except MlflowException:
             raise
         except Exception:  # the client gets no trace of our code, the server's log does
             logging.getLogger(__name__).exception("drawing failed")
             raise Refused("The images could not be drawn; the server's log says why", INTERNAL_ERROR) from None
 
-    def _draw(self, labels: list[int], seed: int, sampling: dict[str, Any]) -> dict[str, Any]:
+    def _draw(
+        self, labels: list[int] | None, said: list[Any] | None, seed: int, sampling: dict[str, Any]
+    ) -> dict[str, Any]:
         import numpy as np
 
         from tessera import seeding
         from tessera.components import parse
+        from tessera.editing import words
+        from tessera.sources.bands import require_picture
+        from tessera.sources.frame import WITHOUT_PICTURES
         from tessera.system import CannotDraw
 
         settings = parse(self.system.sampling_schema, sampling)
         try:
             with self.turn:
                 generator = seeding.generator(seed, "serve", device=self.system.device)
-                images = self.system.draw(np.array(labels), settings, generator)
-        except CannotDraw as error:
+                beside = None if labels is None else np.array(labels)
+                if said is None:
+                    images = self.system.draw(beside, settings, generator)
+                else:
+                    images = words.draw(self.system, said, settings, generator, beside)
+        except (CannotDraw, words.NoCaption) as error:
+            raise Refused(str(error)) from None
+        try:
+            require_picture(images.shape[1], "this model", WITHOUT_PICTURES)
+        except ValueError as error:
             raise Refused(str(error)) from None
         return {"images": [_png(one) for one in images], "seed": seed, "guidance_scale": sampling.get("guidance_scale")}
 
-    def _read(self, table: Any) -> tuple[list[int], int, dict[str, Any]]:
+    def _read(self, table: Any) -> tuple[list[int] | None, list[Any] | None, int, dict[str, Any]]:
+        """Labels, what is said beside them or in their place, the seed and the settings."""
         if len(table) != 1:
             raise Refused(f"Got {len(table)} requests in one, expected one: put all labels into one list")
         given = {key: value for key, value in table.iloc[0].to_dict().items() if value is not None}
-        labels = [_whole(label, "labels", self.system.spec.num_classes - 1) for label in given["labels"]]
-        if not 1 <= len(labels) <= MOST_LABELS:
-            raise Refused(f"labels has {len(labels)} entries, expected 1 to {MOST_LABELS}")
+        labels, kinds = given.get("labels"), [name for name in SAID if name in given]
+        if labels is None and not kinds:
+            raise Refused(
+                "labels is missing: expected labels, or captions, attributes or embeddings of a model that was told these"
+            )
+        if len(kinds) > 1:
+            raise Refused(f"{kinds[0]} and {kinds[1]} are given: expected those that the model was told")
+        for name in ("labels", *kinds):
+            if name in given and not 1 <= len(given[name]) <= MOST_LABELS:
+                raise Refused(f"{name} has {len(given[name])} entries, expected 1 to {MOST_LABELS}")
+        if labels is not None:
+            labels = [_whole(label, "labels", self.system.spec.num_classes - 1) for label in labels]
+        said = [_said(kinds[0], one) for one in given[kinds[0]]] if kinds else None
+        if labels is not None and said is not None and len(labels) != len(said):
+            raise Refused(f"there are {len(labels)} labels for {len(said)} {kinds[0]}: expected as many")
         seed = _whole(given.get("seed", 0), "seed", LARGEST_SEED)
         sampling = dict(self.settings)
         if "guidance_scale" in given:
@@ -91,7 +121,7 @@ class ServedImages(PythonModel):
             if not 0 <= scale <= LARGEST_GUIDANCE:  # also what is no number
                 raise Refused(f"guidance_scale is {scale:g}, expected 0 to {LARGEST_GUIDANCE:g}")
             sampling["guidance_scale"] = scale
-        return labels, seed, sampling
+        return labels, said, seed, sampling
 
 
 def _keep_traces_here() -> None:
@@ -110,6 +140,20 @@ def _whole(value: Any, name: str, largest: int) -> int:
     if not math.isfinite(number) or number != int(number) or not 0 <= number <= largest:
         raise Refused(f"{name}: {number:g} was given, expected a whole number from 0 to {largest}")
     return int(number)
+
+
+def _said(name: str, one: Any) -> Any:
+    """Of one image, as the library takes it: text, a mapping, or a list of numbers."""
+    if name == "captions":
+        return str(one)
+    if name == "attributes":
+        if not isinstance(one, dict):
+            raise Refused(f'attributes: {str(one)!r:.40} was given, expected an object such as {{"thickness": 3.0}}')
+        return one
+    try:
+        return [float(number) for number in one]
+    except (TypeError, ValueError):
+        raise Refused(f"embeddings: {str(one)!r:.40} was given, expected a list of numbers") from None
 
 
 def _png(image: Any) -> str:

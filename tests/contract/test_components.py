@@ -13,17 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_text_models
 import torch
 from torch import nn
 
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
+from tessera.bases.captions import encoded
 from tessera.bases.optimization import Training, optimizers_for
 from tessera.components import Params, kinds, load, parse
 from tessera.contracts import Encoded, ImageBatch, TokenBatch
 from tessera.nn.precision import in_precision
 from tessera.running.job import Job, Stopped
+from tessera.sources import text_models
 from tessera.training.loop import fit
+
+
+def image_and_text() -> dict[str, Any]:
+    """Settings of a small CLIP with random weights, in a folder as transformers writes it."""
+    folder = Path(tempfile.mkdtemp(prefix="clip-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    tiny_text_models.save("clip", folder)
+    return {"folder": str(folder), "sha256": text_models.fingerprint(folder)}
+
 
 TRAINING = {"num_steps": 2, "batch_size": 4, "learning_rate": 0.01}
 
@@ -105,6 +117,7 @@ SMALL = {
     },
     "features": {
         "classifier": {"channels": 8, "training": TRAINING},
+        "clip": image_and_text,
         "contrastive": {"channels": 8, "training": TRAINING},
         "dinov2": {"variant": "small", "weights": "none.safetensors", "sha256": "0" * 64},
         "inception": {"weights": "none.safetensors", "sha256": "0" * 64},
@@ -413,6 +426,8 @@ class _EndsAt:
 def _training_data(folder, kind, image_spec, token_spec):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(12) % 3
+    if kind == "image_text":
+        labels = encoded(["", *(f"image {label}" for label in labels[1:].tolist())], 64)
     if folder in ("tokenizers", "quantizers", "features"):
         return image_spec, _Rows(ImageBatch(torch.rand(12, 1, 16, 8, generator=generator) * 2 - 1, labels))
     if load("priors", kind).LEARNS == "indices":

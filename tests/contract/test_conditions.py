@@ -1,8 +1,9 @@
 """What a prior may be told in the place of a label: each condition with each prior that takes labels.
 
-Conditions are found by their files; a new one adds its settings to SETTINGS and what it is told to TOLD.
+Conditions are found by their files; a new one adds its settings to SETTINGS, by any name, and what it is told to TOLD.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,29 +12,62 @@ from test_abilities import SPEC, seeded
 from test_components import SMALL, _EndsAt, _trained, _training_data
 from torch import Tensor, nn
 
-from tessera.bases.conditional import ConditionalConfig
+from tessera.artifacts import checkpoints
+from tessera.artifacts import folder as artifact
+from tessera.bases.captions import encoded
+from tessera.bases.conditional import ConditionalConfig, steering_from
 from tessera.components import InvalidParams, kinds, load, parse
-from tessera.conditions import caption
+from tessera.conditions import attributes, caption, embedding, image, text_model
 from tessera.contracts import ImageSpec, TokenSpec
 from tessera.running.job import Job, Stopped
 
 CAPTIONS = (("a zero", "the digit 0", "零"), ("one", "一"), ("a two",))
+ATTRIBUTES = [{"slant": 0.3, "style": "b"}, {"style": "a", "thick": 1.5}, {"slant": -1.0}]
+VECTORS = [[0.5, -1.0, 0.0, 2.0, 0.25], None, [3.0, 0.0, -1.0, 0.0, 1.0]]
 SETTINGS: dict[str, dict[str, Any]] = {
-    "caption": {"width": 16, "heads": 2, "max_bytes": 16, "of_classes": [list(each) for each in CAPTIONS]},
+    "of-classes": {"kind": "caption", "width": 16, "max_bytes": 16, "of_classes": [list(each) for each in CAPTIONS]},
+    "of-images": {"kind": "caption", "width": 16, "max_bytes": 16},
+    "attended": {"kind": "caption", "width": 16, "max_bytes": 16, "cross_attention": True},
+    "text-model": {"kind": "text_model", "folder": "nowhere", "sha256": "0" * 64, "feature_dim": 5, "max_tokens": 4},
+    "image": {"kind": "image", "shows": "edges", "pixels": [4, 6], "patch_size": 2, "width": 16},
+    "attributes": {
+        "kind": "attributes",
+        "numbers": {"thick": [1.0, 5.0], "slant": [-1.0, 1.0]},
+        "categories": {"style": ["a", "b"]},
+    },
+    "embedding": {"kind": "embedding", "embedding_dim": 5, "width": 16},
 }
-TOLD = {"caption": caption.encoded(["a zero", "二", "a two"], 16)}
+TOLD = {
+    "of-classes": encoded(["a zero", "二", "a two"], 16),
+    "of-images": encoded(["a zero", "二", ""], 16, torch.tensor([0, 1, 2])),
+    "attended": encoded(["a zero", "二", ""], 16, torch.tensor([0, 1, 2])),
+    "text-model": text_model.beside(
+        torch.randn(3, 4, 5, generator=seeded()) * (torch.arange(4) < torch.tensor([4, 2, 0])[:, None]).unsqueeze(2),
+        torch.tensor([0, 1, 2]),
+    ),
+    "image": image.encoded(
+        image.Config(shows="edges", pixels=(4, 6), patch_size=2),
+        torch.randint(0, 256, (3, 3, 8, 12), generator=seeded(), dtype=torch.uint8),
+        torch.tensor([0, 1, 2]),
+    ),
+    "attributes": attributes.encoded(
+        parse(attributes.Config, SETTINGS["attributes"]), ATTRIBUTES, torch.tensor([0, 1, 2])
+    ),
+    "embedding": embedding.encoded(parse(embedding.Config, SETTINGS["embedding"]), VECTORS, torch.tensor([0, 1, 2])),
+}
 PRIORS = [kind for kind in kinds("priors") if issubclass(load("priors", kind).Config, ConditionalConfig)]
-EACH = [(condition, prior) for condition in kinds("conditions") for prior in PRIORS]
+EACH = [(condition, prior) for condition in SETTINGS for prior in PRIORS]
 of_each = pytest.mark.parametrize(("condition", "prior"), EACH)
 
 
 def test_every_condition_is_tried() -> None:
-    assert SETTINGS.keys() == TOLD.keys() == set(kinds("conditions"))
+    assert SETTINGS.keys() == TOLD.keys()
+    assert {settings["kind"] for settings in SETTINGS.values()} == set(kinds("conditions"))
 
 
 def built(condition: str, prior: str, spec: TokenSpec = SPEC, **changes: Any) -> nn.Module:
     """A prior of weights so large that what it is told shows."""
-    settings = {"kind": prior, **SMALL["priors"][prior], "condition": {"kind": condition, **SETTINGS[condition]}}
+    settings = {"kind": prior, **SMALL["priors"][prior], "condition": SETTINGS[condition]}
     module = load("priors", prior)
     torch.manual_seed(0)
     model = module.Model(parse(module.Config, settings | changes), spec).eval()
@@ -76,9 +110,10 @@ def test_an_image_depends_on_what_it_is_told_and_not_on_what_others_are(conditio
     said = answer(model, told)
     assert not any(torch.equal(said[one], said[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
     order = torch.tensor([2, 0, 1])
-    torch.testing.assert_close(answer(model, told[order]), said[order])  # convolutions of a batch are not exact
+    # products of a batch are not exact: on some processors the last of three rows is added up in another order
+    torch.testing.assert_close(answer(model, told[order]), said[order])
     network = network_of(model)
-    assert torch.equal(network(told[order]), network(told)[order])
+    torch.testing.assert_close(network(told[order]), network(told)[order])
     torch.testing.assert_close(torch.cat([network(told[row : row + 1]) for row in range(3)]), network(told))
 
 
@@ -96,25 +131,75 @@ def test_a_guidance_of_one_is_the_condition_and_of_zero_none(condition: str, pri
 
 
 @pytest.mark.parametrize("prior", PRIORS)
+def test_captions_of_images_stand_beside_the_label(prior: str) -> None:
+    model = built("of-images", prior)
+    labels = torch.tensor([0, 1, 2])
+    assert torch.equal(answer(model, labels), answer(model, encoded(["", "", ""], 16, labels)))
+    worded = answer(model, encoded(["七", "七", "七"], 16, labels))
+    assert not any(torch.equal(worded[one], worded[other]) for one, other in ((0, 1), (1, 2)))
+    assert not torch.equal(worded, answer(model, labels))
+
+
+def test_what_is_told_is_left_out_together_and_each_part_alone() -> None:
+    told = TOLD["of-images"][:1].expand(20_000, -1)
+    module = load("priors", "flow_matching")
+    settings = {"kind": "flow_matching", **SMALL["priors"]["flow_matching"], "label_dropout": 0.2}
+    config = parse(module.Config, settings | {"condition": SETTINGS["of-images"]})
+    objective = module.Objective(module.Model(config, SPEC), config).train()
+    torch.manual_seed(0)
+    found = objective.dropped(told)
+    has_label, has_words = found[:, 0] == told[:, 0], (found[:, 1:] == told[:, 1:]).all(dim=1)
+    assert ((found[:, 0] == 0) | has_label).all() and ((found[:, 1:] == 0).all(dim=1) | has_words).all()
+    shares = [
+        float(one.float().mean()) for one in (~has_label & ~has_words, ~has_label & has_words, has_label & ~has_words)
+    ]
+    assert shares == pytest.approx([0.2, 0.16, 0.16], abs=0.01)
+    assert torch.equal(objective.eval().dropped(told), told)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_guidance_leads_away_from_a_negative_caption(prior: str) -> None:
+    """Away from the condition itself there is nothing to be led by: what is drawn is the unguided sample."""
+    model, module = built("of-images", prior), load("priors", prior)
+    told = TOLD["of-images"][:1].expand(8, -1)
+    strong, off = (parse(module.Sampling, {"guidance_scale": scale}) for scale in (3.0, 1.0))
+    with steering_from(model, told[:1]):
+        away = model.sample(told, strong, seeded(3))
+    torch.testing.assert_close(away, model.sample(told, off, seeded(3)), atol=1e-3, rtol=1e-3)
+    assert not torch.equal(away, model.sample(told, strong, seeded(3)))
+
+
+@pytest.mark.parametrize("prior", PRIORS)
 def test_a_label_is_read_as_a_caption_of_its_class(prior: str) -> None:
-    model = built("caption", prior)
+    model = built("of-classes", prior)
     network = network_of(model)
     labels = torch.tensor([0, 1, 2])
-    firsts = caption.encoded([captions[0] for captions in CAPTIONS], 16)
+    firsts = encoded([captions[0] for captions in CAPTIONS], 16)
     assert torch.equal(answer(model, labels), answer(model, firsts))
     assert torch.equal(network.of_labels(labels), firsts)
     network.train()
-    seen = {bytes(row.tolist()).rstrip(b"\0").decode() for _ in range(40) for row in network.of_labels(labels)}
+    seen = {bytes(row[1:].tolist()).rstrip(b"\0").decode() for _ in range(40) for row in network.of_labels(labels)}
     assert seen == {each for captions in CAPTIONS for each in captions}
     assert not network.of_labels(torch.tensor([3])).any()
+
+
+@of_each
+def test_a_prior_that_was_saved_is_told_the_same(condition: str, prior: str, tmp_path: Path) -> None:
+    model, told = built(condition, prior), TOLD[condition]
+    with artifact.create(tmp_path / "prior") as place:
+        checkpoints.save(place, "priors", model.config, SPEC, model, "code")
+    loaded, config, _ = checkpoints.load_model(tmp_path / "prior", "priors")
+    assert torch.equal(answer(loaded, told), answer(model, told))
+    if condition == "attributes":  # a file keeps no order of keys
+        again = attributes.encoded(config.condition, ATTRIBUTES, torch.tensor([0, 1, 2]))
+        assert torch.equal(answer(loaded, again), answer(model, told))
 
 
 @of_each
 def test_a_training_resumes_bit_identically(
     condition: str, prior: str, image_spec: ImageSpec, token_spec: TokenSpec, tmp_path: Any, monkeypatch: Any
 ) -> None:
-    told = {"kind": condition, **SETTINGS[condition]}
-    monkeypatch.setitem(SMALL["priors"], prior, {**SMALL["priors"][prior], "condition": told})
+    monkeypatch.setitem(SMALL["priors"], prior, {**SMALL["priors"][prior], "condition": SETTINGS[condition]})
     plain = _trained("priors", prior, image_spec, token_spec, Job("parts", tmp_path / "plain"))
     first = Job("parts", tmp_path / "stopped")
     _, rows = _training_data("priors", prior, image_spec, token_spec)
@@ -125,10 +210,10 @@ def test_a_training_resumes_bit_identically(
 
 
 def test_what_a_caption_says_is_its_bytes_and_then_nothing() -> None:
-    rows = caption.encoded(["七", "a b"], 8)
+    rows = encoded(["七", "a b", ""], 8, torch.tensor([0, 4, 2]))
     with pytest.raises(ValueError, match="is no Unicode text"):
-        caption.encoded(["\ud800"], 8)
-    assert rows.tolist() == [[*"七".encode(), 0, 0, 0, 0, 0], [97, 32, 98, 0, 0, 0, 0, 0]]
+        encoded(["\ud800"], 8)
+    assert rows.tolist() == [[1, *"七".encode(), *5 * [0]], [5, 97, 32, 98, *5 * [0]], [3, *8 * [0]]]
 
 
 BAD = [

@@ -12,16 +12,17 @@ import torch
 
 from tessera.artifacts import folder as artifact
 from tessera.components import InvalidParams, kinds, load, parse
-from tessera.contracts import ImageSpec, Predicted
+from tessera.contracts import ImageSpec, Predicted, Told
 from tessera.evaluation.figures import Recorder, without_network
 from tessera.metrics import frechet
+from tessera.metrics.caption_agreement import AT, GROUPS
 from tessera.nn.image_losses import VGG_BLOCKS
 from tessera.nn.neighbors import nearest
 
 ROOT = Path(__file__).parents[2]
 GLOSSARY = set(re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")))
 METRICS = kinds("metrics")
-FUNCTIONS = ("of_samples", "of_real_images", "of_reconstructions", "of_tokens")
+FUNCTIONS = ("of_samples", "of_real_images", "of_reconstructions", "of_tokens", "of_told")
 NUM_IMAGES, WIDTH, NUM_CLASSES = 60, 6, 3
 SPEC = ImageSpec(
     name="toy", channels=3, height=16, width=16, num_classes=3, class_names=("a", "b", "c"), licence="none"
@@ -54,6 +55,9 @@ class Toy:
         self._pixels, self._logits, self.counts = pixels, logits, counts
         self.networks = {name: ToySeen(name, kind, features) for name, kind in NETWORKS.items()}
         self.first = self.networks["classifier"]
+        ranks, of_others = np.zeros(NUM_IMAGES), np.full(NUM_IMAGES, 30)
+        groups, cosines = np.array(GROUPS)[LABELS], np.full(NUM_IMAGES, 0.4)
+        self.told = Told("clip", True, (cosines, -cosines), (ranks, of_others), groups, 61, self.protocol())
 
     @property
     def nearest_training(self):
@@ -111,10 +115,13 @@ def same() -> Toy:
 
 
 def worse() -> Toy:
-    """Far features, brighter noise, labels at odds with the logits, one code alone."""
+    """Far features, brighter noise, labels at odds with the logits, one code alone, other captions nearer."""
     far = REAL[::-1] * 0.3 + 9
     noise = np.random.default_rng(2).integers(128, 256, PIXELS.shape, dtype=np.uint8)
-    return Toy(far, noise, np.roll(CERTAIN, 1, axis=1) * 0.01, torch.tensor([40, *[0] * 7]))
+    found = Toy(far, noise, np.roll(CERTAIN, 1, axis=1) * 0.01, torch.tensor([40, *[0] * 7]))
+    found.told.ranks[0][:] = 20
+    found.told.likeness[0][:] = 0.1
+    return found
 
 
 def broken(where: str) -> Toy:
@@ -151,7 +158,8 @@ def measured(kind: str, config, toy: Toy) -> Recorder:
     module, found = load("metrics", kind), Recorder()
     for ability in FUNCTIONS:
         if hasattr(module, ability):
-            getattr(module, ability)(config, toy, found.group(ability))
+            subject = toy.told if ability == "of_told" else toy
+            getattr(module, ability)(config, subject, found.group(ability))
     if hasattr(module, "Pairs"):
         pairs = module.Pairs(config, SPEC, torch.device("cpu"))
         for originals, decoded in zip(np.split(PIXELS, 4), np.split(toy._pixels, 4), strict=True):
@@ -201,6 +209,9 @@ def test_figures_are_finite_with_finite_errors_and_those_of_tokens_are_exact(kin
 
 
 BEST = {
+    **{f"of_told/caption_at_{at}_{group}": 1 for at in AT for group in GROUPS},
+    **{f"of_told/caption_rank_{group}": 0 for group in GROUPS},
+    **{f"of_told/clip_score_{group}": 1 for group in GROUPS},
     "of_samples/fd_classifier": 0,
     "of_samples/precision": 1,
     "of_samples/recall": 1,

@@ -270,6 +270,8 @@ def test_the_zoo_has_every_part():
         for key in ("denoiser", "condition"):
             used[f"{key}s"] |= {system["prior"].get(key, {}).get("kind")} - {None}
     used["tokenizers"].add("diffusers")  # which needs weights that nobody here has
+    used["conditions"] |= {"attributes", "embedding", "image"}  # of images that digits are not: tests/e2e/test_words.py
+    used["conditions"].add("text_model")  # whose weights nobody here has: tests/unit/test_text_models.py
     assert used == {folder: set(kinds(folder)) for folder in used}
 
 

@@ -206,6 +206,14 @@ def test_an_equal_request_gets_equal_bytes_and_another_seed_other_images(root: P
 
 
 EXAMPLE = '{"inputs": {"labels": [3, 5], "seed": 1}}'
+WORDED = '{"inputs": {"captions": ["a blue heart"], "seed": 1}}'
+MISSING = (
+    f"labels is missing: expected {EXAMPLE}, or, of a model that was told captions, {WORDED}, attributes or embeddings"
+)
+KEYS = "labels, captions, attributes, embeddings, seed, guidance_scale"
+ON_LABELS = (
+    "this system was trained on labels, not on {}: expected labels, or a system whose prior has condition: {{kind: {}}}"
+)
 REFUSED = [
     ({"labels": [10]}, "labels: 10 was given, expected a whole number from 0 to 9"),
     ({"labels": []}, "labels has 0 entries, expected 1 to 64"),
@@ -217,13 +225,29 @@ REFUSED = [
     ({"labels": ["one"]}, f"labels[0] is 'one': Input should be a valid integer; expected {EXAMPLE}"),
     ({"labels": 3}, f"labels is 3: Input should be a valid list; expected {EXAMPLE}"),
     ({"labels": [1.5]}, f"labels[0] is 1.5: Input should be a valid integer; expected {EXAMPLE}"),
-    ({"labels": None}, f"labels is a NoneType: Input should be a valid list; expected {EXAMPLE}"),
-    ({"seed": 1}, f"labels is missing: expected {EXAMPLE}"),
+    ({"labels": None}, MISSING),
+    ({"seed": 1}, MISSING),
+    ({"labels": [1], "captions": None}, "captions is null: leave it out"),
+    ({"captions": [3]}, f"captions[0] is 3: Input should be a valid string; expected {EXAMPLE}"),
+    ({"captions": ["three"]}, ON_LABELS.format("captions", "caption")),
+    ({"attributes": [{"size": 3.0}]}, ON_LABELS.format("attributes", "attributes")),
+    ({"attributes": [{"size": 3}, {"style": None}, {}]}, ON_LABELS.format("attributes", "attributes")),
+    ({"embeddings": [[1, 0], [0, 1]], "labels": [3, 5]}, ON_LABELS.format("embeddings", "embedding")),
+    ({"embeddings": [[1.5, 0.0]], "seed": 1}, ON_LABELS.format("embeddings", "embedding")),
+    ({"embeddings": [[1, 0], [1]]}, "embeddings have 1 to 2 numbers: expected equally many in each"),
+    ({"embeddings": [["1"]]}, f"embeddings[0][0] is '1': Input should be a valid number; expected {EXAMPLE}"),
+    ({"attributes": [3]}, f"attributes[0] is 3: Input should be a valid dictionary; expected {EXAMPLE}"),
+    (
+        {"attributes": [{}], "captions": ["a"]},
+        "captions and attributes are given: expected those that the model was told",
+    ),
+    ({"attributes": []}, "attributes has 0 entries, expected 1 to 64"),
+    ({"attributes": [{}] * 65}, "attributes has 65 entries, expected 1 to 64"),
     ("", f"inputs has no names: expected {EXAMPLE}"),
-    ({"labels": [1], "temperature": 1}, "Unknown: temperature; expected labels, seed, guidance_scale"),
+    ({"labels": [1], "temperature": 1}, f"Unknown: temperature; expected {KEYS}"),
     (
         {"labels": [1], "num_steps": 10**9, "labels2": [1]},
-        "Unknown: num_steps, labels2; expected labels, seed, guidance_scale",
+        f"Unknown: num_steps, labels2; expected {KEYS}",
     ),
     ([{"labels": [1]}, {"labels": [2]}], "Got 2 requests in one, expected one: put all labels into one list"),
 ]

@@ -99,6 +99,29 @@ def test_few_images_are_told_by_every_metric_that_they_do_not_suffice_for(tmp_pa
     assert "cannot be halved with equal classes (0 in each half)" in told
 
 
+def test_networks_of_photographs_are_refused_for_other_channels_before_anything_is_trained(tmp_path):
+    spec = DIGITS.model_copy(update={"channels": 5, "height": 32, "width": 32})
+    of_lpips = {"perceptual": "lpips", "lpips_weights": str(tmp_path / "params.yaml"), "lpips_sha256": "0" * 64}
+    changes = {f"tokenizers.vqgan.{key}": value for key, value in of_lpips.items()}
+    changes |= {"evaluate.metrics.lpips": LPIPS, "features.timm": {"kind": "timm"}}
+    told = "\n".join(found(tmp_path, changes, spec=spec))
+    assert re.search(
+        r"^tokenizers.vqgan: images of 5 channels do not fit perceptual: lpips, .*: write perceptual: laplacian$",
+        told,
+        re.M,
+    )
+    assert re.search(
+        r"^evaluate.metrics.lpips: images of 5 channels do not fit LPIPS, .*: take the entry of kind lpips out$",
+        told,
+        re.M,
+    )
+    assert re.search(
+        r"^features.timm: images of 5 channels do not fit a network of timm, .*: use features of kind", told, re.M
+    )
+    assert not re.search("channels", "\n".join(found(tmp_path, changes, spec=spec.model_copy(update={"channels": 3}))))
+    assert found(tmp_path, spec=spec) == []
+
+
 def test_a_classifier_without_labels_is_refused_before_it_is_trained(tmp_path):
     unlabeled = DIGITS.model_copy(update={"num_classes": 1, "class_names": ("unlabeled",)})
     assert any("features.classifier: " in one and "kind timm" in one for one in found(tmp_path, spec=unlabeled))

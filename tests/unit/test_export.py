@@ -1,10 +1,13 @@
 """Exported systems: the pipeline's own bits without the pipeline, ONNX beside torch, and twenty folders that are refused."""
 
+import copy
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,18 +15,25 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from mlflow.exceptions import MlflowException
+from mlflow.models.utils import _enforce_schema
+from mlflow.pyfunc.scoring_server import infer_and_parse_data
 from PIL import Image
+from starlette.datastructures import Headers
 
 import tessera
+from serving.images import check
 from stages import sample_images
 from tessera import params as all_params
 from tessera import seeding
 from tessera.artifacts import checkpoints
 from tessera.artifacts import folder as artifact
+from tessera.artifacts.captions import Example, examples_of, write_examples_file
 from tessera.artifacts.images import to_uint8
 from tessera.artifacts.samples import Samples
 from tessera.components import load as part
 from tessera.components import parse
+from tessera.conditions import image
 from tessera.contracts import ImageSpec, TokenSpec
 from tessera.editing import words
 from tessera.export import __main__ as command
@@ -34,6 +44,8 @@ from tessera.running.job import Job
 from tessera.sources.decoding import decode, pixels_of
 from tessera.sources.frame import Frame
 from tessera.system import System
+from tessera.tracking import registry
+from tessera.tracking.served_model import ServedImages
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ImageSpec(
@@ -45,8 +57,24 @@ DIGITS = ImageSpec(
     class_names=("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
     licence="CC BY 4.0",
 )
+SLANTS = [Example("", 1, "held_out", {"slant": 0.5, "style": None}), Example("", 7, "held_out", {"style": "b"})]
+EXAMPLES = [Example("a bold one", 1, "seen"), Example("七", 7, "new_words"), Example("bold 七", 7, "held_out")]
+GENERATOR = seeding.generator
 MASK = torch.ones(8, 8, dtype=torch.bool)
-SYSTEMS = list(all_params.read(ROOT / "presets/zoo.yaml").systems)
+WORDED = "of-images"  # told captions of images beside the label
+SLANTED = "of-attributes"
+VECTORED = "of-embeddings"
+VECTORS = [
+    Example("", 1, "held_out", {}, np.array([0.5, -2.0, 0.0], np.float32)),
+    Example("", 7, "held_out", {}, np.full(3, np.nan, np.float32)),
+]
+PICTURED = "of-pictures"
+GRAY = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+PICTURE = {"kind": "image", "pixels": [4, 4], "patch_size": 2, "width": 16}
+SHOWN = image.encoded(parse(image.Config, PICTURE), GRAY)[:, 1:].numpy()
+PICTURES = [Example("", label, "held_out", {}, one) for label, one in zip((1, 7, 4), SHOWN, strict=True)]
+SYSTEMS = [*all_params.read(ROOT / "presets/zoo.yaml").systems, WORDED, SLANTED, VECTORED, PICTURED]
+TOLD = {WORDED: EXAMPLES, SLANTED: SLANTS, VECTORED: VECTORS, PICTURED: PICTURES}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +82,15 @@ def params() -> Pipeline:
     """The zoo's, with few images, in batches of which the last is smaller."""
     values = yaml.safe_load((ROOT / "presets/zoo.yaml").read_text())
     values["sample_images"] = {"num_images": 10, "batch_size": 4}
+    values["systems"][WORDED] = copy.deepcopy(values["systems"]["vqvae-captions"])
+    values["systems"][WORDED]["prior"]["condition"] = {"kind": "caption", "max_bytes": 16}
+    values["systems"][SLANTED] = copy.deepcopy(values["systems"][WORDED])
+    condition = {"kind": "attributes", "numbers": {"slant": [-1.0, 1.0]}, "categories": {"style": ["a", "b"]}}
+    values["systems"][SLANTED]["prior"]["condition"] = condition
+    values["systems"][VECTORED] = copy.deepcopy(values["systems"][WORDED])
+    values["systems"][VECTORED]["prior"]["condition"] = {"kind": "embedding", "embedding_dim": 3}
+    values["systems"][PICTURED] = copy.deepcopy(values["systems"][WORDED])
+    values["systems"][PICTURED]["prior"] |= {"condition": PICTURE, "num_views": 1}
     for system in values["systems"].values():
         system["sampling"] |= {key: 2 for key in ("num_steps", "decoding_steps") if key in system["sampling"]}
     return parse(Pipeline, values)
@@ -81,6 +118,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, params: Pipeline) -> Path
         with artifact.create(root / "data/priors" / name) as place:
             made = part("priors", system.prior.kind).Model(system.prior, spec)
             checkpoints.save(place, "priors", system.prior, spec, made, "code")
+            if name in TOLD:
+                write_examples_file(place, TOLD[name])
     return root
 
 
@@ -105,10 +144,17 @@ def test_a_loaded_system_draws_the_bits_of_the_pipeline_and_knows_its_own_tokens
     drawn = Samples(tmp_path / "samples", DIGITS)
     system = tessera.load(exported / name, device="cpu")
     labels = np.asarray(drawn.labels).tolist()
-    images = system.sample(labels, seed=params.seed)
+    said = examples_of(tmp_path / "samples")
+    told: dict[str, Any] = {"captions": [one.caption for one in said]} if name == WORDED else {}
+    told |= {"attributes": [one.attributes for one in said]} if name == SLANTED else {}
+    if name == VECTORED:
+        told["embeddings"] = [None if np.isnan(one.vector).any() else one.vector for one in said]
+    if name == PICTURED:
+        told["pictures"] = torch.stack([GRAY[(1, 7, 4).index(one.label)] for one in said])
+    images = system.sample(labels, seed=params.seed, **told)
     assert np.array_equal(images.numpy(), drawn.pixels.all())
-    assert len(set(labels)) == 9 and system.labels == list(range(9))
-    assert not torch.equal(system.sample(labels, seed=params.seed + 1), images)
+    assert (told or len(set(labels)) == 9) and system.labels == list(range(9))
+    assert not torch.equal(system.sample(labels, seed=params.seed + 1, **told), images)
     inside = System.read(*parts)
     tokens = system.encode(images)
     assert torch.equal(tokens, inside.encode(images / 127.5 - 1))
@@ -142,15 +188,221 @@ def test_words_are_drawn_as_the_shell_draws_them_and_a_label_is_its_first_captio
         edit.to_draw(params, "vqvae-captions", caption="七", label=7)
 
 
+def test_captions_of_images_are_drawn_beside_labels_and_away_from_a_negative_one(
+    checkout: Path, exported: Path, params: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from studio import edit
+
+    system = tessera.load(exported / WORDED, device="cpu")
+    asked = {"captions": ["a 7", "a 7"], "labels": [7, 1], "seed": 3, "guidance_scale": 3.0}
+    images = system.sample(**asked)
+    assert not torch.equal(images, system.sample(**asked | {"labels": None}))
+    assert not torch.equal(images, system.sample(**asked | {"negative": "thin"}))
+    inside = edit.open_system(params, WORDED, checkout)
+    drawing = edit.to_draw(
+        params, WORDED, {"guidance_scale": 3.0}, caption="a 7", label=7, negative="thin", count=2, seed=3
+    )
+    line = "--label 7 --caption 'a 7' --negative thin --count 2 --sampling guidance_scale=3.0 --seed 3 out.png"
+    assert drawing.command().endswith(line)
+    both = system.sample(captions=["a 7"] * 2, labels=[7, 7], negative="thin", guidance_scale=3.0, seed=3)
+    monkeypatch.setattr(seeding, "generator", lambda seed, *purpose, device: GENERATOR(3, "sample_images", 0))
+    np.testing.assert_array_equal(edit.draw(inside, drawing)[1], both.numpy())
+
+
+def test_a_picture_is_painted_over_as_the_shell_does_it(exported: Path, checkout: Path, params: Pipeline) -> None:
+    from studio import edit
+
+    system = tessera.load(exported / PICTURED, device="cpu")
+    images = system.sample(pictures=GRAY[[0, 0]], labels=[7, 7], seed=3)
+    strong = [system.sample(pictures=GRAY[[row]], labels=[7], seed=3, guidance_scale=50) for row in (0, 1)]
+    assert not torch.equal(*strong)
+    inside = edit.open_system(params, PICTURED, checkout)
+    drawing = edit.to_draw(params, PICTURED, picture=GRAY[0], label=7, count=2, seed=3)
+    assert "--label 7 --picture in.png --count 2" in drawing.command()
+    told = edit._told(inside, drawing)
+    generator = GENERATOR(3, "sample_images", 0, device=inside.device)
+    tokens = inside.prior.sample(told, drawing.sampling, generator)
+    assert torch.equal(to_uint8(inside.decode(tokens)), images)
+    with pytest.raises(ValueError, match="a caption and a picture are given: expected those that the prior was told"):
+        edit.to_draw(params, PICTURED, picture=GRAY[0], caption="one")
+
+
+def test_attributes_are_drawn_as_the_shell_draws_them_and_may_be_left_out(
+    checkout: Path, exported: Path, params: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from studio import edit
+
+    system = tessera.load(exported / SLANTED, device="cpu")
+    said = {"slant": 0.5, "style": "b"}
+    images = system.sample(attributes=[said] * 2, labels=[7, 7], seed=3)
+    for other in ({"slant": -1.0, "style": "b"}, {"style": "b"}, {}):
+        assert not torch.equal(images, system.sample(attributes=[other] * 2, labels=[7, 7], seed=3))
+    inside = edit.open_system(params, SLANTED, checkout)
+    drawing = edit.to_draw(params, SLANTED, attributes=said, label=7, count=2, seed=3)
+    assert "--label 7 --attribute slant=0.5 --attribute style=b --count 2" in drawing.command()
+    monkeypatch.setattr(seeding, "generator", lambda seed, *purpose, device: GENERATOR(3, "sample_images", 0))
+    np.testing.assert_array_equal(edit.draw(inside, drawing)[1], images.numpy())
+
+
+def test_embeddings_are_lists_or_arrays_and_one_may_be_led_away_from(exported: Path) -> None:
+    system = tessera.load(exported / VECTORED, device="cpu")
+    vectors, options = [[0.5, -1.0, 2.0], [0.0, 0.0, 0.0]], {"seed": 3, "guidance_scale": 3.0}
+    drawn = system.sample(embeddings=vectors, **options)
+    for same in (np.array(vectors, np.float16), torch.tensor(vectors), [np.array(one) for one in vectors]):
+        assert torch.equal(system.sample(embeddings=same, **options), drawn)
+    away = system.sample(embeddings=vectors, negative=vectors[0], **options)
+    assert not torch.equal(away, drawn) and not torch.equal(system.sample([1, 2], embeddings=vectors, **options), drawn)
+    none = system.sample([1, 2], embeddings=[None, None], **options)
+    assert torch.equal(none, system.sample([1, 2], **options))
+    assert "`system.sample(embeddings=..., labels=[0])`" in (exported / VECTORED / "README.md").read_text()
+
+
+def test_samples_are_told_captions_of_training_and_of_test_images_in_turn(
+    checkout: Path, params: Pipeline, tmp_path: Path
+) -> None:
+    out, prior = tmp_path / "samples", checkout / "data/priors" / WORDED
+    tokenizer = checkout / "data/tokenizers" / params.systems[WORDED].tokenizer
+    sample_images.run(
+        params, WORDED, tokenizer, prior, out, tmp_path / "samples.png", Job("sample_images", tmp_path / "s")
+    )
+    told = examples_of(out)
+    assert len(told) == 10 and [one.group == "seen" for one in told] == [True, False] * 5
+    assert {one.caption for one in told} == {one.caption for one in EXAMPLES}
+    assert Samples(out, DIGITS, 10).labels.tolist() == [one.label for one in told]
+
+
+def served(checkout: Path, params: Pipeline, name: str) -> Callable[..., list[str]]:
+    """ask(**request) -> the pictures, by MLflow's own reading of a request; each of its forms is the same."""
+    context = SimpleNamespace(
+        artifacts={"tokenizer": checkout / "data/tokenizers/vqvae", "prior": checkout / "data/priors" / name},
+        model_config={"sampling": params.sampling(name).model_dump(mode="json")},
+    )
+    model, schema = ServedImages(), registry.inputs()
+    model.load_context(context)
+
+    def ask(is_checked: bool = True, **row: Any) -> list[str]:
+        drawn = []
+        for form in ({"inputs": [row]}, {"dataframe_records": [row]}):
+            if is_checked:
+                check(Headers({"content-type": "application/json"}), json.dumps(form).encode())
+            table = _enforce_schema(infer_and_parse_data(form, schema), schema)
+            drawn.append(model.predict(context, table)["images"])
+        assert drawn[0] == drawn[1]
+        return drawn[0]
+
+    return ask
+
+
+def test_the_served_model_draws_captions(checkout: Path, params: Pipeline) -> None:
+    ask = served(checkout, params, WORDED)
+    alone, beside = ask(captions=["a 7", "七"], seed=1.0), ask(captions=["a 7", "七"], labels=[7, 7], seed=1.0)
+    assert len(alone) == 2 and alone != beside and ask(captions=["a 7", "七"], seed=1.0) == alone
+    with pytest.raises(ValueError, match="captions is null: leave it out"):
+        ask(labels=[7, 7], captions=None)
+    for row, sentence in [
+        ({"captions": ["one"] * 65}, "captions has 65 entries, expected 1 to 64"),
+        ({"captions": ["one"], "labels": [1, 2]}, "there are 2 labels for 1 captions: expected as many"),
+        ({"captions": ["x" * 17]}, "has 17 bytes in UTF-8, expected at most max_bytes 16"),
+        ({"attributes": [{}]}, "was trained on captions, not on attributes"),
+        (
+            {"seed": 1.0, "is_checked": False},
+            "labels is missing: expected labels, or captions, attributes or embeddings",
+        ),
+        ({"attributes": [7], "is_checked": False}, "attributes: '7' was given, expected an object such as"),
+        ({"embeddings": [["x"]], "is_checked": False}, "was given, expected a list of numbers"),
+    ]:
+        with pytest.raises(MlflowException, match=sentence):
+            ask(**row)
+
+
+def test_the_served_model_draws_attributes(checkout: Path, params: Pipeline) -> None:
+    ask = served(checkout, params, SLANTED)
+    some = [{"slant": 1, "style": "b"}, {"slant": 0.5, "style": None}, {}]
+    alone, beside = ask(attributes=some, seed=1.0), ask(attributes=some, labels=[7, 7, 7], seed=1.0)
+    assert len(alone) == 3 and alone != beside and ask(attributes=some, seed=1.0) == alone
+    assert ask(attributes=[{}, {}], labels=[7, 7]) == ask(labels=[7, 7])
+    strong, other = (
+        ask(attributes=[{"slant": slant, "style": "b"}, *some[1:]], guidance_scale=20) for slant in (1, -1)
+    )
+    assert other[0] != strong[0] and other[1:] == strong[1:]
+    for row, sentence in [
+        ({"attributes": [{"slant": 7}]}, "slant is '7': expected a number from -1 to 1"),
+        ({"attributes": [{"slant": [0]}]}, r"slant is '\[0\]': expected a number from -1 to 1"),
+        ({"attributes": [{"slnt": 0}]}, "there is no attribute 'slnt': expected some of slant, style"),
+        ({"attributes": [{}], "labels": [1, 2]}, "there are 2 labels for 1 attributes: expected as many"),
+        (
+            {"attributes": [{}], "embeddings": [[1, 2]]},
+            "attributes and embeddings are given: expected those that the model",
+        ),
+        ({"attributes": [{}], "labels": [10]}, "labels: 10 was given, expected a whole number from 0 to 9"),
+    ]:
+        with pytest.raises(MlflowException, match=sentence):
+            ask(**row)
+
+
+def test_the_served_model_draws_embeddings(checkout: Path, params: Pipeline) -> None:
+    ask = served(checkout, params, VECTORED)
+    vectors = [[0, 1, 2], [1, 0, -3]]
+    alone, beside = ask(embeddings=vectors, seed=1.0), ask(embeddings=vectors, labels=[7, 7], seed=1.0)
+    assert len(alone) == 2 and alone != beside
+    assert ask(embeddings=[[0.0, 1.0, 2.0], [1.0, 0.0, -3.0]], seed=1.0) == alone
+    strong, other = (ask(embeddings=[[0.0, one, 2.0], [1, 0, -3.0]], guidance_scale=20.0) for one in (1, -1))
+    assert other[0] != strong[0] and other[1] == strong[1]
+    for row, sentence in [
+        ({"embeddings": [[1, 2]]}, "an embedding has 2 numbers: expected embedding_dim 3"),
+        ({"embeddings": [[1, 2, 1e39]]}, "an embedding has numbers that are not finite"),
+        ({"embeddings": [[1, 2, 3]] * 65}, "embeddings has 65 entries, expected 1 to 64"),
+    ]:
+        with pytest.raises(MlflowException, match=sentence):
+            ask(**row)
+    with pytest.raises(ValueError, match="embeddings have 2 to 3 numbers: expected equally many in each"):
+        ask(embeddings=[[1, 2, 3], [1, 2]])
+
+
 @pytest.mark.parametrize(
     ("name", "given", "sentence"),
     [
         ("vqvae-captions", {"captions": ["much too long"]}, "has 13 bytes in UTF-8, expected at most max_bytes 8"),
         ("vqvae-captions", {"captions": [" "]}, "is empty or has the character NUL"),
-        ("vqvae-captions", {"captions": "seven"}, "no single text"),
-        ("vqvae-captions", {"captions": []}, "at least one caption"),
+        ("vqvae-captions", {"captions": "seven"}, "no single caption"),
+        ("vqvae-captions", {"captions": []}, "expected a list of at least one"),
         ("vqvae-captions", {"captions": [7]}, "7 is no caption: expected text"),
         ("vqvae-captions", {"captions": ["one"], "labels": [1]}, "not both"),
+        (WORDED, {"captions": ["one"], "labels": [1, 2]}, "there are 2 labels for 1 images: expected as many"),
+        (WORDED, {"captions": ["one"], "labels": [9]}, "was trained on no image of label 9"),
+        (WORDED, {"captions": [""]}, "a caption is empty: expected words, or labels alone"),
+        (WORDED, {"captions": ["one"], "negative": ""}, "a caption is empty"),
+        (SLANTED, {"attributes": [{"slant": 10**400}]}, "expected a number from -1 to 1"),
+        (WORDED, {"captions": ["one"], "negative": 7}, "negative is a int: expected one of what captions are"),
+        (WORDED, {"negative": "one"}, "negative is given without captions"),
+        (WORDED, {"attributes": [{"slant": 1}]}, "was trained on captions, not on attributes"),
+        (SLANTED, {"attributes": [{"slant": 7}]}, "slant is '7': expected a number from -1 to 1"),
+        (SLANTED, {"attributes": [{"slnt": 0}]}, "there is no attribute 'slnt': expected some of slant, style"),
+        (SLANTED, {"attributes": {"slant": 0}}, "expected a list of at least one"),
+        (SLANTED, {"attributes": [0.5]}, "expected of each image a mapping"),
+        (SLANTED, {"attributes": [{}], "captions": ["one"]}, "captions and attributes are given"),
+        (SLANTED, {"embeddings": [[0, 0, 1]]}, "was trained on attributes, not on embeddings: expected attributes"),
+        (
+            VECTORED,
+            {"captions": ["one"]},
+            "was trained on embeddings, not on captions: expected embeddings, or a system",
+        ),
+        (VECTORED, {"embeddings": [[0, 0, 1]], "attributes": [{}]}, "attributes and embeddings are given"),
+        (VECTORED, {"embeddings": [0.0, 0.0, 1.0]}, r"embeddings are a list with a float: expected \(B, E\) numbers"),
+        (VECTORED, {"embeddings": np.zeros(3)}, r"embeddings are float64 of the shape \(3,\): expected \(B, E\)"),
+        (VECTORED, {"embeddings": "vector"}, "embeddings are a str: expected"),
+        (VECTORED, {"embeddings": []}, "embeddings are an empty list: expected"),
+        (VECTORED, {"embeddings": np.zeros((2, 4))}, "an embedding has 4 numbers: expected embedding_dim 3"),
+        (VECTORED, {"embeddings": torch.full((1, 3), torch.nan)}, "numbers that are not finite: expected finite ones"),
+        (VECTORED, {"embeddings": [[0, 0, "1"]]}, "expected a list of 3 numbers"),
+        (VECTORED, {"embeddings": [[0, 0, 1]], "labels": [1, 2]}, "there are 2 labels for 1 images: expected as many"),
+        (
+            VECTORED,
+            {"embeddings": [[0, 0, 1]], "negative": "one"},
+            "negative is a str: expected one of what embeddings",
+        ),
+        (VECTORED, {"embeddings": [[0, 0, 1]], "negative": [0, 1]}, "an embedding has 2 numbers"),
+        (SLANTED, {"captions": ["one"]}, "was trained on attributes, not on captions"),
         ("vqgan-masked", {"captions": ["one"]}, "was trained on labels, not on captions"),
     ],
 )

@@ -68,6 +68,7 @@ def small_classifier(shape: tuple[int, int, int] = (1, 8, 8), **settings) -> cla
     [
         ("classifier", "none"),
         ("contrastive", "none"),
+        ("image_text", "none"),
         ("random", "none"),
         ("inception", "bilinear to 299x299 as TensorFlow 1"),
         ("dinov2", "bicubic to 224x224, antialiased"),
@@ -76,8 +77,8 @@ def small_classifier(shape: tuple[int, int, int] = (1, 8, 8), **settings) -> cla
 def test_a_network_says_how_it_resizes(kind, resize):
     assert load("features", kind).Model.resize == resize
     assert (
-        len(kinds("features")) == 6
-    )  # another one belongs into the list above, or, as timm's, says it once it is built
+        len(kinds("features")) == 8
+    )  # another one belongs into the list above, or, as timm's and clip's, says it once it is built
 
 
 # Classifier and random features

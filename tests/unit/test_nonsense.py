@@ -78,7 +78,7 @@ def system(token_spec) -> System:
 
 
 def drawn(system: System, label: int | None, count: int = 4):
-    asked = SimpleNamespace(label=label, caption=None, count=count, seed=0, sampling=SAMPLING)
+    asked = editing.Draw("toy", SAMPLING, SAMPLING, label=label, count=count)
     return editing.draw(system, asked)
 
 

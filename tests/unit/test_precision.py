@@ -267,7 +267,7 @@ def test_a_served_model_draws_in_the_precision_that_was_evaluated(checkout):
         model.load_context(
             SimpleNamespace(artifacts=folders, model_config={"sampling": settings.model_dump(mode="json")})
         )
-        images[chosen] = model._draw([0, 1, 2], 1, model.settings)["images"]
+        images[chosen] = model._draw([0, 1, 2], None, 1, model.settings)["images"]
         generator = seeding.generator(1, "serve", device=system.device)
         assert images[chosen] == [_png(one) for one in system.draw(np.arange(3), settings, generator)]
     assert images["fp32"] != images["bf16"]

@@ -45,6 +45,28 @@ def test_what_is_written_passes_the_check(tmp_path, number, folders, is_gray):
     assert ("classifier" in params.features) == (len(folders) > 1)
 
 
+def test_pages_and_bits_that_pictures_lose_are_told_and_arrays_name_their_key(tmp_path):
+    folder = photographs(tmp_path, 12)
+    assert not any("lose" in line for line in command.of_images(survey(folder)))
+    page = Image.fromarray(np.zeros((40, 48), np.uint8))
+    page.save(folder / "a.tif", save_all=True, append_images=[page])
+    Image.fromarray(np.zeros((40, 48), np.uint16)).save(folder / "b.png")
+    lines = command.of_images(survey(folder))
+    assert any(
+        "2 of them lose something, such as 'a.tif', which has several pages or frames, of which" in one for one in lines
+    )
+    (folder / "a.tif").unlink()
+    assert any("1 of them lose something, such as 'b.png', which has 16 bits, which are scaled to 8" in one
+               for one in command.of_images(survey(folder)))  # fmt: skip
+    arrays = tmp_path / "arrays"
+    arrays.mkdir()
+    np.save(arrays / "a.npy", np.zeros((4, 4, 5), np.uint8))
+    with pytest.raises(
+        ValueError, match="'a.npy' is an array of numpy, which dataset.bands reads: write the params by hand"
+    ):
+        survey(arrays)
+
+
 @pytest.mark.parametrize("resolution", [16, 48, 128, 256])
 def test_every_resolution_gives_a_grid_of_at_most_16_tokens_a_side(tmp_path, resolution):
     params = chosen(photographs(tmp_path, 12), resolution=resolution, is_gpu=resolution > 64).params()

@@ -7,6 +7,7 @@ from PIL import Image
 
 from tessera import seeding
 from tessera.artifacts import pictures
+from tessera.artifacts.fonts import font_for
 from tessera.artifacts.shards import ShardWriter
 from tessera.artifacts.tokens import Tokens
 from tessera.params import EncodeTokens
@@ -72,6 +73,15 @@ def test_prior_batches_draw_every_view_and_judge_by_the_first(tmp_path, token_sp
         Tokens(tmp_path, "train", token_spec, "indices", 4)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 13])
+def test_a_picture_shows_colors_or_the_first_channel_in_gray(channels):
+    image = np.random.default_rng(0).integers(0, 256, (channels, 4, 6), np.uint8)
+    shown = np.asarray(pictures.picture(image))
+    np.testing.assert_array_equal(shown, image.transpose(1, 2, 0) if channels == 3 else image[0])
+    of_grid = pictures.grid(image[None], 1)[1::12, 1::12][1:5, 1:7]  # enlarged 12 times, with a margin
+    np.testing.assert_array_equal(of_grid, shown if channels == 3 else shown[..., None].repeat(3, axis=-1))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_grid_shows_each_image_once_in_reading_order_enlarged(tmp_path, channels):
     images = (np.arange(5)[:, None, None, None] * 40 + np.zeros((5, channels, 8, 4))).astype(np.uint8)
@@ -91,3 +101,31 @@ def test_classes_stand_in_rows_and_missing_images_are_blank():
     shown = pictures.by_class(images, labels, num_columns=3)
     assert shown[:, 0, 0, 0].tolist() == [2, 5, 0, 1, 3, 4]
     assert len(pictures.by_class(images, np.zeros(5, int), num_columns=2, max_rows=2)) == 4
+
+
+def test_words_below_images_are_broken_at_words_and_end_in_dots_where_more_follows(tmp_path):
+    fits = lambda text: len(text) <= 8  # noqa: E731
+    lines = pictures._lines("a woman, medium skin tone", fits)
+    assert [line.strip() for line in lines] == ["a woman,", "medium", "skin..."] and all(
+        fits(line.rstrip()) for line in lines
+    )
+    assert pictures._lines("七" * 20, fits)[:2] == ["七" * 8, "七" * 8]
+    assert pictures._lines("", fits) == [""]
+    images = np.zeros((3, 1, 8, 8), np.uint8)
+    images[1] = 200
+    pictures.save_captioned(tmp_path / "a.png", images, ["one", "two", ""], 2)
+    found = np.asarray(Image.open(tmp_path / "a.png"))
+    cell = found.shape[1] // 2
+    assert found[20, 20].tolist() == [0] * 3 and found[20, cell + 20].tolist() == [200] * 3
+    below = found[116 : found.shape[0] // 2]
+    assert (below[:, :cell] < 100).any() and (below[:, cell:] < 100).any()  # there are letters
+    assert (found[found.shape[0] // 2 :, cell:] == 255).all()  # and no fourth image
+
+
+def test_words_below_pictures_are_in_a_font_that_has_their_letters():
+    """Pillow's own font has no Cyrillic letters; matplotlib brings one that has. Nobody brings letters of private use."""
+    own = font_for("a red square", 11).getname()
+    russian = font_for("красный дом", 11)
+    assert russian.getname() != own and russian.getmask("д").getbbox()
+    assert bytes(russian.getmask("д")) != bytes(russian.getmask("\uffff"))
+    assert font_for("\ue123", 11).getname() == own

@@ -1,0 +1,151 @@
+"""A picture that is to be painted over: the image in gray, its edges, or the image made small.
+
+    condition: {kind: image, shows: gray, pixels: [64, 64], patch_size: 8}     # colorization
+    condition: {kind: image, shows: edges, pixels: [64, 64], patch_size: 8}    # edges to image
+    condition: {kind: image, shows: color, pixels: [16, 16], patch_size: 2}    # super-resolution
+
+What is told of an image is made of its own pixels, so that data need nothing more; prior.num_views must be 1, as other views of
+an image are not what it shows. A small transformer reads the picture's patches, to which every place of the prior attends
+(nn/cross_attention.py). It is told beside the label, and each of the two is left out in a share of the training.
+
+Source: Saharia et al. (Palette), 2021, arXiv:2111.05826, section 3 (one network for such tasks, told the other image); Rombach
+et al. (latent diffusion), 2022, arXiv:2112.10752, section 3.3 (cross-attention to what an encoder makes of the condition);
+Dosovitskiy et al. (ViT), 2020, arXiv:2010.11929, section 3.1 (patches as a sequence); edges by the Sobel operator, as the
+square root of the sum of both squares. Gray is the luma of ITU-R BT.601.
+Differs from them: the picture is not laid beside the noisy image, which in the latents of a tokenizer has no pixels.
+
+What is told is a row of 1 + C * H * W float32: the label plus 1, or 0 for none, then the picture in [-1, 1], NaN where there is
+none. The row (0, NaN, ...) is the null condition.
+
+Shape letters: B batch, C H W the picture, S its patches, E width of the encoder, N width of the prior's condition.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from tessera.bases.beside_label import BesideLabel
+from tessera.bases.conditional import either_dropped
+from tessera.bases.transformer import TransformerConfig
+from tessera.contracts import Planned, TokenSpec
+from tessera.nn.cross_attention import Context
+from tessera.nn.transformer import Transformer
+
+LUMA = (0.299, 0.587, 0.114)
+STEEPEST = 4.0  # of the Sobel operator, for values from 0 to 1 along one axis
+Side = Annotated[int, Field(ge=1, le=1024)]
+
+
+class Config(TransformerConfig):
+    kind: Literal["image"] = "image"
+    shows: Literal["gray", "edges", "color"] = "gray"
+    pixels: tuple[Side, Side]  # height and width of what is told, to which the image is averaged
+    patch_size: Annotated[int, Field(ge=1)] = 8  # side of the patches that are attended to
+    width: Annotated[int, Field(ge=8)] = 64
+    depth: Annotated[int, Field(ge=1)] = 2
+    heads: Annotated[int, Field(ge=1)] = 2
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H, W."""
+        return (3 if self.shows == "color" else 1, *self.pixels)
+
+    @model_validator(mode="after")
+    def _has_whole_patches(self) -> "Config":
+        height, width = self.pixels
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"pixels {height}x{width} are not divisible by patch_size {self.patch_size}: expected whole patches"
+            )
+        return self
+
+
+def problems(config: Config, planned: Planned) -> Iterator[str]:
+    """Of the params: pictures that the images cannot give."""
+    spec = planned.spec
+    if spec.height % config.pixels[0] or spec.width % config.pixels[1]:
+        yield (
+            f"pixels {config.pixels[0]}x{config.pixels[1]} do not divide the images of {spec.height}x{spec.width}: expected "
+            f"sides that go into theirs, such as [{spec.height}, {spec.width}]"
+        )
+    if config.shows == "color" and config.pixels == (spec.height, spec.width):
+        yield "shows color in as many pixels as the images have, so that nothing is left to draw: expected fewer pixels"
+    if config.shows == "color" and spec.channels != 3:
+        yield f"shows color, but the images have channels {spec.channels}: expected 3, or shows: gray"
+
+
+def shown(config: Config, images: Tensor) -> Tensor:
+    """(B, channels, height, width) uint8 -> (B, C, H, W) float in [-1, 1]. Raises ValueError for images that cannot give it."""
+    height, width = images.shape[2:]
+    if height % config.pixels[0] or width % config.pixels[1] or (config.shows == "color" and images.shape[1] != 3):
+        raise ValueError(
+            f"images of {images.shape[1]}x{height}x{width} cannot be shown in {config.shows} by "
+            f"{config.pixels[0]}x{config.pixels[1]} pixels: expected those of the data set that the prior was trained on"
+        )
+    x = images.float() / 255
+    if config.shows != "color":
+        weights = x.new_tensor(LUMA) if x.shape[1] == 3 else x.new_full((x.shape[1],), 1 / x.shape[1])
+        x = (x * weights.view(1, -1, 1, 1)).sum(dim=1, keepdim=True)
+    if config.shows == "edges":
+        x = edges(x)
+    return 2 * F.adaptive_avg_pool2d(x, config.pixels).clamp(0, 1) - 1
+
+
+def edges(gray: Tensor) -> Tensor:
+    """(B, 1, H, W) in [0, 1] -> the same shape: the length of the Sobel gradient, 1 for a step from 0 to 1 along an axis."""
+    across = gray.new_tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+    kernels = torch.stack([across, across.T]).unsqueeze(1)
+    return (
+        F.conv2d(F.pad(gray, (1, 1, 1, 1), mode="replicate"), kernels).square().sum(1, keepdim=True).sqrt() / STEEPEST
+    )
+
+
+def encoded(config: Config, images: Tensor | Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
+    """(B, channels, height, width) uint8, and (B,) labels, if any -> (B, 1 + C * H * W). Raises ValueError, in a sentence."""
+    if any(image.dtype != torch.uint8 or image.shape != images[0].shape for image in images):
+        raise ValueError(
+            "the pictures differ in their shapes, or are no bytes: expected torch.uint8 of (channels, height, width)"
+        )
+    pixels = shown(config, images if isinstance(images, Tensor) else torch.stack(list(images))).flatten(1)
+    first = pixels.new_zeros(len(pixels)) if labels is None else (labels + 1).to(pixels)
+    return torch.cat([first.unsqueeze(1), pixels], dim=1)
+
+
+def null(told: Tensor) -> Tensor:
+    """(B, 1 + C * H * W) -> the same number of null conditions."""
+    found = torch.full_like(told, torch.nan)
+    found[:, 0] = 0
+    return found
+
+
+def partly_dropped(told: Tensor, rate: float) -> Tensor:
+    """(B, 1 + C * H * W) -> a share `rate` of them without their picture, and another one without their label."""
+    return either_dropped(told, null(told), rate)
+
+
+class Network(BesideLabel):
+    """(B, 1 + C * H * W) conditions, or (B,) labels up to and including the null label -> (B, N)."""
+
+    def __init__(self, config: Config, spec: TokenSpec, replaced: nn.Embedding):
+        super().__init__(spec, replaced, Context(config.width), config.width)
+        self.shape, self.patch_size = config.shape, config.patch_size
+        channels, *pixels = config.shape
+        grid = (pixels[0] // config.patch_size, pixels[1] // config.patch_size)
+        self.enter = nn.Linear(channels * config.patch_size**2, config.width)
+        self.position = nn.Parameter(torch.randn(grid[0] * grid[1], config.width) * 0.02)
+        self.transformer = Transformer(config.width, config.depth, config.heads, grid, config.dropout, is_causal=False)
+
+    def silent(self, number: int) -> Tensor:
+        channels, height, width = self.shape
+        return torch.full((number, channels * height * width), torch.nan)
+
+    def elements(self, beside: Tensor) -> tuple[Tensor, Tensor]:
+        picture = beside.view(-1, *self.shape)
+        is_there = ~picture[:, 0, 0, 0].isnan().unsqueeze(1)  # (B, 1)
+        patches = F.pixel_unshuffle(picture.nan_to_num(0.0), self.patch_size).flatten(2).transpose(1, 2)
+        sequence = self.transformer(self.enter(patches) + self.position)  # (B, S, E)
+        return sequence, is_there.expand(-1, sequence.shape[1])

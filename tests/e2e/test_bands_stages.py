@@ -1,0 +1,198 @@
+"""Images of five channels, npy beside TIFF, from the files to the figures, the edits and an exported folder."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import tessera
+from stages import (
+    edit_images,
+    encode_tokens,
+    evaluate,
+    evaluate_tokenizer,
+    prepare_images,
+    reference_stats,
+    sample_images,
+    train_features,
+    train_prior,
+    train_tokenizer,
+)
+from studio.actions import Studio
+from tessera.artifacts import images as image_artifact
+from tessera.artifacts.samples import Samples
+from tessera.artifacts.shards import spread
+from tessera.components import parse
+from tessera.evaluation import figures
+from tessera.export import __main__ as export
+from tessera.params import Pipeline
+from tessera.running.job import Job
+from tessera.sources.frame import Frame
+from tessera.tracking.served_model import Refused, ServedImages
+
+pytestmark = pytest.mark.e2e(seconds=30)
+ROOT = Path(__file__).parents[2]
+NAME, CHANNELS, SIDE = "vqgan-flow", 5, 16
+
+
+def image(number: int) -> np.ndarray:
+    """(H, W, C): one channel is bright, by the class; the rest is noise of its own."""
+    values = np.random.default_rng(number).integers(0, 60, (SIDE, SIDE, CHANNELS))
+    values[..., number % 2 + 3] += 150
+    return values.astype(np.uint8)
+
+
+def files(folder: Path) -> Path:
+    folder.mkdir()
+    rows = []
+    for number in range(60):
+        name = f"{('red', 'blue')[number % 2]}_{number}.{('npy', 'tif')[number // 2 % 2]}"
+        if name.endswith(".npy"):
+            np.save(folder / name, image(number))
+        else:
+            first, *others = map(Image.fromarray, np.moveaxis(image(number), -1, 0))
+            first.save(folder / name, save_all=True, append_images=others)
+        rows.append({"file_name": name, "text": f"{name.partition('_')[0]} field"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def params_of(source: Path) -> Pipeline:
+    raw: dict[str, Any] = yaml.safe_load((ROOT / "presets/emoji.yaml").read_text())
+    raw["dataset"] |= {"source": str(source), "height": SIDE, "width": SIDE, "test_fraction": 0.3, "bands": CHANNELS}
+    raw["dataset"] |= {"label_pattern": "([a-z]+)_[0-9]+", "metadata": {"captions": ["text"]}}
+    training = {"num_steps": 8, "batch_size": 8}
+    for judge in raw["features"].values():
+        judge |= {"channels": 8, "feature_dim": 16, "training": training}
+    raw["tokenizers"]["vqgan"] |= {"channels": 16, "num_blocks": 1, "discriminator_start_step": 4, "training": training}
+    prior = raw["systems"][NAME]["prior"]
+    prior |= {"denoiser": {"kind": "transformer", "width": 32, "depth": 1, "heads": 2}, "training": training}
+    prior["condition"] |= {"max_bytes": 24}
+    raw["encode_tokens"] |= {"warps": 1, "batch_size": 16}
+    raw["sample_images"] = {"num_images": 20, "batch_size": 8}
+    raw["edits"] = {
+        "inpaint": {"kind": "inpaint", "candidates": 2},
+        "denoise": {"kind": "enhance", "damage": "noise", "noise_std": 0.4},
+        "super-resolution": {"kind": "enhance", "damage": "downsample", "factor": 2},
+        "restyle": {"kind": "restyle"},
+        "variations": {"kind": "variations", "strength": 0.5},
+    }
+    raw["edit_images"] = {"num_images": 4, "num_seeds": 1, "batch_size": 4}
+    for metric in raw["evaluate"]["metrics"].values():
+        metric |= {"neighbors": 2, "density_neighbors": 2} if metric["kind"] == "precision_recall" else {}
+    raw["evaluate"]["metrics"]["brightness"] = {"kind": "brightness"}
+    return parse(Pipeline, raw)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pipeline]:
+    """A checkout's data folder with the artifacts of every stage, and the params."""
+    root = tmp_path_factory.mktemp("bands")
+    params, data = params_of(files(root / "source")), root / "data"
+
+    def job(name: str) -> Job:
+        return Job(name, root / "state" / name)
+
+    images, tokenizer, tokens = data / "images", data / "tokenizers/vqgan", data / "tokens/vqgan"
+    prior, samples, metrics = data / "priors" / NAME, data / "samples" / NAME, data / "metrics"
+    judged = {"images": images, "features": data / "features", "reference": data / "reference"}
+    prepare_images.run(params, images, job("prepare_images"))
+    for name in params.features:
+        out = data / "features" / name
+        train_features.run(params, name, images, out, root / "f.csv", root / f"f-{name}.json", job(name))
+        reference_stats.run(params, name, images, out, data / "reference" / name, job(f"reference-{name}"))
+    train_tokenizer.run(params, "vqgan", images, tokenizer, root / "t.csv", job("train_tokenizer"))
+    encode_tokens.run(params, "vqgan", images, tokenizer, tokens, job("encode_tokens"))
+    evaluate_tokenizer.run(
+        params, "vqgan", **judged, tokenizer=tokenizer, tokens=tokens, picture=root / "reconstructions.png",
+        codebook_uses=root / "uses.csv", metrics=metrics / "tokenizers/vqgan.json", job=job("evaluate_tokenizer"),
+    )  # fmt: skip
+    train_prior.run(params, NAME, images, tokenizer, tokens, prior, root / "p.csv", root / "p.json", job("train_prior"))
+    sample_images.run(params, NAME, tokenizer, prior, samples, root / "samples.png", job("sample_images"))
+    evaluate.run(
+        params, NAME, **judged, metrics=metrics / f"systems/{NAME}.json", job=job("evaluate"), samples=samples,
+        tokenizer=tokenizer, prior=prior, prior_metrics=root / "p.json", picture=root / "samples.png",
+        neighbors=root / "neighbors.png", tokenizer_metrics=metrics / "tokenizers/vqgan.json",
+    )  # fmt: skip
+    edit_images.run(
+        params, NAME, **judged, tokenizer=tokenizer, prior=prior, out=data / "edits", picture=root / "edits.png",
+        metrics=metrics / "edits.json", job=job("edit_images"),
+    )  # fmt: skip
+    return root, params
+
+
+def test_samples_have_all_channels_and_figures_are_of_them(made: tuple[Path, Pipeline]) -> None:
+    root, params = made
+    spec, _ = image_artifact.read(root / "data/images")
+    assert spec.channels == CHANNELS and spec.class_names == ("blue", "red")
+    samples = Samples(root / "data/samples" / NAME, spec, 20)
+    assert samples.pixels.row_shape == (CHANNELS, SIDE, SIDE)
+    found = figures.read(root / f"data/metrics/systems/{NAME}.json").groups["generation"]
+    assert {"fd_classifier", "label_agreement", "precision", "brightness_shift", "caption_at_1_seen"} <= set(found)
+    of_tokenizer = figures.read(root / "data/metrics/tokenizers/vqgan.json").groups["reconstruction"]
+    assert {"psnr_db", "ssim"} <= set(of_tokenizer)
+    assert set(figures.read(root / "data/metrics/edits.json").groups) >= set(params.edits)
+
+
+def test_pictures_show_the_first_channel_in_gray(made: tuple[Path, Pipeline]) -> None:
+    root, _ = made
+    _, splits = image_artifact.read(root / "data/images")
+    for name in ("samples", "neighbors", "edits", "reconstructions"):
+        shown = np.asarray(Image.open(root / f"{name}.png").convert("RGB"))
+        assert (shown == shown[..., :1]).all()  # the samples with words below, too
+    scale = 3  # of 16 pixels to 48
+    row = spread(len(splits["test"]), 50)[0]
+    corner = np.asarray(Image.open(root / "reconstructions.png"))[
+        scale : 17 * scale : scale, scale : 17 * scale : scale, 0
+    ]
+    np.testing.assert_array_equal(corner, splits["test"].uint8(np.array([row]))[0, 0].numpy())
+
+
+def test_an_exported_system_draws_and_edits_all_channels_and_makes_no_pictures_of_them(
+    made: tuple[Path, Pipeline], tmp_path: Path
+) -> None:
+    root, params = made
+    export.write(params, NAME, root, tmp_path / "exported")
+    system = tessera.load(tmp_path / "exported", device="cpu")
+    drawn = system.sample(labels=[0, 1], seed=1)
+    assert drawn.dtype == torch.uint8 and drawn.shape == (2, CHANNELS, SIDE, SIDE) == (2, *system.image_shape)
+    assert system.edit("variations", drawn, seed=1).shape == drawn.shape
+    with pytest.raises(
+        ValueError, match=r"has images of 5 channels, expected pictures of 1 \(gray\) or 3 \(RGB\): give a"
+    ):
+        system.preprocess([Image.new("RGB", (16, 16))])
+    with pytest.raises(ValueError, match=r"expected torch.uint8 of \(B, 1 or 3, H, W\).*of more channels, choose some"):
+        system.pictures(drawn)
+    assert len(system.pictures(drawn[:, :3])) == 2
+
+
+def test_what_shows_and_takes_pictures_refuses_other_channels(
+    made: tuple[Path, Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, params = made
+    sentence = r"^(emoji|the data set) has images of 5 channels, expected pictures of 1 \(gray\) or 3 \(RGB\): export"
+    with pytest.raises(ValueError, match=sentence):
+        Frame(params.dataset, (20, 20))
+    model = ServedImages()
+    parts = {"tokenizer": root / "data/tokenizers/vqgan", "prior": root / "data/priors" / NAME}
+    sampling = params.sampling(NAME).model_dump(mode="json")
+    context = SimpleNamespace(artifacts=parts, model_config={"sampling": sampling})
+    model.load_context(context)
+    with pytest.raises(Refused, match=r"^this model has images of 5 channels, expected pictures of 1 \(gray\) or 3"):
+        model.predict(context, pd.DataFrame([{"labels": [0], "seed": 1.0}]))
+    (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
+    with pytest.raises(ValueError, match=sentence):
+        Studio(root)
+
+
+def test_a_frame_of_one_band_is_gray_whatever_channels_says(made: tuple[Path, Pipeline]) -> None:
+    _, params = made
+    frame = Frame(params.dataset.model_copy(update={"bands": 1}), (20, 20))
+    assert frame.tensor(Image.new("RGB", (20, 20))).shape == (1, 1, SIDE, SIDE)
