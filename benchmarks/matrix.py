@@ -46,9 +46,12 @@ class Views:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, rows: torch.Tensor, generator: torch.Generator | None = None) -> TokenBatch:
+    def stored(self, rows: torch.Tensor, generator: torch.Generator | None = None) -> TokenBatch:
         view = torch.randint(self.tokens.shape[1], (len(rows),), generator=generator)
         return TokenBatch(self.tokens[rows, view], self.labels[rows])
+
+    def batch_of(self, stored: TokenBatch) -> TokenBatch:
+        return stored
 
 
 def fitted(module: Any, config: Any, spec: Any, data: Any, seconds: float, seed: int) -> tuple[torch.nn.Module, float]:

@@ -108,6 +108,11 @@ SMALL = {
             "denoiser": {"kind": "transformer", "width": 16, "depth": 2, "heads": 2},
             "training": TRAINING,
         },
+        "flow_map": {
+            "denoiser": {"kind": "transformer", "width": 16, "depth": 2, "heads": 2},
+            "flow_share": 0.0,
+            "training": TRAINING,
+        },
         "masked": {"width": 16, "depth": 2, "heads": 2, "training": TRAINING},
         "gan": {"channels": 8, "noise_dim": 8, "training": TRAINING},
         "diffusion": {
