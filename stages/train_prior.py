@@ -16,20 +16,14 @@ from tessera.evaluation.figures import Protocol, Recorder, without_network
 from tessera.evaluation.likelihood import bits_of_each, mean_loss, proportional_rows
 from tessera.params import Pipeline
 from tessera.training import loop, previews, told, warm_start
+from tessera.training.snapshot import Snapshot
 from tessera.training.validation import PriorValidation, hold_out
 
 
 def run(  # nine parameters: one for each option of the command in dvc.yaml
-    params: Pipeline,
-    name: str,
-    images: Path,
-    tokenizer: Path,
-    tokens: Path,
-    out: Path,
-    history: Path,
-    metrics: Path,
+    params: Pipeline, name: str, images: Path, tokenizer: Path, tokens: Path, out: Path, history: Path, metrics: Path,
     job: Job,
-) -> dict[str, float] | None:
+) -> dict[str, float] | None:  # fmt: skip
     config = params.systems[name].prior
     module = load("priors", config.kind)
     spec, splits = token_artifact.read(tokens, module.LEARNS, config.num_views)
@@ -57,6 +51,8 @@ def run(  # nine parameters: one for each option of the command in dvc.yaml
     objective = module.Objective(model, config)
     if sets(config, "init"):
         warm_start.begin(objective, config, "priors", job)
+    if sets(config, "guide"):
+        validation = Snapshot(config, validation, job)
     preview = previews.Previews(previews.of_prior(params, name, spec, tokenizer), job)
     model = loop.fit(
         objective, splits["train"], config.training, seed=params.seed, job=job, validation=validation, preview=preview

@@ -24,7 +24,7 @@ from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import to_uint8
 from tessera.artifacts.shards import spread
 from tessera.bases.captions import CAPTIONED
-from tessera.components import kinds, load
+from tessera.components import kinds, load, sets
 from tessera.nn.weightless import WithoutWeights
 from tessera.sources.bands import require_picture
 from tessera.sources.decoding import opened
@@ -39,7 +39,10 @@ MAX_SEED = 2**32 - 1
 THUMBNAILS, THUMBNAIL = 24, 96  # how many, and the longer side of each in pixels, about
 CANVAS = 560  # pixels of the longer side that a mask is painted on, about
 PAINT = "#ff2d78"
-KNOBS = {"guidance": ("guidance_scale",), "temperature": ("temperature",), "steps": ("num_steps", "decoding_steps")}
+KNOBS = {
+    "guidance": ("guidance_scale",), "temperature": ("temperature",), "steps": ("num_steps", "decoding_steps"),
+    "autoguidance": ("autoguidance_scale",),
+}  # fmt: skip
 
 
 class Drawn(NamedTuple):
@@ -113,8 +116,11 @@ class Studio:
         return f"{name} cannot do this edit ({kind}), because its prior {prior} has no way to do so: {mend}"
 
     def knobs(self, name: str) -> dict[str, Knob]:
-        """Those of guidance, temperature and steps that the system's sampling has, as params.yaml sets them."""
+        """Those of guidance, temperature and steps that the system's sampling has, and of autoguidance where its prior keeps a
+        guide, as params.yaml sets them."""
         sampling = self.params.sampling(name).model_dump()
+        if sets(self.params.systems[name].prior, "guide"):
+            sampling = {"autoguidance_scale": 1.0} | sampling
         return {knob: Knob(key, sampling[key]) for knob, keys in KNOBS.items() for key in keys if key in sampling}
 
     def reads_captions(self, name: str) -> bool:

@@ -151,7 +151,9 @@ def seed_field() -> gr.Number:
 
 def knob_field(knob: str, now: Knob | None) -> gr.Slider:
     """A slider at the system's own setting; hidden where it has none."""
-    low, high, step = {"guidance": (0, 10, 0.05), "temperature": (0.05, 3, 0.05), "steps": (1, 200, 1)}[knob]
+    scale = 0, 10, 0.05
+    ranges = {"guidance": scale, "autoguidance": scale, "temperature": (0.05, 3, 0.05), "steps": (1, 200, 1)}
+    low, high, step = ranges[knob]
     value = now.value if now else 1
     return gr.Slider(low, max(high, value), value, step=step, label=knob.capitalize(), visible=now is not None)
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tessera.artifacts import checkpoints
+from tessera.artifacts import checkpoints, guides
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.images import to_uint8
-from tessera.components import Params, Precision, load, sampling_schema
+from tessera.components import Params, Precision, load, sampling_schema, sets
 from tessera.contracts import Learns, TokenSpec
 from tessera.nn.precision import in_precision
 
@@ -63,6 +63,8 @@ class System:
                 f"{prior} draws tokens (codebook, latents, indices) of {expected}, expected {made} of {tokenizer}. "
                 f"{artifact.remedy(prior)}"
             )
+        if sets(config, "guide"):
+            guides.attach(model, prior)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return cls(decoder.to(device), model.to(device), spec, load("priors", config.kind).LEARNS, name)
 

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tessera.bases.guide import Autoguidance, Guide
 from tessera.bases.initialization import Initialization
 from tessera.bases.optimization import optimizers_for
 from tessera.components import AddedKey, ConditionConfig, Fraction, Params, load, sets
@@ -36,6 +37,7 @@ class GuidedSampling(Params):
     """How a conditional prior is guided."""
 
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = 1.0  # uncond + scale * (cond - uncond); 1: off
+    autoguidance_scale: AddedKey[Autoguidance] = None  # guide + scale * (prior - guide), bases/autoguidance.py; 1: off
 
 
 class RampedSampling(GuidedSampling):
@@ -72,6 +74,7 @@ class ConditionalConfig(PriorSettings):
     label_dropout: Fraction = 0.1  # share of the labels replaced by the null label: what guidance needs
     is_conditional: bool = True  # False: every label is the null label
     condition: AddedKey[ConditionConfig] = None  # what is told of an image in the place of its label
+    guide: AddedKey[Guide] = None  # a worse version of the prior, kept beside it: what autoguidance leads away from
 
 
 class ConditionalModel(nn.Module):

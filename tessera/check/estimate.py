@@ -79,6 +79,8 @@ def of_run(params: Pipeline, planned: Planned, seconds: float = 10.0) -> Estimat
         batch = _tokens(system.prior, tokens)
         trainings += _tried(f"train_prior@{name}", "priors", system.prior, tokens, batch, each)
         prior = load("priors", system.prior.kind).Model(system.prior, tokens).to(device).eval()
+        if sets(system.prior, "guide"):
+            prior.guide = load("priors", system.prior.kind).Model(system.prior, tokens).to(device).eval()
         drawing += num_drawn(params) * _seconds_to_draw(prior, params.sampling(name), tokens, device)
     sections = {"run": 1, **{key: len(getattr(params, key)) for key in ENTRIES if key != "run"}}
     starting = PROCESS_SECONDS * sum(ENTRIES[key] * number for key, number in sections.items())

@@ -20,6 +20,7 @@ import torch
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.samples import floor_rows
 from tessera.artifacts.shards import spread
+from tessera.bases.guide import EXAMPLE
 from tessera.components import Params, load, sets
 from tessera.contracts import Planned, TokenSpec
 from tessera.nn.weightless import WithoutWeights
@@ -145,6 +146,12 @@ def _settings(params: Pipeline) -> Iterator[str]:
             yield (
                 f"systems.{name}.prior: num_views {wanted} is more than the {num_views} that encode_tokens makes of an image: "
                 f"write num_views: {num_views}, or raise encode_tokens.warps"
+            )
+        sampling = params.sampling(name)
+        if sets(sampling, "autoguidance_scale") and not sets(system.prior, "guide"):
+            yield (
+                f"systems.{name}.sampling: autoguidance_scale is {sampling.autoguidance_scale:g}, but the prior keeps no guide "
+                f"to lead away from: write {EXAMPLE} in systems.{name}.prior, or leave it out"
             )
         told = getattr(system.prior, "condition", None)
         if told is not None and told.kind == "image" and num_views > 1 and system.prior.num_views != 1:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.components import sets
 from tessera.contracts import Denoises
 from tessera.nn.samplers import ancestral_step, noise
 from tessera.system import System
@@ -60,6 +61,8 @@ def _by_denoising(
 ) -> Tensor:
     """(B, num_classes) a bound of log p(known | label), up to a constant, as a sum over levels (VDM, section 4.1)."""
     unguided = sampling.model_copy(update={"guidance_scale": 1.0})  # what is guided is no likelihood
+    if sets(sampling, "autoguidance_scale"):
+        unguided = unguided.model_copy(update={"autoguidance_scale": None})
     known, draw = is_known.unsqueeze(1), partial(noise, generator=generator)
     evidence = torch.zeros(len(latents), system.spec.num_classes, device=latents.device)
     levels = torch.logspace(*torch.tensor([HIGHEST, LOWEST]).log10().tolist(), NUM_LEVELS + 1).tolist()

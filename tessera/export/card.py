@@ -32,6 +32,7 @@ def text(
         _use(images, has_onnx),
         _labels(images),
         _captions(system.prior),
+        _guide(system.prior),
         _figures(figures),
         f"## Data and licence\n\nTrained on {images.name}. Licence of its images: {images.licence}. What it means for the "
         "weights is for their publisher to say here.",
@@ -129,6 +130,16 @@ def _captions(prior: Any) -> str:
     return (
         f"It was told captions of at most {prior.condition.max_bytes} bytes, such as {', '.join(shown)} (all are below): "
         "`system.sample(captions=[...])`. A label is read as the first caption of its class."
+    )
+
+
+def _guide(prior: Any) -> str:
+    """How to use the worse version that it keeps, where it does."""
+    if not sets(prior, "guide"):
+        return ""
+    return (
+        "Beside the weights of its prior lie those of an early snapshot, for autoguidance: `system.sample(..., "
+        "autoguidance_scale=1.5)` leads away from it; 1 is off."
     )
 
 

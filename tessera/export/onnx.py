@@ -2,7 +2,8 @@
 
 The batch is of any size. Images are float32 in [-1, 1], tokens as TrainedSystem has them, labels up to and including the null
 label. prior.onnx is one call of the prior's network, by its own inputs: logits of all indices (autoregressive, masked), the
-prediction at a noise level or a time (diffusion, flow), latents of noise (GAN). The sampler around it is the caller's.
+prediction at a noise level or a time (diffusion, flow), latents of noise (GAN). guide.onnx is the same of its guide, where it
+keeps one. The sampler around them is the caller's.
 """
 
 import inspect
@@ -55,11 +56,13 @@ def networks(system: System) -> dict[str, tuple[nn.Module, dict[str, Tensor], st
     """{file: (network, an example of each of its inputs, the name of what it gives)}, on the CPU."""
     system = System(system.tokenizer.cpu(), system.prior.cpu(), system.spec, system.learns, system.name)
     images, tokens = _images(system), _tokens(system)
-    return {
+    inputs, guide = _inputs_of_prior(system, tokens), getattr(system.prior, "guide", None)
+    found = {
         "encoder": (Call(system, "encode").eval(), {"images": images}, "tokens"),
         "decoder": (Call(system, "decode").eval(), {"tokens": tokens}, "images"),
-        "prior": (system.prior, _inputs_of_prior(system, tokens), "predicted"),
+        "prior": (system.prior, inputs, "predicted"),
     }
+    return found if guide is None else found | {"guide": (guide, inputs, "predicted")}
 
 
 def _images(system: System) -> Tensor:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from tessera.bases.autoguidance import Reading
 from tessera.bases.conditional import (
     ConditionalConfig,
     ConditionalModel,
@@ -197,6 +198,8 @@ class Drawing:
         self.decoder = decoder(model.transformer, like=self.x)
         if sets(model.config, "condition"):
             self.decoder = told_decoder(model.transformer, self.decoder, like=self.x)
+        if sets(sampling, "autoguidance_scale"):
+            self.guide = Reading(model, sampling, labels[: len(indices)], length)
 
     def step(self, number: Number) -> None:
         """Draw the index at `number` of each sequence, unless it is known, and embed it for the next step."""
@@ -204,8 +207,13 @@ class Drawing:
         places = None if self.order is None else self._of_both_halves(element(self.order, number, dim=1))  # (B, 1)
         position = element(model.position, number) if places is None else model.position[places].squeeze(1)
         logits = model.head(self.decoder.step(self.x + position, number, places)).float()
+        if sets(self.sampling, "autoguidance_scale"):
+            own = None if places is None else places[: len(self.indices)]
+            away = self.guide.away(logits[: len(self.indices)], number, own)
         if self.is_guided:
             logits = guided(*logits.chunk(2), element(self.scales, number))
+        if sets(self.sampling, "autoguidance_scale"):
+            logits = logits + away
         drawn = draw(logits, self.sampling, self.generator).unsqueeze(1)
         known = element(self.indices, number, dim=1)
         drawn = torch.where(element(self.is_known, number, dim=1), known, drawn)
@@ -214,6 +222,8 @@ class Drawing:
         if model.read_position is not None:
             x = x + model.read_position[places]
         self.x.copy_(x.squeeze(1))
+        if sets(self.sampling, "autoguidance_scale"):
+            self.guide.read(drawn, own)
 
     def _of_both_halves(self, x: Tensor) -> Tensor:
         return torch.cat([x, x]) if self.is_guided else x

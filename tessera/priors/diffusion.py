@@ -17,6 +17,7 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
+from tessera.bases.autoguidance import away_at
 from tessera.bases.conditional import (
     ConditionalConfig,
     ConditionalModel,
@@ -121,6 +122,10 @@ class Model(ConditionalModel):
             null = self.null_labels(labels)
             both = self(torch.cat([x, x]), torch.cat([levels, levels]), torch.cat([labels, null]))
             out = guided(*both.chunk(2), sampling.guidance_scale)
+        if sets(sampling, "autoguidance_scale"):
+            time = 1 / (1 + sigma)
+            good = both[: len(x)] if self.config.is_conditional and sampling.is_guided_at(time) else out
+            out = out + away_at(self, sampling, time, good, lambda guide: guide(x, levels, labels))
         data = noise_levels.data_of(self.config.predicts, out, x, alpha, sigma_vp)
         if sampling.clip_data is None:
             return data

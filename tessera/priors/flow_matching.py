@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from tessera.bases.autoguidance import guided_twice
 from tessera.bases.conditional import (
     ConditionalConfig,
     ConditionalModel,
@@ -92,6 +93,8 @@ class Model(ConditionalModel):
     def _guided(self, x: Tensor, t: float, labels: Tensor, sampling: Sampling) -> Tensor:
         """The velocity, guided within an interval of times (Kynkaanniemi et al.)."""
         times = torch.full((len(x),), t, device=x.device)
+        if sets(sampling, "autoguidance_scale"):
+            return guided_twice(self, sampling, t, labels, lambda model, told: model(x, times, told))
         if not self.config.is_conditional or not sampling.is_guided_at(t):
             return self(x, times, labels)
         null = self.null_labels(labels)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from tessera.bases.autoguidance import as_guidance, away, guide_of
 from tessera.bases.conditional import (
     ConditionalConfig,
     ConditionalModel,
@@ -230,9 +231,15 @@ class Model(ConditionalModel):
         labels = self.condition(labels)
         plan = Plan.of(num_masked, sampling, indices.device)
         precedence = self._precedence(indices, sampling, generator)
+        if sets(sampling, "autoguidance_scale"):
+            guide, leading = guide_of(self, sampling), Plan.of(num_masked, as_guidance(sampling), indices.device)
         for step in range(len(plan.placed)):
             scales = plan.scales[step] if plan.is_guided[step] and self.config.is_conditional else None
             logits = self._guided(indices, labels, scales) / sampling.temperature
+            if sets(sampling, "autoguidance_scale"):
+                good = logits if scales is None else self(indices, labels).float() / sampling.temperature
+                bad = guide(indices, labels).float() / sampling.temperature
+                logits = logits + away(good, bad, leading.scales[step])
             drawn = (logits + gumbel_noise(logits, generator)).argmax(dim=2)  # (B, L)
             if sampling.order == "confidence":
                 confidence = logits.log_softmax(dim=2).gather(2, drawn.unsqueeze(2)).squeeze(2)

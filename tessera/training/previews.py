@@ -16,7 +16,7 @@ from tessera import seeding
 from tessera.artifacts import checkpoints
 from tessera.artifacts.images import Images
 from tessera.artifacts.shards import spread
-from tessera.components import load
+from tessera.components import load, sets
 from tessera.contracts import Job, TokenSpec
 from tessera.evaluation.reconstructions import reconstruction
 from tessera.params import Pipeline
@@ -72,6 +72,8 @@ def of_prior(params: Pipeline, name: str, spec: TokenSpec, tokenizer: Path) -> D
     """Samples with the settings of the system `name`, a column for each of the first classes: the same labels and noise
     each time, so that two pictures differ by the weights alone."""
     learns, sampling = load("priors", params.systems[name].prior.kind).LEARNS, params.sampling(name)
+    if sets(sampling, "autoguidance_scale"):  # what trains has no guide yet
+        sampling = sampling.model_copy(update={"autoguidance_scale": None})
     decoder, _, _ = checkpoints.load_model(tokenizer, "tokenizers")
     known = np.flatnonzero(spec.class_counts)
     labels = known[np.arange(COLUMNS * ROWS) % COLUMNS % len(known)]

@@ -57,6 +57,7 @@ def tiny_params() -> dict[str, Any]:
     for system in (flow, masked):
         system["prior"]["training"] = TRAINING
         system["tokenizer"] = "vqvae"
+    flow["prior"]["guide"] = {"snapshot_at": 0.5}
     flow["sampling"] = {"guidance_scale": 1.5, "num_steps": 3}
     masked["sampling"] = {"guidance_scale": 1.5, "decoding_steps": 3}
     gan = values["systems"]["gan"]
@@ -141,7 +142,7 @@ def test_only_trained_systems_are_offered_the_most_able_first_with_only_the_knob
         "guidance": "guidance_scale", "temperature": "temperature", "steps": "decoding_steps",
     }  # fmt: skip
     assert {name: tuple(knob) for name, knob in studio.knobs("flow").items()} == {
-        "guidance": ("guidance_scale", 1.5), "steps": ("num_steps", 3),
+        "guidance": ("guidance_scale", 1.5), "steps": ("num_steps", 3), "autoguidance": ("autoguidance_scale", 1.0),
     }  # fmt: skip
 
 
@@ -156,7 +157,7 @@ def test_a_command_has_only_what_differs_from_the_defaults(studio: Studio) -> No
         return edit.request(studio.params, "flow", kind, settings, **given).command()
 
     start = "python -m studio.edit --system flow"
-    assert studio.draw("flow", None, 1, 0, guidance=1.5).command == f"{start} --sample out.png"
+    assert studio.draw("flow", None, 1, 0, guidance=1.5, autoguidance=1.0).command == f"{start} --sample out.png"
     assert studio.draw("flow", 3, 6, 2, guidance=2.0, steps=3).command == (
         f"{start} --sample --label 3 --count 6 --sampling guidance_scale=2.0 --seed 2 out.png"
     )
@@ -183,6 +184,11 @@ def test_the_command_of_a_sample_draws_the_same_bits(name, label, studio, root, 
     assert np.array_equal(again, pictures.grid(drawn.images, 10))
     assert not np.array_equal(studio.draw(name, label, 12, 6, guidance=2.0, steps=4).images, drawn.images)
     assert not np.array_equal(studio.draw(name, label, 12, 5, guidance=7.0, steps=4).images, drawn.images)
+    if name == "flow":
+        led_away = studio.draw(name, label, 12, 5, guidance=2.0, steps=4, autoguidance=4.0)
+        again = run(led_away.command, root, monkeypatch, tmp_path / "led-away.png")
+        assert not np.array_equal(led_away.images, drawn.images)
+        assert np.array_equal(again, pictures.grid(led_away.images, 10))
     assert (drawn.indices is None) == (name == "flow")
 
 

@@ -104,23 +104,28 @@ def test_a_copy_attends_to_its_own_sequence() -> None:
     assert not copied.blocks[0].cross_attention.context.sequence.numel()
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_an_autoregressive_prior_draws_what_it_says_of_the_whole_sequence(scale: float, token_spec: TokenSpec) -> None:
+@pytest.mark.parametrize(("scale", "away"), [(1.0, None), (2.5, None), (2.5, 1.8)])
+def test_an_autoregressive_prior_draws_what_it_says_of_the_whole_sequence(
+    scale: float, away: float | None, token_spec: TokenSpec
+) -> None:
     """One index after another, nearly without chance, is the likeliest index of the forward pass, at every place."""
     module = load("priors", "autoregressive")
     condition = {"kind": "caption", "width": 16, "max_bytes": 8, "cross_attention": True}
     sizes = {"width": 16, "depth": 2, "heads": 2, "training": {"num_steps": 1}}
     torch.manual_seed(0)
-    model = module.Model(
-        parse(module.Config, {"kind": "autoregressive", **sizes, "condition": condition}), token_spec
-    ).eval()
+    config = parse(module.Config, {"kind": "autoregressive", **sizes, "condition": condition})
+    model = module.Model(config, token_spec).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    model.guide = guide = copy.deepcopy(model)
+    for parameter in guide.parameters():
+        parameter.detach().mul_(0.5)
     told = encoded(["a zero", "二", ""], 8, torch.tensor([0, 1, 2]))
-    sampling = parse(module.Sampling, {"temperature": 0.01, "guidance_scale": scale})
+    sampling = parse(module.Sampling, {"temperature": 0.01, "guidance_scale": scale, "autoguidance_scale": away})
     drawn = model.sample(told, sampling, torch.Generator().manual_seed(0)).flatten(1)
     with torch.no_grad():
         logits = guided(model(drawn, told), model(drawn, model.null_labels(told)), scale)
+        logits += ((away or 1.0) - 1) * (model(drawn, told) - guide(drawn, told))
         silent = guided(model(drawn, told[:, :1].squeeze(1) - 1), model(drawn, model.null_labels(told)), scale)
     assert torch.equal(logits.argmax(dim=2), drawn)
     assert not torch.equal(silent.argmax(dim=2), drawn)  # the words count

@@ -34,6 +34,10 @@ SAMPLINGS = [
     ("diffusion", {"sampler": "ancestral", "num_steps": 3}),
     ("flow_matching", {"num_steps": 3}),
     ("gan", {"truncation": 1.0}),
+    ("masked", {"order": "halton", "guidance_scale": 2.0, "autoguidance_scale": 2.0, "guidance_ramp": 2.0}),
+    ("autoregressive", {"guidance_scale": 2.0, "autoguidance_scale": 2.0, "guidance_ramp": 2.0}),
+    ("diffusion", {"autoguidance_scale": 2.0, "num_steps": 3}),
+    ("flow_matching", {"autoguidance_scale": 2.0, "num_steps": 3}),
 ]
 
 
@@ -85,6 +89,7 @@ def sample(kind: str, settings: dict, generator: torch.Generator) -> tuple[torch
     with Gpu() as gpu:
         with GPU:
             model = part.Model(part.Config.model_validate(config), token_spec).eval()
+            model.guide = part.Model(part.Config.model_validate(config), token_spec).eval()
         labels = torch.zeros(16, dtype=torch.long, device=GPU)
         gpu.sent.clear()
         return model.sample(labels, part.Sampling.model_validate(settings), generator), gpu.sent
@@ -196,15 +201,25 @@ def graphs(monkeypatch) -> list[Graph]:
     return made
 
 
+GRAPHED = [
+    {},
+    {"guidance_scale": 2.5, "guidance_ramp": 2.0},
+    {"top_k": 5, "top_p": 0.8},
+    {"guidance_scale": 2.5, "autoguidance_scale": 2.0, "guidance_ramp": 2.0},
+]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("until", [(0.0, 0.0), (1.0, 1.0)])
-@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.5, "guidance_ramp": 2.0}, {"top_k": 5, "top_p": 0.8}])
+@pytest.mark.parametrize("settings", GRAPHED)
 def test_one_graph_of_a_step_draws_every_index(until, settings, precision, request):
     torch.manual_seed(0)
     config = autoregressive.Config(
         width=32, depth=2, heads=2, random_order_until=until, training=PriorTraining(num_steps=1)
     )
-    model = autoregressive.Model(config, spec(codebook_size=9, shape=(3, 3, 2), num_classes=3)).eval()
+    sizes = spec(codebook_size=9, shape=(3, 3, 2), num_classes=3)
+    model = autoregressive.Model(config, sizes).eval()
+    model.guide = autoregressive.Model(config, sizes).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     model = in_precision(model, precision)

@@ -80,6 +80,11 @@ MISTAKES = [
         420,
         "discriminator_start_step 420 is not below the 420 steps of training.num_steps",
     ),
+    (
+        "systems.vqgan-flow.sampling.autoguidance_scale",
+        2.0,
+        r"scale is 2, but the prior keeps no guide .*: write guide: {snapshot_at: 0.25} in systems.vqgan-flow.prior",
+    ),
     ("systems.vqgan-flow.prior.training", TRAINING, "batch_size 6 is not divisible by gradient_accumulation 4"),
     ("tokenizers.vqgan.training", TRAINING, "tokenizers.vqgan: training.batch_size 6"),
 ]
@@ -185,7 +190,9 @@ def test_every_training_asks_again_and_what_it_writes_can_be_read_as_the_umask_s
 
 
 def test_an_estimate_times_every_training_and_adds_up(tmp_path):
-    params = all_params.read(written(tmp_path, {}))
+    guided = {"prior.guide": {"snapshot_at": 0.5}, "sampling.autoguidance_scale": 2.0}
+    changes = {f"systems.vqgan-flow.{key}": value for key, value in guided.items()}
+    params = all_params.read(written(tmp_path, changes))
     labels = {"train": np.arange(100) % 10, "test": np.arange(50) % 10}
     told = estimate.of_run(params, images.planned(params, DIGITS, labels), seconds=0.1)
     entries = ["train_features@classifier", "train_tokenizer@vqvae", "train_tokenizer@vqgan"]

@@ -28,6 +28,7 @@ from tessera.running.job import Job
 ROOT = Path(__file__).parents[2]
 NUM, NUM_STEPS = 24, 16
 PATIENCE = 240  # seconds, on a busy machine
+GUIDE = {"snapshot_at": 0.4}
 VQVAE = {
     "kind": "vqvae",
     "quantizer": {"kind": "vector", "codebook_size": 11, "code_dim": 3},
@@ -143,7 +144,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_trainings_that_are_killed_at_any_moment_make_the_same_bits(place: Path) -> None:
     """With drop-out, and captions that are drawn anew: what is told in a step depends on the step alone."""
-    write_params(place, dropout=0.1, label_dropout=0.2)
+    write_params(place, dropout=0.1, label_dropout=0.2, guide=GUIDE)
     result = subprocess.run(
         [sys.executable, "-c", KILLED, str(place)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
@@ -156,7 +157,7 @@ def test_trainings_that_are_killed_at_any_moment_make_the_same_bits(place: Path)
         whole = trained(place, name, "whole")
         assert contents(place / name) == contents(whole / name)
         assert (place / f"{name}.csv").read_bytes() == (whole / f"{name}.csv").read_bytes()
-        assert "told.json" in contents(whole / name)
+        assert {"told.json", "guide.safetensors"} <= contents(whole / name).keys()
 
 
 def test_two_processes_train_the_priors_that_one_process_trains(place: Path, free_tcp_port: int) -> None:
@@ -170,7 +171,7 @@ def test_two_processes_train_the_priors_that_one_process_trains(place: Path, fre
         write_meta(out, spec, "0" * 64, index)
     (place / "images").rename(place / "before")
     (place / "again").rename(place / "images")
-    write_params(place, kind="autoregressive", dropout=0.0, label_dropout=0.0)
+    write_params(place, kind="autoregressive", dropout=0.0, label_dropout=0.0, guide=GUIDE)
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_tcp_port)}
     both = [
         subprocess.Popen(
@@ -189,6 +190,7 @@ def test_two_processes_train_the_priors_that_one_process_trains(place: Path, fre
         alone = trained(place, name, "alone")
         losses = [pd.read_csv(folder / f"{name}.csv").loss for folder in (place, alone)]
         np.testing.assert_allclose(*losses, atol=1e-5)
-        weights = [safetensors.numpy.load_file(folder / name / "weights.safetensors") for folder in (place, alone)]
-        for key, one in weights[0].items():
-            assert np.abs(weights[1][key] - one).mean() < 1e-5, key
+        for file in ("weights", "guide"):
+            weights = [safetensors.numpy.load_file(folder / name / f"{file}.safetensors") for folder in (place, alone)]
+            for key, one in weights[0].items():
+                assert np.abs(weights[1][key] - one).mean() < 1e-5, key
