@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from tessera.bases.autoguidance import guided_twice
 from tessera.bases.conditional import (
     ConditionalConfig,
     ConditionalModel,
@@ -117,6 +118,8 @@ class Model(ConditionalModel):
     def _guided(self, x: Tensor, t: float, length: float, labels: Tensor, sampling: Sampling) -> Tensor:
         """The mean velocity from t on, guided within an interval of times (Kynkaanniemi et al.)."""
         times, lengths = (torch.full((len(x),), value, device=x.device) for value in (t, length))
+        if sets(sampling, "autoguidance_scale"):
+            return guided_twice(self, sampling, t, labels, lambda model, told: model(x, times, told, lengths))
         if not self.config.is_conditional or not sampling.is_guided_at(t):
             return self(x, times, labels, lengths)
         null = self.null_labels(labels)

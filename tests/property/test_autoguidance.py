@@ -12,7 +12,7 @@ from tessera.nn import samplers
 from tessera.nn.gumbel import gumbel_noise
 from tessera.nn.precision import in_precision
 
-KINDS = ["autoregressive", "masked", "flow_matching", "diffusion"]
+KINDS = ["autoregressive", "masked", "flow_matching", "flow_map", "diffusion"]
 LABELS = torch.arange(60) % 3
 
 
@@ -65,7 +65,11 @@ def test_a_scale_of_1_is_as_if_the_key_were_not_there(kind):
 @pytest.mark.parametrize("scales", [{"autoguidance_scale": 1.7}, {"autoguidance_scale": 0.4, "guidance_scale": 2.5}])
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [("flow_matching", {}), *(("diffusion", {"predicts": each}) for each in ("velocity", "noise", "data"))],
+    [
+        ("flow_matching", {}),
+        ("flow_map", {}),
+        *(("diffusion", {"predicts": each}) for each in ("velocity", "noise", "data")),
+    ],
 )
 def test_expected_data_are_led_away_from_the_guides_within_the_interval(kind, settings, scales):
     """Each alone is asked for its own, by its own method."""
