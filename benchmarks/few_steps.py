@@ -78,14 +78,14 @@ def main() -> None:
 
 
 def tokenized(pipeline: Any, system: Any, spec: Any, train: Any, shares: Any, given: Any, seed: int) -> Any:
-    """A tokenizer, trained if it is to be, what describes its tokens, and the standardized latents of all views."""
+    """A tokenizer, trained if it is to be, what describes its tokens, and these, as the system's prior learns them."""
     config = pipeline.tokenizers[system.tokenizer]
     module = load("tokenizers", config.kind)
     if hasattr(module, "Objective"):
         tokenizer, _ = fitted(module, config, spec, train, given.tokenizer_seconds, seed)
     else:
         tokenizer = module.Model(config, spec).eval()
-    _, latents, _ = encoded(tokenizer, train, pipeline.encode_tokens, seed)
+    indices, latents, _ = encoded(tokenizer, train, pipeline.encode_tokens, seed)
     tokens = TokenSpec(
         codebook_size=tokenizer.codebook_size,
         latent_shape=tokenizer.latent_shape,
@@ -97,7 +97,8 @@ def tokenized(pipeline: Any, system: Any, spec: Any, train: Any, shares: Any, gi
         tokenizer_fingerprint="0" * 64,
     )
     latents = token_artifact.standardize(latents.flatten(0, 1), tokens).view_as(latents)
-    views = latents[:, : system.prior.num_views or latents.shape[1]]
+    seen = indices if load("priors", system.prior.kind).LEARNS == "indices" else latents
+    views = seen[:, : system.prior.num_views or seen.shape[1]]
     return tokenizer, tokens, Views(views, torch.from_numpy(train.labels))
 
 
