@@ -132,7 +132,7 @@ class Autoencoder(nn.Module):
             quantized = self.quantizer(self.regularizer.transformed(self.encoder(images), step))
             share = self.config.perturbed_share(step) if self.training else 0.0
             codes = self._perturbed(quantized, share) if share else quantized.codes
-            return self.decoder(self.regularizer.noised(codes)).float(), quantized
+            return self.decoder(self.regularizer.noised(codes, step)).float(), quantized
         quantized = self.quantizer(self.encoder(images))
         share = self.config.perturbed_share(step) if self.training else 0.0
         codes = self._perturbed(quantized, share) if share else quantized.codes

@@ -21,9 +21,10 @@ noise; Kouzelis et al. (EQ-VAE), 2025, arXiv:2502.09509, equations 5 to 7 (secti
 they are quantized).
 Differs from them: noise is that of latents standardized per channel (m and s are mean and deviation over the batch of this
 process), so that gamma means the same for every tokenizer, no encoder can outgrow it, and gamma 1 gives what a flow prior
-sees; no inputs are masked. Sides of the grid stay whole; sizes are reduced with antialiasing; a turn and a size are of a whole
-step, all its micro-batches and processes, because codebooks draw from the latents of all; images that are no squares make half
-turns alone; no step is transformed before a codebook has been placed among the latents.
+sees; no inputs are masked; where the authors then tune the decoder alone without noise, `noise_until` leaves the rest of the
+training without it, encoder and all. Sides of the grid stay whole; sizes are reduced with antialiasing; a turn and a size are
+of a whole step, all its micro-batches and processes, because codebooks draw from the latents of all; images that are no squares
+make half turns alone; no step is transformed before a codebook has been placed among the latents.
 """
 
 import math
@@ -69,6 +70,7 @@ class Equivariance(Settings):
 
 class LatentRegularization(Settings):
     noise: Annotated[float, Field(ge=0, le=100)] = 0.0  # gamma, in deviations of each channel; 0: none
+    noise_until: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the training after which none is left
     equivariance: Equivariance | None = None
 
 
@@ -92,12 +94,13 @@ class Regularizer(nn.Module):
         quantizer = config.quantizer.quantizer if isinstance(config.quantizer, HasLevels) else config.quantizer
         late = quantizer.codes_start_step if isinstance(quantizer, StartsLate) else None
         self.start = 0 if late is None else late + 1
+        self.end = self.settings.noise_until * config.training.num_steps
         if self.settings.equivariance is not None:
             _require_room(config, self.grid)
 
-    def noised(self, latents: Tensor) -> Tensor:
+    def noised(self, latents: Tensor, step: int) -> Tensor:
         """(B, D, h, w) what the decoder is to get -> the same, noisy; float32."""
-        if not (self.training and self.settings.noise):
+        if not (self.training and self.settings.noise and step < self.end):
             return latents
         return interpolated(latents.float(), self.settings.noise)
 

@@ -219,7 +219,7 @@ class Regularized:
         regularizer = self.model.regularizer
         if self.has_posterior:  # nothing has quantized them
             codes = regularizer.transformed(codes, self.step)
-        return self.model.decode_codes(regularizer.noised(codes))
+        return self.model.decode_codes(regularizer.noised(codes, self.step))
 
 
 class Objective(AdversarialObjective):

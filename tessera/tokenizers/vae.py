@@ -54,7 +54,7 @@ class Model(AdversarialAutoencoder):
         if self.training:
             latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
         if sets(self.config, "latents"):
-            latents = self.regularizer.noised(self.regularizer.transformed(latents, step))
+            latents = self.regularizer.noised(self.regularizer.transformed(latents, step), step)
         return self.decoder(latents).float(), kl_divergence(mean, log_variance)
 
 

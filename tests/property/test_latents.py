@@ -178,8 +178,14 @@ def test_a_size_is_that_of_bicubic_interpolation_with_antialiasing(before, after
 def test_outside_training_nothing_is_drawn_or_transformed():
     own, latents = regularizer(BOTH).eval(), torch.randn(2, 4, 8, 8)
     before = torch.get_rng_state()
-    assert own.noised(latents) is latents and all(own.transformed(latents, step) is latents for step in range(9))
+    assert own.noised(latents, 0) is latents and all(own.transformed(latents, step) is latents for step in range(9))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_noise_ends_after_its_share_of_the_training():
+    own, latents = regularizer({"noise": 1.0, "noise_until": 0.6}), torch.randn(2, 4, 8, 8)
+    assert [own.noised(latents, step) is latents for step in (0, 59, 60, 99)] == [False, False, True, True]
+    assert regularizer({"noise": 1.0}).noised(latents, 99) is not latents
 
 
 def test_noise_reaches_the_decoder_and_neither_codes_nor_their_loss():
@@ -202,7 +208,7 @@ def test_noise_reaches_the_decoder_and_neither_codes_nor_their_loss():
             "neither scales nor turns",
         ),
         ("vqvae", {"latents": {"equivariance": {"probability": 2}}}, "less than or equal to 1"),
-        ("vqvae", {"latents": {"nois": 2}}, "latents: unknown key nois, expected noise or equivariance"),
+        ("vqvae", {"latents": {"nois": 2}}, "latents: unknown key nois, expected noise or noise_until or equivariance"),
         ("vqvae", {"patch_size": 16, "latents": {"equivariance": {}}}, "have a grid of 1x1"),
         (
             "vqgan",
