@@ -86,8 +86,12 @@ class Regularizer(nn.Module):
 
     def __init__(self, config: Any, spec: ImageSpec):
         """config: an AutoencoderConfig that sets `latents`. Raises ValueError, before anything is trained, for images that
-        cannot be scaled so far."""
+        cannot be scaled so far, and where there is no training."""
         super().__init__()
+        if not config.training.num_steps:
+            raise ValueError(
+                "latents act in training alone, and training.num_steps is 0: write a number of steps, or leave latents out"
+            )
         self.settings: LatentRegularization = config.latents
         self.grid = (spec.height // config.downsample_factor, spec.width // config.downsample_factor)
         self.seed = torch.initial_seed()  # that of the training: the same in all its processes, and when it resumes

@@ -421,6 +421,8 @@ def test_tuning_starts_at_the_published_weights_and_makes_reconstructions_better
 def test_a_network_is_tuned_for_latents_that_are_easy_to_model(name: str, folders: Path) -> None:
     """EQ-VAE's own use: reconstructions have the sizes of the transformed images, and noise moves them."""
     latents = {"equivariance": {"probability": 1, "smallest_scale": 0.5}}
+    with pytest.raises(ValueError, match="latents act in training alone, and training.num_steps is 0: write a number"):
+        filled(configured(folders / name, name, latents=latents))
     training = {"num_steps": 10, "learning_rate": 0.001}
     images, found = torch.rand(4, 1, 16, 8) * 2 - 1, []
     for noise in (0.0, 2.0):
