@@ -1,5 +1,6 @@
 """Judge a tokenizer alone: reconstructions of the test images, also from indices that are a little wrong; what the best
-prior on its tokens could reach; and how the training images (in their first view) use the codebook.
+prior on its tokens could reach, and how easily a small one learns them; and how the training images (in their first view)
+use the codebook.
 """
 
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import Images
 from tessera.artifacts.samples import floor_rows
 from tessera.artifacts.shards import spread
+from tessera.components import sets
 from tessera.contracts import Job
-from tessera.evaluation import reconstructions
+from tessera.evaluation import probe, reconstructions
 from tessera.evaluation.figures import Recorder, text
 from tessera.evaluation.panel import Panel
 from tessera.evaluation.reconstructions import OF_TEST, AllPairs, Codes, Decoded
@@ -50,7 +52,6 @@ def run(  # its paths are the options of its command
     reconstruct = reconstructions.reconstruction(model, device)
     found = Recorder()
     group = found.group("reconstruction")
-
     batches = partial(_batches, job, params.encode_tokens.batch_size)
     pairs, chosen = AllPairs(panel, spec, device), spread(len(test), SHOWN)
     shown = np.empty((2 * len(chosen), *test.pixels.row_shape), np.uint8)
@@ -76,12 +77,13 @@ def run(  # its paths are the options of its command
         panel.measure("of_tokens", codes, found.group("codebook"))
         counts = codes.counts
 
+    if sets(probe.entry(params.evaluate), "probe_steps"):
+        probe.measure(params, panel, tokens, model, group, job)
     floor = floor_rows(train.labels, spec.num_classes, params.sample_images.num_images, params.seed)
     decoded = Decoded(panel, "floor_", train.labels[floor])
     for _, originals in batches(train, floor, "training images"):
         decoded.update(reconstruct(originals))
     decoded.measure("reconstructions of training images", group)
-
     _write_uses(codebook_uses, counts)
     pictures.save_grid(picture, shown, 10)
     job.attach(picture, "reconstructions.png")

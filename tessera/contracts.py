@@ -283,9 +283,9 @@ class Job(Protocol):
 #     of_samples(config, samples: SeenSamples, found: Record)
 #     of_real_images(config, real: RealImages, found: Record)
 #     of_reconstructions(config, decoded: SeenReconstructions, found: Record)
-#     of_tokens(config, tokens: TokenUse, found: Record), of_told(config, told: Told, found: Record) where there are captions
-# and of the class Pairs, each of which is asked where there is something of this kind to measure; and FIGURES, a Shown for
-# each figure that they record.
+#     of_tokens(config, tokens: TokenUse, found: Record), of_told(config, told: Told, found: Record) where there are captions,
+#     of_probe(config, probe: Any, found: Record), of small priors of a tokenizer's tokens (metrics/prior_probe.py)
+# and of the class Pairs, asked where there is something of this kind; and FIGURES, a Shown for each figure that they record.
 
 
 class Shown(NamedTuple):

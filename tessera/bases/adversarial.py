@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from tessera.bases.autoencoder import Autoencoder, AutoencoderConfig, ReconstructionLoss
 from tessera.bases.diagnostics import Diagnosis, Monitor
 from tessera.bases.optimization import optimizers_for
-from tessera.components import RateFactor, Weight
+from tessera.components import RateFactor, Weight, sets
 from tessera.contracts import ImageBatch, ImageSpec
 from tessera.nn.autoencoder import group_norm
 from tessera.nn.processes import over_processes
@@ -112,6 +112,8 @@ class AdversarialObjective(nn.Module):
     def _autoencoder(self, images: Tensor, step: int) -> dict[str, Tensor]:
         """Esser et al., equation 6, the minimum over encoder, decoder and codebook: the loss in full in vqgan.py."""
         reconstructions, of_latents, plotted = self.reconstruct(images, step)
+        if sets(self.config, "latents"):
+            images = self.model.regularizer.transformed(images, step)  # which is what they are of
         terms = self.reconstruction_loss(reconstructions, images)
         reconstruction = terms["loss"]
         loss = reconstruction + of_latents

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from tessera.artifacts import weights_file
 from tessera.bases.diagnostics import Diagnostics
 from tessera.bases.initialization import Initialization
+from tessera.bases.latents import LatentRegularization, Regularizer
 from tessera.bases.optimization import Training
-from tessera.components import AddedKey, Fraction, Params, PerceptualConfig, QuantizerConfig, Weight, load
+from tessera.components import AddedKey, Fraction, Params, PerceptualConfig, QuantizerConfig, Weight, load, sets
 from tessera.contracts import Encoded, HasLevels, ImageSpec, Quantized
 from tessera.nn.autoencoder import Decoder, Encoder
 from tessera.nn.draw import count
@@ -42,6 +43,7 @@ class AutoencoderConfig(Params):
     perturbation_neighbors: Annotated[int, Field(ge=1)] = 8  # nearest other codes to choose from
     health: Diagnostics = Diagnostics()
     init: AddedKey[Initialization] = None  # begin from these weights
+    latents: AddedKey[LatentRegularization] = None  # that a prior models more easily
     training: Training
 
     @property
@@ -68,7 +70,7 @@ class AutoencoderConfig(Params):
         if self.codebook_size is None:
             raise ValueError(
                 f"perturbation_share replaces codes by near ones, but quantizer {self.quantizer.kind} has no codebook; "
-                f"choose a quantizer with one (vector), or perturbation_share: 0"
+                f"choose a quantizer with one (vector), or latents: {{noise: 1.0}} in the place of perturbation_share"
             )
         levels = self.quantizer.num_levels if isinstance(self.quantizer, HasLevels) else 1  # neighbors are of one level
         codes = self.codebook_size // levels
@@ -107,6 +109,8 @@ class Autoencoder(nn.Module):
         grid = (spec.height // factor, spec.width // factor)
         self.latent_shape = (depth, *grid)
         self.index_grid = (grid[0], grid[1] * self.quantizer.indices_per_code)
+        if sets(config, "latents"):
+            self.regularizer = Regularizer(config, spec)
 
     def encode(self, images: Tensor) -> Encoded:
         latents = self.encoder(images)
@@ -120,7 +124,15 @@ class Autoencoder(nn.Module):
         return self.decoder(self.quantizer.indices_to_codes(indices)).float()
 
     def forward(self, images: Tensor, step: int) -> tuple[Tensor, Quantized]:
-        """Reconstructions (B, C, H, W) at a step of the training, and the quantizer's output with its loss."""
+        """Reconstructions (B, C, H, W) at a step of the training, and the quantizer's output with its loss.
+
+        With `latents` they are of the images as `regularizer.transformed` makes them at this step.
+        """
+        if sets(self.config, "latents"):
+            quantized = self.quantizer(self.regularizer.transformed(self.encoder(images), step))
+            share = self.config.perturbed_share(step) if self.training else 0.0
+            codes = self._perturbed(quantized, share) if share else quantized.codes
+            return self.decoder(self.regularizer.noised(codes, step)).float(), quantized
         quantized = self.quantizer(self.encoder(images))
         share = self.config.perturbed_share(step) if self.training else 0.0
         codes = self._perturbed(quantized, share) if share else quantized.codes

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from tessera.artifacts import weights_file
 from tessera.bases.adversarial import AdversarialConfig, AdversarialObjective
 from tessera.bases.autoencoder import codebook_terms
+from tessera.bases.latents import Regularizer
 from tessera.bases.optimization import Rate, Training
-from tessera.components import MissingPackage, QuantizerConfig, Weight, load
-from tessera.contracts import Encoded, ImageSpec, Planned
+from tessera.components import MissingPackage, QuantizerConfig, Weight, load, sets
+from tessera.contracts import Encoded, ImageSpec, Planned, Quantized
 from tessera.sources import diffusers as published
 
 # What gradient_checkpointing recomputes
@@ -131,6 +132,8 @@ class Model(nn.Module):
         self.decoder_sees_codes = getattr(network, "norm_type", "group") == "spatial"
         grid = (spec.height // network.downsample_factor, spec.width // network.downsample_factor)
         self.latent_shape, self.index_grid = (network.code_dim, *grid), grid
+        if sets(config, "latents"):
+            self.regularizer = Regularizer(config, spec)
         _mark(self.encoder)
         _mark(self.decoder)
 
@@ -201,6 +204,24 @@ def fill(model: Model, config: Config) -> None:
             model.quantizer.code_sums.copy_(codes)
 
 
+class Regularized:
+    """A model at a step of its training, with what `latents` does to its latents (bases/latents.py)."""
+
+    def __init__(self, model: Model, step: int):
+        self.model, self.step = model, step
+        self.moments, self.latents = model.moments, model.latents
+        self.has_posterior, self.codebook_size = model.has_posterior, model.codebook_size
+
+    def quantizer(self, latents: Tensor) -> Quantized:
+        return self.model.quantizer(self.model.regularizer.transformed(latents, self.step))
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        regularizer = self.model.regularizer
+        if self.has_posterior:  # nothing has quantized them
+            codes = regularizer.transformed(codes, self.step)
+        return self.model.decode_codes(regularizer.noised(codes, self.step))
+
+
 class Objective(AdversarialObjective):
     """Tunes the published weights, which it puts into the model."""
 
@@ -211,6 +232,8 @@ class Objective(AdversarialObjective):
     def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Rombach et al., appendix G: the loss of the latents is a slight KL penalty, or the quantizer's."""
         model = self.model
+        if sets(self.config, "latents"):
+            model = Regularized(self.model, step)
         if model.has_posterior:
             mean, log_variance = model.moments(images)
             drawn = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)

@@ -17,7 +17,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from tessera.bases.adversarial import AdversarialAutoencoder, AdversarialConfig, AdversarialObjective
-from tessera.components import Weight
+from tessera.components import Weight, sets
 from tessera.contracts import Encoded
 
 
@@ -53,6 +53,8 @@ class Model(AdversarialAutoencoder):
         latents = mean
         if self.training:
             latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        if sets(self.config, "latents"):
+            latents = self.regularizer.noised(self.regularizer.transformed(latents, step), step)
         return self.decoder(latents).float(), kl_divergence(mean, log_variance)
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from tessera.bases.autoencoder import Autoencoder, AutoencoderConfig, ReconstructionLoss, codebook_terms
 from tessera.bases.diagnostics import Diagnosis, Monitor
 from tessera.bases.optimization import optimizers_for
+from tessera.components import sets
 from tessera.contracts import ImageBatch
 
 
@@ -38,6 +39,8 @@ class Objective(nn.Module):
         """Van den Oord et al., equation 3."""
         reconstructions, quantized = self.model(batch.images, step)
         self.watch.note_codes(quantized.indices, step)
+        if sets(self.config, "latents"):
+            batch = batch._replace(images=self.model.regularizer.transformed(batch.images, step))
         terms = self.reconstruction_loss(reconstructions, batch.images)
         terms["loss"] = terms["loss"] + quantized.loss
         return {**terms, "quantizer_loss": quantized.loss, **codebook_terms(quantized, self.model.codebook_size)}

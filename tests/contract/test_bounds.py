@@ -17,7 +17,7 @@ PARTS = [load(folder, kind) for folder in FOLDERS for kind in kinds(folder)]
 MODULES = [
     all_params,
     *PARTS,
-    *map(importlib.import_module, ("tessera.bases.optimization", "tessera.bases.diagnostics")),
+    *map(importlib.import_module, ("tessera.bases.optimization", "tessera.bases.diagnostics", "tessera.bases.latents")),
 ]
 
 

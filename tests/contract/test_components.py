@@ -501,6 +501,26 @@ def test_a_training_that_was_stopped_or_killed_and_is_resumed_is_bit_identical(
         assert torch.equal(value, resumed[name]), name
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["vqvae", "vqgan", "vae", "diffusers"])
+def test_a_training_with_regularized_latents_resumes_bit_identically(
+    kind, precision, image_spec, token_spec, tmp_path, monkeypatch
+):
+    latents = {"noise": 1.0, "equivariance": {"probability": 0.8, "smallest_scale": 0.5}}
+    settings = {**settings_of("tokenizers", kind), "latents": latents}
+    monkeypatch.setitem(SMALL["tokenizers"], kind, settings)
+    train = functools.partial(_trained, "tokenizers", kind, image_spec, token_spec, precision=precision)
+    uninterrupted, first = train(Job("parts", tmp_path / "plain")), Job("parts", tmp_path / "stopped")
+    _, rows = _training_data("tokenizers", kind, image_spec, token_spec)
+    with pytest.raises(Stopped):
+        train(first, data=_EndsAt(3, rows, first, Stopped))
+    resumed = train(Job("parts", tmp_path / "stopped"))
+    assert all(torch.equal(value, resumed[name]) for name, value in uninterrupted.items())
+    monkeypatch.setitem(SMALL["tokenizers"], kind, {**settings, "latents": {"noise": 0.0}})
+    plain = train(Job("parts", tmp_path / "off"))
+    assert plain.keys() == uninterrupted.keys() and any(not torch.equal(plain[name], resumed[name]) for name in plain)
+
+
 @pytest.mark.parametrize("kind", ["vqgan", "vae"])
 def test_a_training_with_a_perceptual_network_resumes_bit_identically(
     kind, image_spec, token_spec, tmp_path, monkeypatch

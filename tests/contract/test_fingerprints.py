@@ -356,3 +356,19 @@ def test_no_key_of_the_params_has_a_name_that_dvc_ignores():
 
     for path in (ROOT / "params.yaml", *(ROOT / "presets").glob("*.yaml")):
         assert not set(keys(yaml.safe_load(path.read_text()))) & set(KEYS_DVC_IGNORES), path
+
+
+def test_a_metric_whose_stage_has_code_for_it_alone_makes_evaluations_stale_and_nothing_else(graph, fingerprints):
+    """What trains the small priors of prior_probe counts where params name it."""
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["evaluate"]["metrics"]["prior-probe"] = {"kind": "prior_probe"}
+    asking = fingerprints_of(ROOT, entries.read(parse(all_params.Pipeline, values), ROOT / "dvc.yaml"))
+    differing = {name for name in asking if asking[name] != fingerprints[name]}
+    assert {name.partition("@")[0] for name in differing} <= {
+        "evaluate_tokenizer",
+        "evaluate",
+        "evaluate_real",
+    } | ABOUT_ALL
+    for needed in ("evaluation.probe.measure", "denoisers.transformer.Model", "priors.autoregressive.Model"):
+        assert f"tessera.{needed}" in asking["evaluate_tokenizer@vqgan"]
+        assert f"tessera.{needed}" not in fingerprints["evaluate_tokenizer@vqgan"]

@@ -22,7 +22,7 @@ from tessera.nn.neighbors import nearest
 ROOT = Path(__file__).parents[2]
 GLOSSARY = set(re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")))
 METRICS = kinds("metrics")
-FUNCTIONS = ("of_samples", "of_real_images", "of_reconstructions", "of_tokens", "of_told")
+FUNCTIONS = ("of_samples", "of_real_images", "of_reconstructions", "of_tokens", "of_told", "of_probe")
 NUM_IMAGES, WIDTH, NUM_CLASSES = 60, 6, 3
 SPEC = ImageSpec(
     name="toy", channels=3, height=16, width=16, num_classes=3, class_names=("a", "b", "c"), licence="none"
@@ -50,6 +50,7 @@ class Toy:
     """Whatever a metric may be handed, of features, images, logits and codes that are known."""
 
     prefix, are_real, spec, seed = "r", False, SPEC, 0
+    times = np.array([0.25, 0.75])  # of what small priors make of tokens
 
     def __init__(self, features: np.ndarray, pixels: np.ndarray, logits: np.ndarray, counts: torch.Tensor):
         self._pixels, self._logits, self.counts = pixels, logits, counts
@@ -81,6 +82,12 @@ class Toy:
 
     def originals(self, network: str):
         return REAL
+
+    def velocity_errors(self, num_steps: int):
+        return np.abs(self._pixels.reshape(NUM_IMAGES, -1)[:, :2] - PIXELS.reshape(NUM_IMAGES, -1)[:, :2]) / 255
+
+    def bits(self, num_steps: int):
+        return self._pixels.reshape(NUM_IMAGES, -1)[:, 0] / 10
 
     def beside(self, name: str):
         found = Recorder()
@@ -219,6 +226,7 @@ BEST = {
     "of_samples/label_agreement": 1,
     "of_samples/inception_score": NUM_CLASSES,
     "of_samples/brightness_shift": 0,
+    "of_probe/probe_loss": 0,
     "of_reconstructions/rfd_classifier": 0,
     "pairs/psnr_db": 100,
     "pairs/ssim": 1,

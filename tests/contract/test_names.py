@@ -9,6 +9,7 @@ import yaml
 
 from tessera import params
 from tessera.bases.diagnostics import Diagnostics
+from tessera.bases.latents import Equivariance, LatentRegularization
 from tessera.bases.optimization import Training
 from tessera.components import kinds, load
 from tessera.evaluation import garbage
@@ -102,6 +103,8 @@ def test_every_setting_of_a_part_is_in_the_glossary(folder, kind):
         params.FollowTraining,
         Training,
         Diagnostics,
+        LatentRegularization,
+        Equivariance,
     ],
     ids=lambda settings: settings.__name__,
 )

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from test_components import TRAINED, _trainable, _training_data
+from test_components import SMALL, TRAINED, _trainable, _training_data
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tessera.training import loop
@@ -70,6 +70,15 @@ def test_an_ordinary_step_reads_nothing_from_the_device_and_copies_nothing_to_it
         assert copies.found == [] or step == 0  # once, of what stays there
     with pytest.raises(RuntimeError):  # this is how a step that did ask would end
         terms.read()
+
+
+@pytest.mark.parametrize("kind", ["vqvae", "vqgan", "vae"])
+def test_a_step_with_regularized_latents_waits_no_more(kind, image_spec, token_spec, meta, monkeypatch):
+    latents = {"noise": 1.0, "equivariance": {"probability": 1, "smallest_scale": 0.5}}
+    monkeypatch.setitem(SMALL["tokenizers"], kind, {**SMALL["tokenizers"][kind], "latents": latents})
+    test_an_ordinary_step_reads_nothing_from_the_device_and_copies_nothing_to_it(
+        "tokenizers", kind, image_spec, token_spec, meta
+    )
 
 
 def test_a_row_of_the_history_is_read_at_once(monkeypatch):

@@ -315,6 +315,29 @@ def test_indices_that_are_a_little_wrong_cost_more_than_those_of_the_images(plac
     assert found.protocol("pfd_classifier").settings == {"share": 0.1, "neighbors": 8}
 
 
+def test_a_probe_stands_beside_the_reconstructions_and_says_what_it_has_no_latents_for(place, tmp_path, monkeypatch):
+    probe_alone = {"prior-probe": {"kind": "prior_probe", "probe_steps": 3}}
+    params, said = pipeline(**probe_alone), []
+    monkeypatch.setattr(Job, "say", lambda self, line: said.append(line))
+
+    def measured(params: Pipeline) -> figures.Measured:
+        artifacts = {name: place.folder / name / "poor" for name in ("tokenizers", "tokens")}
+        own = {"picture": tmp_path / "p.png", "codebook_uses": tmp_path / "c.csv", "metrics": tmp_path / "m.json"}
+        given = {**place.judged_by(), "tokenizer": artifacts["tokenizers"], "tokens": artifacts["tokens"], **own}
+        evaluate_tokenizer.run(params, "poor", **given, job=place.job("probe"))
+        return figures.read(tmp_path / "m.json")
+
+    found, before = measured(params), figures.read(place.folder / "metrics" / "tokenizers" / "poor.json")
+    assert 0 < value(found, "probe_loss") < 1.5 and value(found, "probe_bits_per_image") > 0
+    assert found.protocol("probe_loss").settings["probe_steps"] == 3
+    del found.groups["reconstruction"]["probe_loss"], found.groups["reconstruction"]["probe_bits_per_image"]
+    assert found.groups == before.groups  # no other figure moves
+    without = params.encode_tokens.model_copy(update={"store_latents": False})
+    found = measured(params.model_copy(update={"encode_tokens": without}))
+    assert found.figure("probe_loss") is None and found.figure("probe_bits_per_image")
+    assert any("no probe_loss: it is of latents, and encode_tokens.store_latents is false" in line for line in said)
+
+
 def test_halves_are_disjoint_and_alike_in_their_classes():
     labels = np.random.default_rng(0).integers(0, 5, 203)
     for at_most, expected in ((1000, sum(count // 2 for count in np.bincount(labels))), (40, 40)):

@@ -25,6 +25,8 @@ QUANTIZERS = {
         "quantizer": {"kind": "vector", "codebook_size": 16, "code_dim": 4, "init": "uniform", "revive_below": 0.3},
     },
 }
+LATENTS = {"transformed": {"equivariance": {"probability": 0.8, "smallest_scale": 0.5}}}
+QUANTIZERS["transformed"] = QUANTIZERS["repeats"]  # all parts of a step have latents of one size
 STATELESS = {
     "fsq": {"kind": "fsq", "levels": [4, 4, 3]},
     "lfq": {"kind": "lfq", "code_dim": 6},
@@ -63,6 +65,7 @@ def trained(place: Path, quantizer: str, num_steps: int = 6, **changes):
             "lecam_weight": 0.0001,
             "adversarial_balance": "fixed" if changes else "adaptive",
             "training": training,
+            **({"latents": LATENTS[quantizer]} if quantizer in LATENTS else {}),
         },
     )
     module = load("tokenizers", "vqgan")

@@ -417,6 +417,29 @@ def test_tuning_starts_at_the_published_weights_and_makes_reconstructions_better
     assert errors["tuned"] < 0.5 * errors["frozen"]
 
 
+@pytest.mark.parametrize("name", ["kl", "vq", "tiny"])
+def test_a_network_is_tuned_for_latents_that_are_easy_to_model(name: str, folders: Path) -> None:
+    """EQ-VAE's own use: reconstructions have the sizes of the transformed images, and noise moves them."""
+    latents = {"equivariance": {"probability": 1, "smallest_scale": 0.5}}
+    with pytest.raises(ValueError, match="latents act in training alone, and training.num_steps is 0: write a number"):
+        filled(configured(folders / name, name, latents=latents))
+    training = {"num_steps": 10, "learning_rate": 0.001}
+    images, found = torch.rand(4, 1, 16, 8) * 2 - 1, []
+    for noise in (0.0, 2.0):
+        settings_ = {"training": training, "latents": {**latents, "noise": noise}}
+        objective = filled(configured(folders / name, name, **settings_)).train()
+        sizes = []
+        for step in range(6):
+            torch.manual_seed(0)
+            reconstructions, _, _ = objective.reconstruct(images, step)
+            target = objective.model.regularizer.transformed(images, step)
+            assert reconstructions.shape == target.shape
+            sizes.append(tuple(target.shape))
+        assert len(set(sizes)) > 2
+        found.append(reconstructions)
+    assert not torch.allclose(*found)
+
+
 def test_blocks_with_running_averages_are_never_run_twice_in_a_step(folders: Path) -> None:
     model = filled(configured(folders / "norms", "norms")).model
     again = [block for block in model.modules() if getattr(block, "recomputes", False)]
