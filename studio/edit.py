@@ -140,7 +140,7 @@ def to_draw(params: Pipeline, system: str, sampling: dict[str, Any] | None = Non
     if made.count < 1:
         raise ValueError(f"count is {made.count}: expected at least 1 image")
     condition = getattr(params.systems[system].prior, "condition", None)
-    if made.caption is not None and made.label is not None and getattr(condition, "of_classes", None) is not None:
+    if made.caption is not None and made.label is not None and getattr(condition, "replaces_label", False):
         raise ValueError(
             "a label and a caption are given: expected one of them, as this prior reads a label as a caption"
         )

@@ -20,21 +20,30 @@ none. The row (0, NaN, ...) is the null condition.
 Shape letters: B batch, C H W the picture, S its patches, E width of the encoder, N width of the prior's condition.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from tessera.artifacts import folder as artifact
+from tessera.artifacts import images as image_artifact
+from tessera.artifacts.captions import Example
+from tessera.artifacts.images import Images, to_uint8
 from tessera.bases.beside_label import BesideLabel
 from tessera.bases.conditional import either_dropped
+from tessera.bases.of_images import ToldSplit, examples_of_rows, told_rows
 from tessera.bases.transformer import TransformerConfig
 from tessera.contracts import Planned, TokenSpec
 from tessera.nn.cross_attention import Context
 from tessera.nn.transformer import Transformer
 
+NAME = "pictures"
+MOST_VIEWS = 1  # of an image that a prior learns: other views are not what the picture shows
 LUMA = (0.299, 0.587, 0.114)
 STEEPEST = 4.0  # of the Sobel operator, for values from 0 to 1 along one axis
 Side = Annotated[int, Field(ge=1, le=1024)]
@@ -113,6 +122,55 @@ def encoded(config: Config, images: Tensor | Sequence[Tensor], labels: Tensor | 
     pixels = shown(config, images if isinstance(images, Tensor) else torch.stack(list(images))).flatten(1)
     first = pixels.new_zeros(len(pixels)) if labels is None else (labels + 1).to(pixels)
     return torch.cat([first.unsqueeze(1), pixels], dim=1)
+
+
+def is_one(said: Any) -> bool:
+    """Whether this is what is said of an image: a picture."""
+    return isinstance(said, Tensor) and said.ndim == 3
+
+
+class OfPictures:
+    """What pictures show of the images of a split, made of their pixels as a batch asks for them."""
+
+    def __init__(self, config: Config, images: Images, fingerprint: str):
+        self.config, self.images, self._fingerprint = config, images, fingerprint
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def told(self, rows: Tensor, generator: torch.Generator | None, labels: Tensor) -> Tensor:
+        """(B,) rows -> (B, 1 + C * H * W) the picture of each beside its label."""
+        return encoded(self.config, self.images.uint8(rows.numpy()), labels)
+
+
+def of_images(config: Config, images: Path, split: str) -> OfPictures:
+    return OfPictures(config, image_artifact.read(images)[1][split], artifact.fingerprint(images))
+
+
+def examples(config: Config, splits: Mapping[str, ToldSplit], seed: int) -> list[Example]:
+    """The pictures of the first test images."""
+    return examples_of_rows(splits)
+
+
+def of_examples(config: Config, examples: Sequence[Example], labels: Tensor) -> Tensor:
+    """(B,) examples, and (B,) labels beside them -> (B, 1 + C * H * W)."""
+    return told_rows(examples, labels)
+
+
+def pictures_of(config: Config, examples: Sequence[Example]) -> Tensor:
+    """(B,) examples -> (B, C, H, W) uint8, what stands above the samples that were told these."""
+    return to_uint8(torch.from_numpy(np.stack([one.vector for one in examples])).view(-1, *config.shape))
+
+
+def card(config: Config) -> str:
+    """What was told, and how to tell it."""
+    return (
+        f"It was told a picture of each image beside the label ({config.shows}, {config.pixels[0]} x {config.pixels[1]} "
+        "pixels): `system.sample(pictures=system.preprocess([...]), labels=[0])`, or either alone."
+    )
 
 
 def null(told: Tensor) -> Tensor:

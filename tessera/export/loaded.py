@@ -97,8 +97,11 @@ class TrainedSystem:
         samples come out of its labels and its seed. Raises CannotDraw for a label without training images and for captions
         where the prior learned none, ValueError for settings that make no sense.
         """
-        seed, settings = given.seed(seed), self._settings(sampling)
         told = {"captions": captions, "attributes": attributes, "embeddings": embeddings, "pictures": pictures}
+        told |= {
+            name: sampling.pop(name) for name in words.names() if name in sampling
+        }  # of conditions that others add
+        seed, settings = given.seed(seed), self._settings(sampling)
         said = given.said(told, negative)
         if said is None:
             wanted = np.array(self.labels) if labels is None else self._known_labels(labels)

@@ -3,6 +3,11 @@
 Conditions are found by their files; a new one adds its settings to SETTINGS, by any name, and what it is told to TOLD.
 """
 
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ from tessera.conditions import attributes, caption, embedding, image, text_model
 from tessera.contracts import ImageSpec, TokenSpec
 from tessera.running.job import Job, Stopped
 
+ROOT = Path(__file__).parents[2]
 CAPTIONS = (("a zero", "the digit 0", "零"), ("one", "一"), ("a two",))
 ATTRIBUTES = [{"slant": 0.3, "style": "b"}, {"style": "a", "thick": 1.5}, {"slant": -1.0}]
 VECTORS = [[0.5, -1.0, 0.0, 2.0, 0.25], None, [3.0, 0.0, -1.0, 0.0, 1.0]]
@@ -241,3 +247,69 @@ def test_another_number_of_classes_is_refused() -> None:
     config = parse(caption.Config, {"kind": "caption", **two})
     with pytest.raises(ValueError, match=r"captions of 2 classes, expected 3, a list for each label"):
         caption.Network(config, SPEC, nn.Embedding(4, 8))
+
+
+IN_A_COPY = """
+import sys, yaml
+from pathlib import Path
+import numpy as np
+import torch
+from stages import encode_tokens, prepare_images, sample_images, train_prior, train_tokenizer
+from tessera import seeding
+from tessera.artifacts.captions import examples_of
+from tessera.components import parse
+from tessera.editing import words
+from tessera.export import given
+from tessera.params import Pipeline
+from tessera.running.job import Job
+from tessera.system import System
+
+torch.set_num_threads(1)
+raw = yaml.safe_load(Path(sys.argv[1], "params.yaml").read_text())
+prior = {"kind": "flow_matching", "denoiser": {"kind": "transformer", "width": 32, "depth": 1, "heads": 2}, "num_views": 1}
+prior |= {"condition": {"kind": "brightness"}, "training": {"num_steps": 4, "batch_size": 8}}
+raw |= {"tokenizers": {"none": {"kind": "none", "quantizer": {"kind": "identity"}}}}
+raw["systems"] = {"bright": {"tokenizer": "none", "prior": prior, "sampling": {}}}
+raw |= {"follow_training": {"every": 0}, "sample_images": {"num_images": 12, "batch_size": 8}}
+raw["features"] = {"random": {"kind": "random"}}
+params, made = parse(Pipeline, raw), [Path(name) for name in ("images", "none", "tokens", "prior")]
+job = lambda: Job("x", Path("state"))
+prepare_images.run(params, made[0], job())
+train_tokenizer.run(params, "none", made[0], made[1], Path("t.csv"), job())
+encode_tokens.run(params, "none", *made[:3], job())
+train_prior.run(params, "bright", *made[:3], made[3], Path("h.csv"), Path("m.json"), job())
+sample_images.run(params, "bright", made[1], made[3], Path("samples"), Path("grid.png"), job())
+told = examples_of(Path("samples"))
+assert len(told) == 12 and all(0 <= one.vector[0] <= 1 for one in told)
+system, generator = System.read(made[1], made[3], "bright"), seeding.generator(0, "x", 0)
+said = given.said({"captions": None, "brightness": [0.25, 0.5]}, None)
+drawn = words.draw(system, said, parse(system.sampling_schema, {}), generator, np.array([1, 2]))
+assert drawn.shape == (2, 1, 8, 8)
+for wrong, labels in ((["a word"], None), ([2.0], None)):
+    try:
+        words.told(system, wrong, labels)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_condition_is_one_file(tmp_path: Path) -> None:
+    """The worked example of docs/adding_parts.md, in a copy of the package: nothing else of it is touched."""
+    text = (ROOT / "docs" / "adding_parts.md").read_text(encoding="utf-8")
+    example = re.search(r"`tessera/conditions/brightness\.py`:\n\n```python\n(.*?)```", text, re.DOTALL).group(1)
+    for folder in ("tessera", "stages"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tessera/conditions/brightness.py").write_text(example, encoding="utf-8")
+    ran = subprocess.run(
+        [sys.executable, "-c", IN_A_COPY, str(ROOT)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.splitlines()[-2:] == [
+        "bright was trained on brightness, not on captions: expected brightness, or a system whose prior has condition: "
+        "{kind: caption}",
+        "brightness is 2.0: expected a number from 0, black, to 1, white",
+    ]
