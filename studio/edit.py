@@ -194,7 +194,7 @@ def draw(system: System, asked: Draw) -> tuple[torch.Tensor, np.ndarray]:
     num_classes = system.spec.num_classes
     if asked.label is not None and not 0 <= asked.label < num_classes:
         raise ValueError(f"label is {asked.label}: expected 0 to {num_classes - 1}")
-    told, away = _told(system, asked), None if asked.negative is None else words.told(system, [asked.negative])
+    told, away = _told(system, asked), words.away_from(system, asked.negative, asked.sampling)
     generator = seeding.generator(asked.seed, "edit_file", device=system.device)
     system = _as_asked(system, asked.sampling)
     with steering_from(system.prior, away):

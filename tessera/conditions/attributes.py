@@ -183,7 +183,7 @@ def card(config: Config) -> str:
     numbers = [f"{name} from {low:g} to {high:g}" for name, (low, high) in config.numbers.items()]
     categories = [f"{name} ({', '.join(values[:20])})" for name, values in config.categories.items()]
     return (
-        f"It was told attributes beside the label: {', '.join([*numbers, *categories])}; any may be left out: "
+        f"It was told attributes beside the label: {', '.join([*numbers, *categories])}: "
         "`system.sample(attributes=[{...}], labels=[0])`."
     )
 

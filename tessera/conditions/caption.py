@@ -105,7 +105,7 @@ def card(config: Config) -> str:
     if config.of_classes is None:
         return (
             f"It was told the captions of single images, of at most {config.max_bytes} bytes, beside the label: "
-            f'`system.sample(captions=["..."], labels=[0])`, or either alone.'
+            f'`system.sample(captions=["..."], labels=[0])`.'
         )
     shown = [repr(each[-1]) for each in config.of_classes[:3]]
     return (

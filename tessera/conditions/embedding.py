@@ -136,7 +136,7 @@ def card(config: Config) -> str:
     """What was told, and how to tell it."""
     return (
         f"It was told an embedding of each image beside the label, {config.embedding_dim:,} numbers that another "
-        "network made: `system.sample(embeddings=..., labels=[0])`, or either alone. Name that network here."
+        "network made: `system.sample(embeddings=..., labels=[0])`. Name that network here."
     )
 
 

@@ -169,7 +169,7 @@ def card(config: Config) -> str:
     """What was told, and how to tell it."""
     return (
         f"It was told a picture of each image beside the label ({config.shows}, {config.pixels[0]} x {config.pixels[1]} "
-        "pixels): `system.sample(pictures=system.preprocess([...]), labels=[0])`, or either alone."
+        "pixels): `system.sample(pictures=system.preprocess([...]), labels=[0])`."
     )
 
 

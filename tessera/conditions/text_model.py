@@ -181,7 +181,7 @@ def card(config: Config) -> str:
     """What was told, and how to tell it."""
     return (
         f"It was told the captions of single images, of at most {config.max_tokens} tokens, beside the label: "
-        '`system.sample(captions=["..."], labels=[0])`, or either alone. Captions are read by a text model, which is not part '
+        '`system.sample(captions=["..."], labels=[0])`. Captions are read by a text model, which is not part '
         f"of this folder: `{config.folder}`, of sha256 {config.sha256}, must be there, and the package transformers."
     )
 

@@ -39,9 +39,9 @@ def is_named(name: str, one: Any) -> bool:
     return any(name == part.NAME and part.is_one(one) for part in parts)
 
 
-def told(system: System, said: Sequence[Said], labels: np.ndarray | None = None) -> Tensor:
+def told(system: System, said: Sequence[Said], labels: np.ndarray | None = None, is_alone: bool = False) -> Tensor:
     """(B,) captions, attributes, vectors or pictures, all of one kind, as the system's prior takes them in the place of labels,
-    on its device; labels: (B,) told beside them.
+    on its device; labels: (B,) told beside them; is_alone: none are, also where training told them of every image.
 
     Raises CannotDraw for a prior that was not told such, or was told captions in the place of labels; NoCaption for what is no
     caption, no attribute, no vector or no picture, is too long, or has a value beyond what there is.
@@ -58,6 +58,15 @@ def told(system: System, said: Sequence[Said], labels: np.ndarray | None = None)
     if any(isinstance(one, str) and not one for one in said):
         raise NoCaption("a caption is empty: expected words, or labels alone")
     if not getattr(condition, "replaces_label", False):
+        if (
+            labels is None
+            and system.spec.num_classes > 1
+            and not is_alone
+            and not getattr(config, "label_dropout", 0.0)
+        ):
+            raise CannotDraw(
+                f"{system.name} was told the label of every image in training, beside its {known}: expected labels, too"
+            )
         labels = _beside(system, labels, len(said))
     elif labels is not None:
         raise CannotDraw(
@@ -97,9 +106,18 @@ def draw(
 
     negative: what guidance leads away from. Raises as `told` does.
     """
-    given = told(system, said, labels)
-    away = None if negative is None else told(system, [negative])
-    return _drawn(system, given, sampling, generator, away)
+    return _drawn(system, told(system, said, labels), sampling, generator, away_from(system, negative, sampling))
+
+
+def away_from(system: System, negative: Said | None, sampling: Any) -> Tensor | None:
+    """(1, ...) what guidance leads away from; None for none. Raises CannotDraw where there is no guidance, or as `told`."""
+    if negative is None:
+        return None
+    if getattr(sampling, "guidance_scale", 1.0) == 1.0:
+        mend = "raise it" if hasattr(sampling, "guidance_scale") else "leave the negative out, or name another system"
+        found = "its guidance_scale is 1" if hasattr(sampling, "guidance_scale") else "its prior has no guidance"
+        raise CannotDraw(f"{system.name} cannot be led away from anything, as {found}: {mend}")
+    return told(system, [negative], is_alone=True)
 
 
 def _drawn(

@@ -91,7 +91,17 @@ def _labels(images: ImageSpec) -> str:
 
 def _told(prior: Any) -> str:
     """What of it was told in the place of a label, and how to tell it."""
-    return load("conditions", prior.condition.kind).card(prior.condition) if sets(prior, "condition") else ""
+    if not sets(prior, "condition"):
+        return ""
+    said = load("conditions", prior.condition.kind).card(prior.condition)
+    if getattr(prior.condition, "replaces_label", False):
+        return said
+    rest = (
+        "Any of these may be left out."
+        if getattr(prior, "label_dropout", 0.0)
+        else "Leave out nothing that every image was told."
+    )
+    return f"{said} {rest}"
 
 
 def _figures(figures: dict[str, Any] | None) -> str:

@@ -61,9 +61,12 @@ TOLD = {
     ),
     "embedding": embedding.encoded(parse(embedding.Config, SETTINGS["embedding"]), VECTORS, torch.tensor([0, 1, 2])),
 }
-PRIORS = [kind for kind in kinds("priors") if issubclass(load("priors", kind).Config, ConditionalConfig)]
-EACH = [(condition, prior) for condition in SETTINGS for prior in PRIORS]
+PRIORS = [kind for kind in kinds("priors") if "condition" in load("priors", kind).Config.model_fields]
+GUIDED = [kind for kind in PRIORS if issubclass(load("priors", kind).Config, ConditionalConfig)]  # by label dropout
+ATTENTIVE = [name for name, settings in SETTINGS.items() if settings.get("cross_attention")]  # which others cannot be
+EACH = [(name, prior) for name in SETTINGS for prior in PRIORS if prior in GUIDED or name not in ATTENTIVE]
 of_each = pytest.mark.parametrize(("condition", "prior"), EACH)
+of_each_guided = pytest.mark.parametrize(("condition", "prior"), [each for each in EACH if each[1] in GUIDED])
 
 
 def test_every_condition_is_tried() -> None:
@@ -71,9 +74,15 @@ def test_every_condition_is_tried() -> None:
     assert {settings["kind"] for settings in SETTINGS.values()} == set(kinds("conditions"))
 
 
+def settings_of(condition: str, prior: str) -> dict[str, Any]:
+    """Those of a text model have attention unless they say otherwise."""
+    plain = {"cross_attention": False} if condition == "text-model" and prior not in GUIDED else {}
+    return SETTINGS[condition] | plain
+
+
 def built(condition: str, prior: str, spec: TokenSpec = SPEC, **changes: Any) -> nn.Module:
     """A prior of weights so large that what it is told shows."""
-    settings = {"kind": prior, **SMALL["priors"][prior], "condition": SETTINGS[condition]}
+    settings = {"kind": prior, **SMALL["priors"][prior], "condition": settings_of(condition, prior)}
     module = load("priors", prior)
     torch.manual_seed(0)
     model = module.Model(parse(module.Config, settings | changes), spec).eval()
@@ -93,11 +102,13 @@ def answer(model: nn.Module, told: Tensor) -> Tensor:
     if load("priors", model.config.kind).LEARNS == "indices":
         indices = torch.randint(SPEC.codebook_size, (1, 8), generator=seeded()).expand(len(told), -1)
         return model(indices, told)
+    if not isinstance(model.config, ConditionalConfig):
+        return model(torch.randn(1, model.config.noise_dim, generator=seeded()).expand(len(told), -1), told)
     x = torch.randn(1, *SPEC.latent_shape, generator=seeded()).expand(len(told), -1, -1, -1)
     return model(x, torch.full((len(told),), 0.5), told)
 
 
-@of_each
+@of_each_guided
 def test_the_null_condition_is_the_null_label_and_says_nothing(condition: str, prior: str) -> None:
     model, told = built(condition, prior), TOLD[condition]
     null = answer(model, model.null_labels(told))
@@ -106,6 +117,10 @@ def test_the_null_condition_is_the_null_label_and_says_nothing(condition: str, p
         model.sample(one, load("priors", prior).Sampling(), seeded(3)) for one in (model.null_labels(told), told)
     )
     assert not torch.equal(null_drawn, drawn)
+
+
+@of_each
+def test_a_condition_that_nothing_would_be_told_of_is_refused(condition: str, prior: str) -> None:
     with pytest.raises(ValueError, match="is_conditional is false, and there is a condition: leave out one of them"):
         built(condition, prior, is_conditional=False)
 
@@ -123,7 +138,7 @@ def test_an_image_depends_on_what_it_is_told_and_not_on_what_others_are(conditio
     torch.testing.assert_close(torch.cat([network(told[row : row + 1]) for row in range(3)]), network(told))
 
 
-@of_each
+@of_each_guided
 def test_a_guidance_of_one_is_the_condition_and_of_zero_none(condition: str, prior: str) -> None:
     """By the sampler's own two passes: the scale is so near to 1 that nothing but its being there differs."""
     model, told, sampling = built(condition, prior), TOLD[condition], load("priors", prior).Sampling
@@ -163,7 +178,7 @@ def test_what_is_told_is_left_out_together_and_each_part_alone() -> None:
     assert torch.equal(objective.eval().dropped(told), told)
 
 
-@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("prior", GUIDED)
 def test_guidance_leads_away_from_a_negative_caption(prior: str) -> None:
     """Away from the condition itself there is nothing to be led by: what is drawn is the unguided sample."""
     model, module = built("of-images", prior), load("priors", prior)
@@ -205,7 +220,7 @@ def test_a_prior_that_was_saved_is_told_the_same(condition: str, prior: str, tmp
 def test_a_training_resumes_bit_identically(
     condition: str, prior: str, image_spec: ImageSpec, token_spec: TokenSpec, tmp_path: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setitem(SMALL["priors"], prior, {**SMALL["priors"][prior], "condition": SETTINGS[condition]})
+    monkeypatch.setitem(SMALL["priors"], prior, {**SMALL["priors"][prior], "condition": settings_of(condition, prior)})
     plain = _trained("priors", prior, image_spec, token_spec, Job("parts", tmp_path / "plain"))
     first = Job("parts", tmp_path / "stopped")
     _, rows = _training_data("priors", prior, image_spec, token_spec)
@@ -247,6 +262,14 @@ def test_another_number_of_classes_is_refused() -> None:
     config = parse(caption.Config, {"kind": "caption", **two})
     with pytest.raises(ValueError, match=r"captions of 2 classes, expected 3, a list for each label"):
         caption.Network(config, SPEC, nn.Embedding(4, 8))
+
+
+@pytest.mark.parametrize("condition", ATTENTIVE)
+def test_attention_that_no_layer_would_pay_is_refused(condition: str) -> None:
+    with pytest.raises(
+        ValueError, match="no layer of this prior attends to a sequence, it is told the mean: write cross_att"
+    ):
+        built(condition, "gan")
 
 
 IN_A_COPY = """
