@@ -157,6 +157,11 @@ def draw_examples(
     return _drawn(system, given.to(system.device), sampling, generator)
 
 
+def file_channels(prior: Any) -> int | None:
+    """Of the pictures from files that a prior of this config is told; None: it is told none."""
+    return getattr(prior.condition, "file_channels", None) if sets(prior, "condition") else None
+
+
 def write_told(place: Path, examples: list[Example]) -> None:
     """Beside samples, what each of them was told."""
     if examples:
@@ -181,8 +186,11 @@ def show(path: Path, images: np.ndarray, examples: list[Example], condition: Any
 
 def _show_pairs(path: Path, drawn: np.ndarray, told: Tensor) -> None:
     """Rows of pictures, (C, H, W) each, in the size of the images, and below each row what was drawn of them."""
-    resized = torch.nn.functional.interpolate(told.float(), size=drawn.shape[2:], mode="nearest")
-    above = resized.expand(-1, drawn.shape[1], -1, -1).byte().numpy()
+    above = torch.nn.functional.interpolate(told.float(), size=drawn.shape[2:], mode="nearest").byte().numpy()
+    if drawn.shape[1] == 1:
+        drawn = drawn.repeat(above.shape[1], axis=1)
+    if above.shape[1] != drawn.shape[1]:
+        above = above[:, :1].repeat(drawn.shape[1], axis=1)
     starts = range(0, len(drawn), COLUMNS)
     rows = [_row(each[start : start + COLUMNS]) for start in starts for each in (above, drawn)]
     pictures.save_grid(path, np.concatenate(rows), COLUMNS)
