@@ -443,3 +443,21 @@ def test_a_mask_of_ones_own_is_painted_over_in_python_and_from_the_shell_alike(
         system.preprocess([Image.open(tmp_path / "mask.png")], are_told=True)
     with pytest.raises(ValueError, match="the pictures have channels 3: expected 1, as those of files had"):
         system.sample(pictures=system.preprocess([Image.open(tmp_path / "mask.png")]))
+
+
+def test_images_of_many_channels_and_with_their_class_in_the_name_have_pictures_too(tmp_path: Path) -> None:
+    for number in range(12):
+        name = f"{'cat' if number % 2 else 'dog'}_{number}"
+        np.save(tmp_path / f"{name}.npy", np.repeat(10 * mask_of(number)[:, :, None], 5, axis=2))
+        save_mask(tmp_path / f"{name}.mask.png", mask_of(number))
+    settings = {"metadata": {"file": "beside", "picture": "mask.png"}, "label_pattern": "([a-z]+)_[0-9]+", "bands": 5}
+    found = list(image_folder.records(config_of(tmp_path, settings | {"filter": "nearest"})))
+    assert sum(record.image is not None for record in found) == 12 and all(
+        one.ignored for one in found if one.image is None
+    )
+    for record in found:
+        if record.image is not None:
+            number = int(Path(record.source).stem.partition("_")[2])
+            np.testing.assert_array_equal(record.metadata.picture[0], nearest(mask_of(number), "crop"))
+            np.testing.assert_array_equal(record.image, np.repeat(10 * record.metadata.picture, 5, axis=0))
+            assert record.label == 1 - number % 2
