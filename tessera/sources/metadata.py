@@ -26,7 +26,7 @@ from tessera.seeding import derive
 from tessera.sources import pictures, vectors
 from tessera.sources.listing import Entry, Listing
 from tessera.sources.records import Described, Unreadable
-from tessera.sources.rows import Row, beside, cell, columns_of, rows_of, text_in
+from tessera.sources.rows import Row, beside, cell, columns_of, naturally, rows_of, text_in
 
 SUFFIXES = (".jsonl", ".csv", ".parquet", ".json")
 BESIDE, BESIDE_SUFFIXES = "beside", (".txt", ".json", ".cls")
@@ -84,6 +84,8 @@ class Metadata(Params):
                 "no column is asked for: set captions, attributes, embedding, picture, label, split or split_by, or leave out "
                 "metadata"
             )
+        if self.picture is None and self.picture_channels is not None:
+            raise ValueError("picture_channels is set, and no picture: name their column as picture, or leave it out")
         if self.split and self.split_by:
             raise ValueError(
                 "split and split_by are both set: expected the column that says the split, or one to split by"
@@ -251,7 +253,7 @@ class Table:
                 f"{self.source}: the column {self.config.label!r} has {len(names):,} values, such as {names[0]!r}, expected at "
                 f"most {MOST_CLASSES:,} classes: name another column, or tell them as captions"
             )
-        return sorted(names, key=_naturally)
+        return sorted(names, key=naturally)
 
     def close(self) -> None:
         self._table.close()
@@ -389,11 +391,3 @@ def _together(first: Said, second: Said, where: str, name: str) -> Said:
             )
     captions = tuple(dict.fromkeys([*first.captions, *second.captions]))
     return first._replace(captions=captions, refusal=first.refusal or second.refusal)
-
-
-def _naturally(name: str) -> tuple[int, float, str]:
-    """Numbers by their size, before words by their letters."""
-    try:
-        return (0, float(name), name)
-    except ValueError:
-        return (1, 0.0, name)

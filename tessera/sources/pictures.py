@@ -12,11 +12,13 @@ import posixpath
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from tessera.sources.archives import PACKED
 from tessera.sources.bands import NPY, NPY_HEADERS
 from tessera.sources.decoding import Background, Resize, opened, pixels_of
 from tessera.sources.listing import Entry, Listing
@@ -48,6 +50,11 @@ class PicturedLayout:
         Raises ValueError where no image has one.
         """
         self.layout, self.config = layout, config
+        if _is_packed(Path(config.source)):
+            raise ValueError(
+                f"{config.source} is packed, and can be read from the front to the back alone, where images lie apart from "
+                f"their pictures: unpack it, or pack it as a plain .tar or a .zip"
+            )
         if layout.table.is_table:
             raise ValueError(
                 f"{config.source} is shards of parquet, beside whose images are no files: expected shards of tar, or a folder, "
@@ -111,6 +118,13 @@ class PicturedLayout:
     def beside(self, entry: Entry) -> Entry:
         """The entry of an image, whose place is its own and that of its picture."""
         return entry._replace(place=(entry.place, self._of(self.layout.said(entry.name).picture)))
+
+
+def _is_packed(source: Path) -> bool:
+    if not source.is_file():
+        return False
+    with source.open("rb") as file:
+        return file.read(max(map(len, PACKED))).startswith(tuple(PACKED))
 
 
 class Pair(bytes):

@@ -118,3 +118,11 @@ def text_in(row: Row, column: str, where: str) -> str | None:
 
 def columns_of(row: Row) -> str:
     return f", expected it among its columns {', '.join(map(repr, row))[:200]}: name yours in metadata"
+
+
+def naturally(name: str) -> tuple[int, float, str]:
+    """Numbers by their size, before words by their letters."""
+    try:
+        return (0, float(name), name)
+    except ValueError:
+        return (1, 0.0, name)

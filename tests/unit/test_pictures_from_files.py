@@ -168,7 +168,7 @@ def packed(folder: Path, how: str) -> Path:
     return target
 
 
-@pytest.mark.parametrize("how", ["zip", "tar", "tar.gz", "processes"])
+@pytest.mark.parametrize("how", ["zip", "tar", "processes"])
 def test_archives_and_processes_give_the_same_pictures(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +306,11 @@ def test_sources_in_which_no_image_can_have_a_picture_are_refused(tmp_path: Path
     three(tmp_path / "b", "masks/01.png", "cats/")
     with pytest.raises(ValueError, match=r"has 1 folder of images beside those of pictures, expected one per class"):
         list(image_folder.records(told(tmp_path / "b").model_copy(update={"labels": "folders"})))
+    with pytest.raises(ValueError, match=r"source.tar.gz is packed, and can be read from the front to the back alone"):
+        settings = with_column(tmp_path / "source")
+        list(image_folder.records(config_of(packed(tmp_path / "source", "tar.gz"), settings)))
+    with pytest.raises(InvalidParams, match="picture_channels is set, and no picture: name their column as picture"):
+        told(tmp_path / "a", picture=None, picture_channels=3, captions=["text"])
     with pytest.raises(InvalidParams, match="picture_channels"):
         told(tmp_path / "a", picture_channels=2)
 
