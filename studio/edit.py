@@ -345,7 +345,7 @@ def _to_tell(params: Pipeline, name: str, path: Path) -> torch.Tensor:
     how = {key: getattr(dataset, key) for key in ("height", "width", "resize", "background")}
     try:
         with pillow_warnings():
-            return torch.from_numpy(decoded(path.read_bytes(), MAX_PIXELS, channels=channels, **how))
+            return torch.tensor(decoded(path.read_bytes(), MAX_PIXELS, channels=channels, **how))
     except Unreadable as reason:
         raise ValueError(f"{path} {reason}") from None
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -168,7 +170,7 @@ def packed(folder: Path, how: str) -> Path:
     return target
 
 
-@pytest.mark.parametrize("how", ["zip", "tar", "processes"])
+@pytest.mark.parametrize("how", ["zip", "tar", "shards", "processes"])
 def test_archives_and_processes_give_the_same_pictures(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +179,9 @@ def test_archives_and_processes_give_the_same_pictures(
         monkeypatch.setattr(image_folder, "PROCESSES_FROM", 1)
         monkeypatch.setattr(image_folder, "num_cores", lambda: 2)
         source = tmp_path / "source"
+    elif how == "shards":
+        source = packed(tmp_path / "source", "tar")
+        settings |= {"shards": "tar"}
     else:
         source = packed(tmp_path / "source", how)
     check(prepared(tmp_path, config_of(source, settings), monkeypatch))
@@ -309,6 +314,12 @@ def test_sources_in_which_no_image_can_have_a_picture_are_refused(tmp_path: Path
     with pytest.raises(ValueError, match=r"source.tar.gz is packed, and can be read from the front to the back alone"):
         settings = with_column(tmp_path / "source")
         list(image_folder.records(config_of(packed(tmp_path / "source", "tar.gz"), settings)))
+    pq.write_table(pa.table({"image": [b"", b""], "mask": ["a", "b"]}), tmp_path / "0.parquet")
+    settings = {"labels": "none", "shards": "parquet", "metadata": {"file": "beside", "picture": "mask"}}
+    with pytest.raises(
+        ValueError, match=r"is shards of parquet, beside whose images are no files: expected shards of tar"
+    ):
+        list(image_folder.records(config_of(tmp_path / "0.parquet", settings)))
     with pytest.raises(InvalidParams, match="picture_channels is set, and no picture: name their column as picture"):
         told(tmp_path / "a", picture=None, picture_channels=3, captions=["text"])
     with pytest.raises(InvalidParams, match="picture_channels"):
