@@ -2,7 +2,8 @@
 
 Columns of index.parquet: id (order in the source), split, shard (number of the .npy file), row (in the split, as
 `Images` counts), label, source, sha256, kept, reason; and captions, a list, and attributes, a JSON object, where the data set
-reads metadata. Files without an image have shard and row -1. Vectors, where it reads such, lie in shards beside the images.
+reads metadata. Files without an image have shard and row -1. Vectors and pictures, where it reads such, lie in shards beside
+the images.
 
 Memory does not grow with the number of files, and a data set that can be gone on with loses the last shard alone to a kill.
 """
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tessera.artifacts import captions, shards, vectors, whole
+from tessera.artifacts import captions, shards, shown, vectors, whole
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.growing import Growing
 from tessera.artifacts.images import SPLITS, ImageWriter, write_counts
@@ -138,6 +139,8 @@ class _Writer:
             self.writer.append(images, np.array([record.label for record in self.held]))
             if sets(self.held[0].metadata, "embedding"):
                 vectors.append(self.writer, self.held)
+            if sets(self.held[0].metadata, "picture"):
+                shown.append(self.writer, self.held)
             self.held = []
 
 

@@ -66,7 +66,7 @@ def run(  # nine parameters: one for each option of the command in dvc.yaml
         if sets(config, "init"):
             warm_start.write_record(place, job)
         if sets(config, "condition"):
-            told.write_examples(place, config.condition, all_splits, images, params.seed)
+            told.write_examples(place, config.condition, all_splits, params.seed)
         if validation:
             validation.write(place)
     job.keep_history(history)

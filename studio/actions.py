@@ -23,7 +23,6 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.images import to_uint8
 from tessera.artifacts.shards import spread
-from tessera.bases.captions import CAPTIONED
 from tessera.components import kinds, load, sets
 from tessera.nn.weightless import WithoutWeights
 from tessera.sources.bands import require_picture
@@ -126,7 +125,7 @@ class Studio:
     def reads_captions(self, name: str) -> bool:
         """Whether the system's prior was told captions."""
         condition = getattr(self.params.systems[name].prior, "condition", None)
-        return condition is not None and condition.kind in CAPTIONED
+        return condition is not None and load("conditions", condition.kind).NAME == "captions"
 
     def draw(
         self, name: str, label: int | None, count: Any, seed: Any, words: Words | None = None, **knobs: float | None

@@ -36,6 +36,7 @@ from tessera.nn.precision import slowness
 from tessera.params import Pipeline
 from tessera.sources.decoding import decode, pillow_warnings
 from tessera.sources.frame import PREPROCESSING, Frame, size_text
+from tessera.sources.pictures import decoded
 from tessera.sources.records import Unreadable
 from tessera.system import System
 
@@ -140,7 +141,7 @@ def to_draw(params: Pipeline, system: str, sampling: dict[str, Any] | None = Non
     if made.count < 1:
         raise ValueError(f"count is {made.count}: expected at least 1 image")
     condition = getattr(params.systems[system].prior, "condition", None)
-    if made.caption is not None and made.label is not None and getattr(condition, "of_classes", None) is not None:
+    if made.caption is not None and made.label is not None and getattr(condition, "replaces_label", False):
         raise ValueError(
             "a label and a caption are given: expected one of them, as this prior reads a label as a caption"
         )
@@ -194,7 +195,7 @@ def draw(system: System, asked: Draw) -> tuple[torch.Tensor, np.ndarray]:
     num_classes = system.spec.num_classes
     if asked.label is not None and not 0 <= asked.label < num_classes:
         raise ValueError(f"label is {asked.label}: expected 0 to {num_classes - 1}")
-    told, away = _told(system, asked), None if asked.negative is None else words.told(system, [asked.negative])
+    told, away = _told(system, asked), words.away_from(system, asked.negative, asked.sampling)
     generator = seeding.generator(asked.seed, "edit_file", device=system.device)
     system = _as_asked(system, asked.sampling)
     with steering_from(system.prior, away):
@@ -319,8 +320,7 @@ def main(arguments: list[str]) -> int:
             wanted |= {"caption": given.caption, "negative": given.negative}
             wanted["attributes"] = _pairs(given.attribute)
             if given.picture is not None:
-                picture = read_picture(given.picture.read_bytes(), str(given.picture))
-                wanted["picture"] = to_uint8(Frame(params.dataset, picture.size).tensor(picture))[0]
+                wanted["picture"] = _to_tell(params, given.system, given.picture)
             drawing = to_draw(params, given.system, _pairs(given.sampling), **wanted)
             _, images = draw(open_system(params, given.system), drawing)
             pictures.save_grid(given.output, images, min(ROW, len(images)))
@@ -333,6 +333,21 @@ def main(arguments: list[str]) -> int:
         print(f"nothing was edited: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _to_tell(params: Pipeline, name: str, path: Path) -> torch.Tensor:
+    """(C, H, W) uint8 of a file: an image of the data set, or, of a prior that was told pictures from files, such a one."""
+    system, dataset = params.systems.get(name), params.dataset
+    channels = None if system is None else words.file_channels(system.prior)
+    if channels is None:
+        picture = read_picture(path.read_bytes(), str(path))
+        return to_uint8(Frame(dataset, picture.size).tensor(picture))[0]
+    how = {key: getattr(dataset, key) for key in ("height", "width", "resize", "background")}
+    try:
+        with pillow_warnings():
+            return torch.tensor(decoded(path.read_bytes(), MAX_PIXELS, channels=channels, **how))
+    except Unreadable as reason:
+        raise ValueError(f"{path} {reason}") from None
 
 
 def _require_used(given: argparse.Namespace) -> None:

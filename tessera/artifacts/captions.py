@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from tessera.artifacts import described, vectors
+from tessera.artifacts import described, shown, vectors
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
 from tessera.components import Params
@@ -114,6 +114,7 @@ class Said(NamedTuple):
     attributes: dict[str, Values]
     embedding_dim: int = 0  # numbers of each vector; 0: there are none
     longest_text: str = ""  # the longest caption
+    picture_channels: int = 0  # of each picture from a file; 0: there are none
 
 
 def said_of(images: Path) -> Said:
@@ -126,7 +127,7 @@ def said_of(images: Path) -> Said:
                     found[name] = _with(found.get(name), value)
     captions = [caption for split in SPLITS for caption in _of(images, split).all()]
     longest = max(captions, key=lambda caption: len(caption.encode()), default="")
-    return Said(len(longest.encode()), found, vectors.dim_of(images), longest)
+    return Said(len(longest.encode()), found, vectors.dim_of(images), longest, shown.channels_of(images))
 
 
 def _with(values: Values | None, value: float | str) -> Values:

@@ -23,7 +23,6 @@ from tessera.bases.transformer import TransformerConfig
 from tessera.nn.transformer import RMSNorm, Transformer
 
 NUM_BYTES = 256
-CAPTIONED = ("caption", "text_model")  # the conditions (tessera/conditions) that are told captions
 
 
 class Reads(TransformerConfig):
@@ -118,8 +117,3 @@ class Reader(nn.Module):
 def is_said(captions: Tensor) -> Tensor:
     """(B, T) captions -> (B, T) which places hold a byte."""
     return captions != 0
-
-
-def are_of_images(condition: Any) -> bool:
-    """Whether a condition (tessera/conditions) tells captions of single images."""
-    return condition.kind == "text_model" or (condition.kind == "caption" and condition.of_classes is None)

@@ -139,14 +139,19 @@ def either_dropped(told: Tensor, null: Tensor, rate: float) -> Tensor:
     return torch.where((label_alone & ~is_label) | (without_label & is_label), null, told)
 
 
-def tell(body: nn.Module, config: ConditionalConfig, spec: TokenSpec) -> None:
-    """Put what embeds the condition in the place of a body's `label_embedding`, and let its layers attend to the sequence that
-    the condition gives beside, if it does. Raises ValueError where nothing would be told.
-    """
+def require_conditional(config: Params) -> None:
+    """Of a prior with a condition: raises ValueError where nothing would be told."""
     if not config.is_conditional:
         raise ValueError(
             "is_conditional is false, and there is a condition: leave out one of them, as nothing would be told"
         )
+
+
+def tell(body: nn.Module, config: ConditionalConfig, spec: TokenSpec) -> None:
+    """Put what embeds the condition in the place of a body's `label_embedding`, and let its layers attend to the sequence that
+    the condition gives beside, if it does. Raises ValueError where nothing would be told.
+    """
+    require_conditional(config)
     network = load("conditions", config.condition.kind).Network(config.condition, spec, body.label_embedding)
     if network.context is not None:
         attend(body, network.context)

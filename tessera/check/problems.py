@@ -154,10 +154,11 @@ def _settings(params: Pipeline) -> Iterator[str]:
                 f"to lead away from: write {EXAMPLE} in systems.{name}.prior, or leave it out"
             )
         told = getattr(system.prior, "condition", None)
-        if told is not None and told.kind == "image" and num_views > 1 and system.prior.num_views != 1:
+        most = None if told is None else getattr(load("conditions", told.kind), "MOST_VIEWS", None)
+        if most is not None and (wanted or num_views) > most:
             yield (
-                f"systems.{name}.prior: its condition shows the image itself, but it learns {num_views} views of each, "
-                f"expected one: write num_views: 1"
+                f"systems.{name}.prior: its condition shows an image as it is, but it learns {wanted or num_views} views of "
+                f"each, expected at most {most}: write num_views: {most}"
             )
     for where, config in _configs(params):
         yield from (f"{where}: {sentence}" for ask in (_batches, _late_discriminator) for sentence in ask(config))

@@ -19,8 +19,11 @@ What is told is a row of 1 + A float32: the label plus 1, or 0 for none; then, b
 Shape letters: B batch, A attributes, N width of the prior's condition.
 """
 
+import hashlib
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -28,10 +31,14 @@ import torch.nn.functional as F
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
+from tessera.artifacts.captions import Attributes, Example, attributes_of
 from tessera.bases.conditional import rising
+from tessera.bases.of_images import MOST_EXAMPLES, ToldSplit
 from tessera.components import Params
 from tessera.contracts import Planned, TokenSpec
 
+NAME = "attributes"
+AT_ONCE = 1000  # images whose attributes are encoded together
 OCTAVES = 4
 WIDTH = 64  # of the hidden layer that a number passes through
 End = Annotated[float, Field(ge=-1e12, le=1e12)]
@@ -115,6 +122,70 @@ def _scaled(config: Config, column: str, value: Any) -> float:
     if not low <= number <= high:
         raise ValueError(f"{column} is {str(value)!r:.60}: expected a number from {low:g} to {high:g}")
     return 2 * (number - low) / (high - low) - 1
+
+
+def is_one(said: Any) -> bool:
+    """Whether this is what is said of an image: by column, those that are missing left out."""
+    return isinstance(said, Mapping)
+
+
+class OfAttributes:
+    """The attributes of the images of a split, as they are told."""
+
+    def __init__(self, config: Config, said: Iterable[Attributes]):
+        """Raises ValueError, in a sentence, for what is no value of an attribute."""
+        told = ({column: one.get(column) for column in config.columns} for one in said)
+        self.first = list(itertools.islice(told, MOST_EXAMPLES))
+        batches = iter(lambda: list(itertools.islice(told, AT_ONCE)), [])
+        self.rows = torch.cat(
+            [encoded(config, some) for some in itertools.chain([self.first], batches)]
+        )  # (N, 1 + A), without labels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()
+
+    def told(self, rows: Tensor, generator: torch.Generator | None, labels: Tensor) -> Tensor:
+        """(B,) rows -> (B, 1 + A) the attributes of each beside its label."""
+        found = self.rows[rows]
+        found[:, 0] = labels + 1
+        return found
+
+
+def of_images(config: Config, images: Path, split: str) -> OfAttributes:
+    return OfAttributes(config, attributes_of(images, split))
+
+
+def examples(config: Config, splits: Mapping[str, ToldSplit], seed: int) -> list[Example]:
+    """The attributes of the first test images."""
+    test = splits["test"]
+    return [Example("", int(label), "held_out", one) for one, label in zip(test.said.first, test.labels, strict=False)]
+
+
+def of_examples(config: Config, examples: Sequence[Example], labels: Tensor) -> Tensor:
+    """(B,) examples, and (B,) labels beside them -> (B, 1 + A)."""
+    return encoded(config, [one.attributes for one in examples], labels)
+
+
+def text_of(example: Example) -> str:
+    """What stands below a sample that was told this."""
+    return ", ".join(f"{key} {_short(value)}" for key, value in example.attributes.items())
+
+
+def _short(value: float | str | None) -> str:
+    return "?" if value is None else f"{value:.3g}" if isinstance(value, float) else value
+
+
+def card(config: Config) -> str:
+    """What was told, and how to tell it."""
+    numbers = [f"{name} from {low:g} to {high:g}" for name, (low, high) in config.numbers.items()]
+    categories = [f"{name} ({', '.join(values[:20])})" for name, values in config.categories.items()]
+    return (
+        f"It was told attributes beside the label: {', '.join([*numbers, *categories])}: "
+        "`system.sample(attributes=[{...}], labels=[0])`."
+    )
 
 
 def null(told: Tensor) -> Tensor:

@@ -15,18 +15,24 @@ alone are the null condition, which says nothing.
 Shape letters: B batch, T max_bytes, N width of the prior's condition.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tessera.bases.captions import Reader, Reads, encoded, is_said, unreadable
+from tessera.artifacts import captions as image_captions
+from tessera.artifacts.captions import Example
+from tessera.bases import captions
+from tessera.bases.captions import Reader, Reads, is_said, unreadable
 from tessera.bases.conditional import either_dropped
+from tessera.bases.of_images import OfCaptions, ToldSplit, examples_of_captions
 from tessera.contracts import Planned, TokenSpec
 from tessera.nn.cross_attention import Context
 
+NAME = "captions"
 Caption = Annotated[str, Field(min_length=1)]
 
 
@@ -41,10 +47,15 @@ class Config(Reads):
         False  # each layer of the prior attends to the bytes, beside the mean of all that it is told
     )
 
+    @property
+    def replaces_label(self) -> bool:
+        """Whether a label is read as what is told, in the place of being told beside it."""
+        return self.of_classes is not None
+
     @model_validator(mode="after")
     def _captions_can_be_read(self) -> "Config":
-        for captions in self.of_classes or ():
-            encoded(captions, self.max_bytes)
+        for each in self.of_classes or ():
+            captions.encoded(each, self.max_bytes)
         return self
 
 
@@ -53,11 +64,54 @@ def problems(config: Config, planned: Planned) -> Iterator[str]:
     if config.of_classes is None:
         yield from unreadable(config, planned.said)
     owners: dict[str, int] = {}
-    for label, captions in enumerate(config.of_classes or ()):
-        for caption in captions:
+    for label, of_class in enumerate(config.of_classes or ()):
+        for caption in of_class:
             owner = owners.setdefault(caption, label)
             if owner != label:
                 yield f"of_classes: {caption!r} is a caption of class {owner} and of class {label}: leave it to one of them"
+
+
+def is_one(said: Any) -> bool:
+    """Whether this is what is said of an image."""
+    return isinstance(said, str)
+
+
+def encoded(config: Config, said: Sequence[str], labels: Tensor | None = None) -> Tensor:
+    """(B,) captions, "" for none, and (B,) labels, if any -> (B, 1 + T). Raises ValueError, in a sentence."""
+    return captions.encoded(said, config.max_bytes, labels)
+
+
+def of_images(config: Config, images: Path, split: str) -> OfCaptions:
+    return OfCaptions(image_captions.read(images, split), config.max_bytes, split)
+
+
+def examples(config: Config, splits: Mapping[str, ToldSplit], seed: int) -> list[Example]:
+    """Captions that were trained on, and others."""
+    return examples_of_captions(splits, seed)
+
+
+def of_examples(config: Config, examples: Sequence[Example], labels: Tensor) -> Tensor:
+    """(B,) examples, and (B,) labels beside them -> (B, 1 + T)."""
+    return encoded(config, [one.caption for one in examples], labels)
+
+
+def text_of(example: Example) -> str:
+    """What stands below a sample that was told this."""
+    return example.caption
+
+
+def card(config: Config) -> str:
+    """What was told, and how to tell it."""
+    if config.of_classes is None:
+        return (
+            f"It was told the captions of single images, of at most {config.max_bytes} bytes, beside the label: "
+            f'`system.sample(captions=["..."], labels=[0])`.'
+        )
+    shown = [repr(each[-1]) for each in config.of_classes[:3]]
+    return (
+        f"It was told captions of at most {config.max_bytes} bytes, such as {', '.join(shown)} (all are below): "
+        "`system.sample(captions=[...])`. A label is read as the first caption of its class."
+    )
 
 
 def null(told: Tensor) -> Tensor:
@@ -99,8 +153,8 @@ class Network(Reader):
             )
         most = max(map(len, of_classes))
         table = torch.zeros(spec.num_classes + 1, most, 1 + self.max_bytes, dtype=torch.long)  # the last: null
-        for label, captions in enumerate(of_classes):
-            table[label, : len(captions)] = encoded(captions, self.max_bytes)
+        for label, each in enumerate(of_classes):
+            table[label, : len(each)] = captions.encoded(each, self.max_bytes)
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("counts", torch.tensor([*map(len, of_classes), 1]), persistent=False)
 
@@ -117,11 +171,11 @@ class Network(Reader):
 
     def forward(self, told: Tensor) -> Tensor:
         told = self.of_labels(told) if told.ndim == 1 else told
-        captions = told[:, 1:]
-        is_there, sequence = is_said(captions), self.sequence(captions)
+        read = told[:, 1:]
+        is_there, sequence = is_said(read), self.sequence(read)
         if self.context is not None:
             self.context.tell(sequence, is_there)
-        said = torch.where(is_there.any(dim=1, keepdim=True), self.pooled(sequence, captions), self.nothing)
+        said = torch.where(is_there.any(dim=1, keepdim=True), self.pooled(sequence, read), self.nothing)
         if self.labels is None:
             return said
         return said + self.labels((told[:, 0] - 1) % (self.num_classes + 1))

@@ -20,7 +20,8 @@ Shape letters: B batch, E numbers of a vector, N width of the prior's condition.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -28,10 +29,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from tessera.artifacts.captions import Example
+from tessera.artifacts.vectors import Vectors
 from tessera.bases.conditional import either_dropped
+from tessera.bases.of_images import ToldSplit, examples_of_rows, told_rows
 from tessera.components import Params
 from tessera.contracts import Planned, TokenSpec
 
+NAME = "embeddings"
 SMALLEST = 1e-12  # mean square of a vector that has a direction
 
 
@@ -80,6 +85,59 @@ def _vector(config: Config, given: Any) -> Tensor:
     if not np.isfinite(found).all():
         raise ValueError("an embedding has numbers that are not finite: expected finite ones within float32")
     return torch.from_numpy(found)
+
+
+def is_one(said: Any) -> bool:
+    """Whether this is what is said of an image: numbers, or None for none."""
+    if isinstance(said, Tensor):
+        return said.ndim != 3  # which a picture has
+    return said is None or isinstance(said, list | tuple | np.ndarray)
+
+
+class OfEmbeddings:
+    """The vectors of the images of a split, as they are told; they stay on the disk until a batch asks for them."""
+
+    def __init__(self, vectors: Vectors, embedding_dim: int):
+        """Raises ValueError for vectors of another length."""
+        self.vectors = vectors
+        if vectors.dim != embedding_dim:
+            raise ValueError(
+                f"embedding_dim is {embedding_dim:,}, but the vectors of {vectors.split} images have {vectors.dim:,} numbers: "
+                f"write embedding_dim: {vectors.dim}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def fingerprint(self) -> str:
+        return self.vectors.fingerprint()
+
+    def told(self, rows: Tensor, generator: torch.Generator | None, labels: Tensor) -> Tensor:
+        """(B,) rows -> (B, 1 + E) the vector of each beside its label."""
+        found = torch.from_numpy(self.vectors.of(rows.numpy()))
+        return torch.cat([labels.unsqueeze(1) + 1.0, found], dim=1)
+
+
+def of_images(config: Config, images: Path, split: str) -> OfEmbeddings:
+    return OfEmbeddings(Vectors(images, split), config.embedding_dim)
+
+
+def examples(config: Config, splits: Mapping[str, ToldSplit], seed: int) -> list[Example]:
+    """The vectors of the first test images."""
+    return examples_of_rows(splits)
+
+
+def of_examples(config: Config, examples: Sequence[Example], labels: Tensor) -> Tensor:
+    """(B,) examples, and (B,) labels beside them -> (B, 1 + E)."""
+    return told_rows(examples, labels)
+
+
+def card(config: Config) -> str:
+    """What was told, and how to tell it."""
+    return (
+        f"It was told an embedding of each image beside the label, {config.embedding_dim:,} numbers that another "
+        "network made: `system.sample(embeddings=..., labels=[0])`. Name that network here."
+    )
 
 
 def null(told: Tensor) -> Tensor:

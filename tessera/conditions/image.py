@@ -1,16 +1,21 @@
-"""A picture that is to be painted over: the image in gray, its edges, or the image made small.
+"""A picture that is to be painted over: the image in gray, its edges, the image made small, or a mask or layout from a file.
 
     condition: {kind: image, shows: gray, pixels: [64, 64], patch_size: 8}     # colorization
     condition: {kind: image, shows: edges, pixels: [64, 64], patch_size: 8}    # edges to image
     condition: {kind: image, shows: color, pixels: [16, 16], patch_size: 2}    # super-resolution
+    condition: {kind: image, shows: file, pixels: [64, 64], patch_size: 8}     # of dataset.metadata.picture, gray levels
+    condition: {kind: image, shows: file, channels: 3, pixels: [64, 64], patch_size: 8}
 
-What is told of an image is made of its own pixels, so that data need nothing more; prior.num_views must be 1, as other views of
-an image are not what it shows. A small transformer reads the picture's patches, to which every place of the prior attends
-(nn/cross_attention.py). It is told beside the label, and each of the two is left out in a share of the training.
+What is told of an image is made of its own pixels, so that data need nothing more, or lies in a file beside it
+(sources/pictures.py), of which the nearest pixels are told, so that the classes of a mask are never mixed. prior.num_views must
+be 1, as other views of an image are not what it shows. A small transformer reads the picture's patches, to which every place of
+the prior attends (nn/cross_attention.py). It is told beside the label, and each of the two is left out in a share of the
+training.
 
 Source: Saharia et al. (Palette), 2021, arXiv:2111.05826, section 3 (one network for such tasks, told the other image); Rombach
 et al. (latent diffusion), 2022, arXiv:2112.10752, section 3.3 (cross-attention to what an encoder makes of the condition);
-Dosovitskiy et al. (ViT), 2020, arXiv:2010.11929, section 3.1 (patches as a sequence); edges by the Sobel operator, as the
+Dosovitskiy et al. (ViT), 2020, arXiv:2010.11929, section 3.1 (patches as a sequence); Isola et al. (pix2pix), 2016,
+arXiv:1611.07004, section 4 (labels, maps and sketches to photographs); edges by the Sobel operator, as the
 square root of the sum of both squares. Gray is the luma of ITU-R BT.601.
 Differs from them: the picture is not laid beside the noisy image, which in the latents of a tokenizer has no pixels.
 
@@ -20,21 +25,31 @@ none. The row (0, NaN, ...) is the null condition.
 Shape letters: B batch, C H W the picture, S its patches, E width of the encoder, N width of the prior's condition.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from tessera.artifacts import folder as artifact
+from tessera.artifacts import images as image_artifact
+from tessera.artifacts.captions import Example
+from tessera.artifacts.images import Images, to_uint8
+from tessera.artifacts.shown import ShownPictures
 from tessera.bases.beside_label import BesideLabel
 from tessera.bases.conditional import either_dropped
+from tessera.bases.of_images import ToldSplit, examples_of_rows, told_rows
 from tessera.bases.transformer import TransformerConfig
 from tessera.contracts import Planned, TokenSpec
 from tessera.nn.cross_attention import Context
 from tessera.nn.transformer import Transformer
 
+NAME = "pictures"
+MOST_VIEWS = 1  # of an image that a prior learns: other views are not what the picture shows
 LUMA = (0.299, 0.587, 0.114)
 STEEPEST = 4.0  # of the Sobel operator, for values from 0 to 1 along one axis
 Side = Annotated[int, Field(ge=1, le=1024)]
@@ -42,8 +57,9 @@ Side = Annotated[int, Field(ge=1, le=1024)]
 
 class Config(TransformerConfig):
     kind: Literal["image"] = "image"
-    shows: Literal["gray", "edges", "color"] = "gray"
-    pixels: tuple[Side, Side]  # height and width of what is told, to which the image is averaged
+    shows: Literal["gray", "edges", "color", "file"] = "gray"
+    channels: Literal[1, 3] | None = None  # of pictures from files, as dataset.metadata.picture_channels; None: 1
+    pixels: tuple[Side, Side]  # height and width of what is told, to which the image is averaged, and a file thinned
     patch_size: Annotated[int, Field(ge=1)] = 8  # side of the patches that are attended to
     width: Annotated[int, Field(ge=8)] = 64
     depth: Annotated[int, Field(ge=1)] = 2
@@ -52,11 +68,20 @@ class Config(TransformerConfig):
     @property
     def shape(self) -> tuple[int, int, int]:
         """C, H, W."""
-        return (3 if self.shows == "color" else 1, *self.pixels)
+        return (self.file_channels or (3 if self.shows == "color" else 1), *self.pixels)
+
+    @property
+    def file_channels(self) -> int | None:
+        """Of pictures from files; None: they are made of images."""
+        return (self.channels or 1) if self.shows == "file" else None
 
     @model_validator(mode="after")
     def _has_whole_patches(self) -> "Config":
         height, width = self.pixels
+        if self.channels is not None and self.shows != "file":
+            raise ValueError(
+                f"channels is {self.channels}, but it shows {self.shows}: leave out channels, or write shows: file"
+            )
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"pixels {height}x{width} are not divisible by patch_size {self.patch_size}: expected whole patches"
@@ -72,6 +97,15 @@ def problems(config: Config, planned: Planned) -> Iterator[str]:
             f"pixels {config.pixels[0]}x{config.pixels[1]} do not divide the images of {spec.height}x{spec.width}: expected "
             f"sides that go into theirs, such as [{spec.height}, {spec.width}]"
         )
+    if config.file_channels is not None and planned.said is not None:
+        found = planned.said.picture_channels
+        if not found:
+            yield "the images have no pictures in files: name the column of their files as dataset.metadata.picture"
+        elif found != config.file_channels:
+            yield (
+                f"its pictures have channels {config.file_channels}, but those in files have {found}: write channels: {found}, "
+                f"or dataset.metadata.picture_channels: {config.file_channels}"
+            )
     if config.shows == "color" and config.pixels == (spec.height, spec.width):
         yield "shows color in as many pixels as the images have, so that nothing is left to draw: expected fewer pixels"
     if config.shows == "color" and spec.channels != 3:
@@ -79,14 +113,23 @@ def problems(config: Config, planned: Planned) -> Iterator[str]:
 
 
 def shown(config: Config, images: Tensor) -> Tensor:
-    """(B, channels, height, width) uint8 -> (B, C, H, W) float in [-1, 1]. Raises ValueError for images that cannot give it."""
+    """(B, channels, height, width) uint8 images, or pictures of files -> (B, C, H, W) float in [-1, 1].
+
+    Raises ValueError for those that cannot give it.
+    """
     height, width = images.shape[2:]
+    if config.file_channels not in (None, images.shape[1]):
+        raise ValueError(
+            f"the pictures have channels {images.shape[1]}: expected {config.file_channels}, as those of files had"
+        )
     if height % config.pixels[0] or width % config.pixels[1] or (config.shows == "color" and images.shape[1] != 3):
         raise ValueError(
             f"images of {images.shape[1]}x{height}x{width} cannot be shown in {config.shows} by "
             f"{config.pixels[0]}x{config.pixels[1]} pixels: expected those of the data set that the prior was trained on"
         )
     x = images.float() / 255
+    if config.file_channels is not None:
+        return 2 * F.interpolate(x, config.pixels, mode="nearest-exact") - 1
     if config.shows != "color":
         weights = x.new_tensor(LUMA) if x.shape[1] == 3 else x.new_full((x.shape[1],), 1 / x.shape[1])
         x = (x * weights.view(1, -1, 1, 1)).sum(dim=1, keepdim=True)
@@ -113,6 +156,69 @@ def encoded(config: Config, images: Tensor | Sequence[Tensor], labels: Tensor | 
     pixels = shown(config, images if isinstance(images, Tensor) else torch.stack(list(images))).flatten(1)
     first = pixels.new_zeros(len(pixels)) if labels is None else (labels + 1).to(pixels)
     return torch.cat([first.unsqueeze(1), pixels], dim=1)
+
+
+def is_one(said: Any) -> bool:
+    """Whether this is what is said of an image: a picture."""
+    return isinstance(said, Tensor) and said.ndim == 3
+
+
+class OfPictures:
+    """What pictures show of the images of a split, made of their pixels, or of their files, as a batch asks for them."""
+
+    def __init__(self, config: Config, images: Images | ShownPictures, fingerprint: str):
+        self.config, self.images, self._fingerprint = config, images, fingerprint
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def told(self, rows: Tensor, generator: torch.Generator | None, labels: Tensor) -> Tensor:
+        """(B,) rows -> (B, 1 + C * H * W) the picture of each beside its label."""
+        return encoded(self.config, self.images.uint8(rows.numpy()), labels)
+
+
+def of_images(config: Config, images: Path, split: str) -> OfPictures:
+    if config.file_channels is not None:
+        found = ShownPictures(images, split)
+        if found.channels != config.file_channels:
+            raise ValueError(
+                f"the pictures of {split} images have channels {found.channels}, expected {config.file_channels}: write "
+                f"condition.channels: {found.channels}"
+            )
+        return OfPictures(config, found, found.fingerprint())
+    return OfPictures(config, image_artifact.read(images)[1][split], artifact.fingerprint(images))
+
+
+def examples(config: Config, splits: Mapping[str, ToldSplit], seed: int) -> list[Example]:
+    """The pictures of the first test images."""
+    return examples_of_rows(splits)
+
+
+def of_examples(config: Config, examples: Sequence[Example], labels: Tensor) -> Tensor:
+    """(B,) examples, and (B,) labels beside them -> (B, 1 + C * H * W)."""
+    return told_rows(examples, labels)
+
+
+def pictures_of(config: Config, examples: Sequence[Example]) -> Tensor:
+    """(B,) examples -> (B, C, H, W) uint8, what stands above the samples that were told these."""
+    return to_uint8(torch.from_numpy(np.stack([one.vector for one in examples])).view(-1, *config.shape))
+
+
+def card(config: Config) -> str:
+    """What was told, and how to tell it."""
+    if config.file_channels is not None:
+        return (
+            f"It was told a picture from a file beside each image, and its label ({config.pixels[0]} x {config.pixels[1]} "
+            f"pixels, {'gray levels' if config.file_channels == 1 else 'colors'}): "
+            "`system.sample(pictures=system.preprocess([...], are_told=True), labels=[0])`."
+        )
+    return (
+        f"It was told a picture of each image beside the label ({config.shows}, {config.pixels[0]} x {config.pixels[1]} "
+        "pixels): `system.sample(pictures=system.preprocess([...]), labels=[0])`."
+    )
 
 
 def null(told: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
     source/1.jpg                   no classes                    labels: none
     source/cat_1.jpg               classes in the names          label_pattern: "([a-z]+)_[0-9]+"
     source/metadata.jsonl          captions, classes, splits     metadata: {captions: [text]}: sources/metadata.py
+    source/1.jpg, 1.mask.png       pictures beside images        metadata: {picture: mask.png, ...}: sources/pictures.py
     source/000.tar, ...            shards                        shards: tar, or parquet: sources/shards.py
     source/1.npy, 1.tif            1 to 16 channels              bands: 13: sources/bands.py
 
@@ -31,6 +32,7 @@ from tessera.sources.decoding import PILLOW_MAX_PIXELS, Background, Filter, Resi
 from tessera.sources.listing import Entry, Listing
 from tessera.sources.metadata import DescribedLayout, Metadata, described
 from tessera.sources.naming import LabelPattern, NamedLayout, without_classes
+from tessera.sources.pictures import PicturedLayout, paired
 from tessera.sources.processes import Decoder, Fate, Task, fate, fates, num_cores, task
 from tessera.sources.records import DatasetName, Record, Source
 from tessera.sources.shards import ShardKind, open_shards
@@ -88,6 +90,8 @@ def opened(config: Config) -> Iterator[Source]:
         layout = _Layout(config, entries)
         if sets(config, "metadata"):
             layout = DescribedLayout(layout, config, entries, read)
+        if sets(config.metadata, "picture"):
+            layout = PicturedLayout(layout, config, entries)
         if sets(config, "label_pattern"):
             layout = NamedLayout(layout, config, entries)
         spec = ImageSpec(
@@ -137,6 +141,10 @@ def _records(entries: Listing, layout: "_Layout", read: Reader, first: int) -> I
     if sets(config, "bands"):
         decoder = decoder_of(config)
     listed = (_Listed(entry, layout) for entry in entries.since(first))
+    if sets(config.metadata, "picture"):
+        is_small = len(entries) - first < PROCESSES_FROM or num_cores() == 1
+        yield from paired(_by_threads if is_small else _by_processes, listed, layout, read, decoder)
+        return
     if len(entries) - first < PROCESSES_FROM or num_cores() == 1:
         yield from _by_threads(listed, read, decoder)
     else:
@@ -152,6 +160,8 @@ def census(config: Config) -> dict[str, list[int]]:
         layout = _Layout(config, entries)
         if sets(config, "metadata"):
             layout = DescribedLayout(layout, config, entries, _)  # what reads one of them
+        if sets(config.metadata, "picture"):
+            layout = PicturedLayout(layout, config, entries)
         if sets(config, "label_pattern"):
             layout = NamedLayout(layout, config, entries)
         for entry in entries:

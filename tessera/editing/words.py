@@ -1,4 +1,4 @@
-"""Captions, attributes and vectors for a system whose prior was trained on them (tessera/conditions)."""
+"""What is told a system whose prior was trained on it (tessera/conditions): captions, attributes, vectors, pictures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,81 +12,85 @@ from tessera import seeding
 from tessera.artifacts import pictures
 from tessera.artifacts.captions import Example, examples_of, write_examples_file
 from tessera.artifacts.images import to_uint8
-from tessera.bases.captions import encoded
 from tessera.bases.conditional import steering_from
-from tessera.components import load, sets
+from tessera.components import kinds, load, sets
 from tessera.system import CannotDraw, System
 
 SHOWN, COLUMNS = 20, 10  # samples of either half in a picture, and in a row
 
 
 class NoCaption(ValueError):
-    """What was given is no caption, no attribute or no vector that this system can read; the sentence says why."""
+    """What was given is nothing that this system can read; the sentence says why."""
 
 
-# Of an image: a caption; or attributes by name, those that are missing left out; or a vector, (E,) numbers, or None for none
+# Of an image: a caption; or attributes by name, those that are missing left out; or a vector, (E,) numbers, or None for none;
+# or a picture, (C, H, W) uint8; or whatever else a condition is told
 Said = str | Mapping[str, Any] | Sequence[float] | np.ndarray | Tensor | None
-NAMES = {  # of what is told, by the kind of the condition
-    "caption": "captions",
-    "text_model": "captions",
-    "attributes": "attributes",
-    "embedding": "embeddings",
-    "image": "pictures",
-}
 
 
-def told(system: System, said: Sequence[Said], labels: np.ndarray | None = None) -> Tensor:
-    """(B,) captions, attributes or vectors, all of one kind, as the system's prior takes them in the place of labels, on its
-    device; labels: (B,) told beside them.
+def names() -> list[str]:
+    """Of all that conditions are told."""
+    return sorted({load("conditions", kind).NAME for kind in kinds("conditions")})
+
+
+def is_named(name: str, one: Any) -> bool:
+    """Whether this is said of an image by this name."""
+    parts = [load("conditions", kind) for kind in kinds("conditions")]
+    return any(name == part.NAME and part.is_one(one) for part in parts)
+
+
+def told(system: System, said: Sequence[Said], labels: np.ndarray | None = None, is_alone: bool = False) -> Tensor:
+    """(B,) captions, attributes, vectors or pictures, all of one kind, as the system's prior takes them in the place of labels,
+    on its device; labels: (B,) told beside them; is_alone: none are, also where training told them of every image.
 
     Raises CannotDraw for a prior that was not told such, or was told captions in the place of labels; NoCaption for what is no
-    caption, no attribute or no vector, is too long, or has a value beyond what there is.
+    caption, no attribute, no vector or no picture, is too long, or has a value beyond what there is.
     """
     config = system.prior.config
     condition = config.condition if sets(config, "condition") else None
-    given, kind = name_of(said[0]), None if condition is None else condition.kind
-    known = "labels" if kind is None else NAMES[kind]
-    if given != known:
-        asked = next(each for each, name in NAMES.items() if name == given)
+    part = None if condition is None else load("conditions", condition.kind)
+    known, (given, asked) = "labels" if part is None else part.NAME, _name_and_kind(said[0])
+    if part is None or given != known:
         raise CannotDraw(
             f"{system.name} was trained on {known}, not on {given}: expected {known}, or a system whose prior has "
             f"condition: {{kind: {asked}}}"
         )
-    if given == "captions" and "" in said:
+    if any(isinstance(one, str) and not one for one in said):
         raise NoCaption("a caption is empty: expected words, or labels alone")
-    try:
-        if kind != "caption":
-            rows = load("conditions", kind).encoded(condition, said, _labels(system, labels, len(said)))
-        elif condition.of_classes is None:
-            rows = encoded(said, condition.max_bytes, _labels(system, labels, len(said)))
-        elif labels is None:
-            rows = encoded(said, condition.max_bytes)
-        else:
+    if not getattr(condition, "replaces_label", False):
+        if (
+            labels is None
+            and system.spec.num_classes > 1
+            and not is_alone
+            and not getattr(config, "label_dropout", 0.0)
+        ):
             raise CannotDraw(
-                f"{system.name} reads a label as a caption of its class: expected a label or a caption, not both"
+                f"{system.name} was told the label of every image in training, beside its {known}: expected labels, too"
             )
-    except CannotDraw:
-        raise
+        labels = _beside(system, labels, len(said))
+    elif labels is not None:
+        raise CannotDraw(
+            f"{system.name} reads a label as a caption of its class: expected a label or a caption, not both"
+        )
+    try:
+        rows = part.encoded(condition, said, None if labels is None else torch.from_numpy(labels))
     except ValueError as error:
         raise NoCaption(str(error)) from None
     return rows.to(system.device)
 
 
-def name_of(said: Any) -> str:
-    """What it is that is said of one image, as NAMES has it; whatever is nothing else is taken for a caption."""
-    if isinstance(said, Mapping):
-        return "attributes"
-    if isinstance(said, Tensor) and said.ndim == 3:
-        return "pictures"
-    return "embeddings" if said is None or isinstance(said, list | tuple | np.ndarray | Tensor) else "captions"
+def _name_and_kind(one: Any) -> tuple[str, str]:
+    """What is said of one image, and the first condition that is told such; whatever is nothing else is taken for a caption."""
+    parts = {kind: load("conditions", kind) for kind in kinds("conditions")}
+    return next(((part.NAME, kind) for kind, part in parts.items() if part.is_one(one)), ("captions", "caption"))
 
 
-def _labels(system: System, labels: np.ndarray | None, number: int) -> Tensor | None:
-    """What is told beside captions of images, attributes or vectors; the one label that there is, if there is but one."""
+def _beside(system: System, labels: np.ndarray | None, number: int) -> np.ndarray | None:
+    """The labels that are told beside what is said; the one label that there is, if there is but one."""
     if labels is None:
-        return torch.zeros(number, dtype=torch.long) if system.spec.num_classes == 1 else None
+        return np.zeros(number, np.int64) if system.spec.num_classes == 1 else None
     system.require_trained_on(labels)
-    return torch.from_numpy(labels)
+    return labels
 
 
 @torch.no_grad()
@@ -102,9 +106,18 @@ def draw(
 
     negative: what guidance leads away from. Raises as `told` does.
     """
-    given = told(system, said, labels)
-    away = None if negative is None else told(system, [negative])
-    return _drawn(system, given, sampling, generator, away)
+    return _drawn(system, told(system, said, labels), sampling, generator, away_from(system, negative, sampling))
+
+
+def away_from(system: System, negative: Said | None, sampling: Any) -> Tensor | None:
+    """(1, ...) what guidance leads away from; None for none. Raises CannotDraw where there is no guidance, or as `told`."""
+    if negative is None:
+        return None
+    if getattr(sampling, "guidance_scale", 1.0) == 1.0:
+        mend = "raise it" if hasattr(sampling, "guidance_scale") else "leave the negative out, or name another system"
+        found = "its guidance_scale is 1" if hasattr(sampling, "guidance_scale") else "its prior has no guidance"
+        raise CannotDraw(f"{system.name} cannot be led away from anything, as {found}: {mend}")
+    return told(system, [negative], is_alone=True)
 
 
 def _drawn(
@@ -139,16 +152,14 @@ def draw_examples(
     """(B, C, H, W) uint8 of the examples, or of the labels where there are none."""
     if not examples:
         return system.draw(labels, sampling, generator)
-    name = NAMES[system.prior.config.condition.kind]
-    if name == "pictures":  # as they were told in training
-        beside = torch.from_numpy(np.stack([one.vector for one in examples]))
-        given = torch.cat([torch.from_numpy(labels).unsqueeze(1) + 1.0, beside], dim=1).to(system.device)
-        return _drawn(system, given, sampling, generator)
-    if name == "embeddings":
-        said: list[Said] = [None if np.isnan(one.vector).all() else one.vector for one in examples]
-    else:
-        said = [one.caption if name == "captions" else one.attributes for one in examples]
-    return draw(system, said, sampling, generator, labels)
+    condition = system.prior.config.condition
+    given = load("conditions", condition.kind).of_examples(condition, examples, torch.from_numpy(labels))
+    return _drawn(system, given.to(system.device), sampling, generator)
+
+
+def file_channels(prior: Any) -> int | None:
+    """Of the pictures from files that a prior of this config is told; None: it is told none."""
+    return getattr(prior.condition, "file_channels", None) if sets(prior, "condition") else None
 
 
 def write_told(place: Path, examples: list[Example]) -> None:
@@ -158,31 +169,28 @@ def write_told(place: Path, examples: list[Example]) -> None:
 
 
 def show(path: Path, images: np.ndarray, examples: list[Example], condition: Any) -> None:
-    """The first samples with what they were told below: of captions that were trained on, then of others. Pictures stand above
-    what was drawn of them."""
-    if condition.kind == "image":
-        _show_pairs(path, images, examples, condition.shape)
-        return
-    if not examples or examples[0].vector is not None:  # rows of classes are shown; of vectors there is nothing to read
-        return
-    told = examples[: len(images)]
-    chosen = [
-        [row for row, one in enumerate(told) if (one.group == "seen") == is_seen][:SHOWN] for is_seen in (True, False)
-    ]
-    rows = [row for half in chosen for row in half]
-    said = [
-        told[row].caption or ", ".join(f"{key} {_short(value)}" for key, value in told[row].attributes.items())
-        for row in rows
-    ]
-    pictures.save_captioned(path, images[rows], said, COLUMNS)
+    """The first samples beside what they were told, where people can see or read that: pictures stand above what was drawn of
+    them, text below; what training images were told comes first."""
+    part, told = load("conditions", condition.kind), examples[: len(images)]
+    if told and hasattr(part, "pictures_of"):
+        drawn = images[: 2 * SHOWN]
+        _show_pairs(path, drawn, part.pictures_of(condition, told[: len(drawn)]))
+    elif told and hasattr(part, "text_of"):
+        chosen = [
+            [row for row, one in enumerate(told) if (one.group == "seen") == is_seen][:SHOWN]
+            for is_seen in (True, False)
+        ]
+        rows = [row for half in chosen for row in half]
+        pictures.save_captioned(path, images[rows], [part.text_of(told[row]) for row in rows], COLUMNS)
 
 
-def _show_pairs(path: Path, images: np.ndarray, examples: list[Example], shape: tuple[int, int, int]) -> None:
+def _show_pairs(path: Path, drawn: np.ndarray, told: Tensor) -> None:
     """Rows of pictures, (C, H, W) each, in the size of the images, and below each row what was drawn of them."""
-    drawn = images[: 2 * SHOWN]
-    told = torch.from_numpy(np.stack([one.vector for one in examples[: len(drawn)]])).view(-1, *shape)
-    resized = torch.nn.functional.interpolate(to_uint8(told).float(), size=drawn.shape[2:], mode="nearest")
-    above = resized.expand(-1, drawn.shape[1], -1, -1).byte().numpy()
+    above = torch.nn.functional.interpolate(told.float(), size=drawn.shape[2:], mode="nearest").byte().numpy()
+    if drawn.shape[1] == 1:
+        drawn = drawn.repeat(above.shape[1], axis=1)
+    if above.shape[1] != drawn.shape[1]:
+        above = above[:, :1].repeat(drawn.shape[1], axis=1)
     starts = range(0, len(drawn), COLUMNS)
     rows = [_row(each[start : start + COLUMNS]) for start in starts for each in (above, drawn)]
     pictures.save_grid(path, np.concatenate(rows), COLUMNS)
@@ -191,7 +199,3 @@ def _show_pairs(path: Path, images: np.ndarray, examples: list[Example], shape: 
 def _row(images: np.ndarray) -> np.ndarray:
     """(N, C, H, W) -> (COLUMNS, C, H, W), the rest of the row white."""
     return np.concatenate([images, np.full((COLUMNS - len(images), *images.shape[1:]), 255, np.uint8)])
-
-
-def _short(value: float | str | None) -> str:
-    return "?" if value is None else f"{value:.3g}" if isinstance(value, float) else value

@@ -7,8 +7,7 @@ from typing import Any
 
 import yaml
 
-from tessera.bases.captions import are_of_images
-from tessera.components import sets
+from tessera.components import load, sets
 from tessera.contracts import ImageSpec
 from tessera.export import layout
 from tessera.params import Pipeline
@@ -31,7 +30,7 @@ def text(
         f"![samples, as they came](./{layout.GRID})" if has_grid else "",
         _use(images, has_onnx),
         _labels(images),
-        _captions(system.prior),
+        _told(system.prior),
         _guide(system.prior),
         _figures(figures),
         f"## Data and licence\n\nTrained on {images.name}. Licence of its images: {images.licence}. What it means for the "
@@ -91,46 +90,19 @@ def _labels(images: ImageSpec) -> str:
     return f"Labels: {', '.join([*named, *more])}."
 
 
-def _captions(prior: Any) -> str:
-    """What of it was told in words, and how to tell it."""
+def _told(prior: Any) -> str:
+    """What of it was told in the place of a label, and how to tell it."""
     if not sets(prior, "condition"):
         return ""
-    if prior.condition.kind == "attributes":
-        numbers = [f"{name} from {low:g} to {high:g}" for name, (low, high) in prior.condition.numbers.items()]
-        categories = [f"{name} ({', '.join(values[:20])})" for name, values in prior.condition.categories.items()]
-        return (
-            f"It was told attributes beside the label: {', '.join([*numbers, *categories])}; any may be left out: "
-            "`system.sample(attributes=[{...}], labels=[0])`."
-        )
-    if prior.condition.kind == "embedding":
-        return (
-            f"It was told an embedding of each image beside the label, {prior.condition.embedding_dim:,} numbers that another "
-            "network made: `system.sample(embeddings=..., labels=[0])`, or either alone. Name that network here."
-        )
-    if prior.condition.kind == "image":
-        return (
-            f"It was told a picture of each image beside the label ({prior.condition.shows}, {prior.condition.pixels[0]} x "
-            f"{prior.condition.pixels[1]} pixels): `system.sample(pictures=system.preprocess([...]), labels=[0])`, or either "
-            "alone."
-        )
-    if are_of_images(prior.condition):
-        by_text_model = prior.condition.kind == "text_model"
-        most = f"{prior.condition.max_tokens} tokens" if by_text_model else f"{prior.condition.max_bytes} bytes"
-        needed = (
-            f" Captions are read by a text model, which is not part of this folder: `{prior.condition.folder}`, of sha256 "
-            f"{prior.condition.sha256}, must be there, and the package transformers."
-            if by_text_model
-            else ""
-        )
-        return (
-            f"It was told the captions of single images, of at most {most}, beside the label: "
-            f'`system.sample(captions=["..."], labels=[0])`, or either alone.{needed}'
-        )
-    shown = [repr(captions[-1]) for captions in prior.condition.of_classes[:3]]
-    return (
-        f"It was told captions of at most {prior.condition.max_bytes} bytes, such as {', '.join(shown)} (all are below): "
-        "`system.sample(captions=[...])`. A label is read as the first caption of its class."
+    said = load("conditions", prior.condition.kind).card(prior.condition)
+    if getattr(prior.condition, "replaces_label", False):
+        return said
+    rest = (
+        "Any of these may be left out."
+        if getattr(prior, "label_dropout", 0.0)
+        else "Leave out nothing that every image was told."
     )
+    return f"{said} {rest}"
 
 
 def _guide(prior: Any) -> str:

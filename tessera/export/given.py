@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tessera.editing import words
+
 
 def labels(given: Any) -> np.ndarray:
     """(n,) int64 of a list of at least one whole number."""
@@ -24,8 +26,8 @@ def labels(given: Any) -> np.ndarray:
 
 
 def said(given: Mapping[str, Any], negative: Any) -> list[Any] | None:
-    """Captions, attributes, embeddings or pictures of images, by their name: a list of at least one of one of them; negative:
-    none, or one such. None where nothing is said."""
+    """What is said of images, by its name (NAME of a condition): a list of at least one of one of them; negative: none, or one
+    such. None where nothing is said."""
     names = [name for name, found in given.items() if found is not None]
     if not names:
         if negative is not None:
@@ -34,9 +36,7 @@ def said(given: Mapping[str, Any], negative: Any) -> list[Any] | None:
     if len(names) > 1:
         raise ValueError(f"{names[0]} and {names[1]} are given: expected those that the prior was told")
     name, found = names[0], given[names[0]]
-    kinds = {"captions": lambda one: isinstance(one, str), "attributes": lambda one: isinstance(one, Mapping)}
-    is_one = (kinds | {"embeddings": _is_vector, "pictures": _is_picture})[name]
-    if negative is not None and not is_one(negative):
+    if negative is not None and not words.is_named(name, negative):
         raise ValueError(f"negative is {_kind(negative)}: expected one of what {name} are")
     if name == "embeddings":
         return _vectors(found)
@@ -46,7 +46,7 @@ def said(given: Mapping[str, Any], negative: Any) -> list[Any] | None:
         raise ValueError(
             f"{name} are {found!r:.80}: expected a list of at least one, no single {name.removesuffix('s')}"
         )
-    if name == "attributes" and not all(map(is_one, found)):
+    if name == "attributes" and not all(isinstance(one, Mapping) for one in found):
         raise ValueError(
             f"attributes are {found!r:.80}: expected of each image a mapping, such as {{'thickness': 3.0}}"
         )
@@ -74,10 +74,6 @@ def _pictures(given: Any) -> list[Any]:
             f"pictures are {found}: expected torch.uint8 of (B, C, H, W); preprocess makes them of pictures"
         )
     return list(given)
-
-
-def _is_picture(given: Any) -> bool:
-    return isinstance(given, Tensor) and given.dtype == torch.uint8 and given.ndim == 3
 
 
 def _is_vector(given: Any) -> bool:

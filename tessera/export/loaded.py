@@ -29,6 +29,7 @@ from tessera.export import given, layout
 from tessera.export.layout import Exported
 from tessera.sources.bands import require_picture
 from tessera.sources.decoding import pillow_warnings, pixels_of
+from tessera.sources.pictures import picture_of
 from tessera.sources.records import Unreadable
 from tessera.system import CannotDraw, CannotEdit, System
 
@@ -97,8 +98,11 @@ class TrainedSystem:
         samples come out of its labels and its seed. Raises CannotDraw for a label without training images and for captions
         where the prior learned none, ValueError for settings that make no sense.
         """
-        seed, settings = given.seed(seed), self._settings(sampling)
         told = {"captions": captions, "attributes": attributes, "embeddings": embeddings, "pictures": pictures}
+        told |= {
+            name: sampling.pop(name) for name in words.names() if name in sampling
+        }  # of conditions that others add
+        seed, settings = given.seed(seed), self._settings(sampling)
         said = given.said(told, negative)
         if said is None:
             wanted = np.array(self.labels) if labels is None else self._known_labels(labels)
@@ -192,10 +196,15 @@ class TrainedSystem:
         edited = module.edit(pixels, told, system, config, drawn_by, generator, *beside.arguments(kind))
         return to_uint8(edited.detach()).cpu()
 
-    def preprocess(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def preprocess(self, pictures: Sequence[Image.Image], *, are_told: bool = False) -> Tensor:
         """Pictures of any size and mode -> images, as the data set's were made of files: turned as EXIF says, on a background
         where they are transparent, in 8 bits, cropped or padded, and resized. Raises ValueError for one that cannot be read,
-        and where images are neither gray nor RGB."""
+        and where images are neither gray nor RGB.
+
+        are_told: masks and the like instead, as a prior takes them that was told pictures from files: by the nearest pixel, in
+        gray levels or colors as those were. Raises ValueError for another prior."""
+        if are_told:
+            return self._told_of_files(given.pictures(pictures))
         require_picture(self.image_shape[0], self.name, "give a uint8 tensor of (B, C, H, W) in the place of pictures")
         how, made = self._exported.preprocessing.model_dump(), []
         for number, picture in enumerate(given.pictures(pictures)):
@@ -204,6 +213,18 @@ class TrainedSystem:
                     made.append(pixels_of(picture, **how))
             except Unreadable as reason:
                 raise ValueError(f"picture {number} cannot be read: it {reason}") from None
+        return torch.from_numpy(np.stack(made))
+
+    def _told_of_files(self, pictures: list[Image.Image]) -> Tensor:
+        channels = words.file_channels(self._system.prior.config)
+        if channels is None:
+            raise ValueError(f"{self.name} was told no pictures from files: leave out are_told")
+        how, made = self._exported.preprocessing.model_dump(include={"height", "width", "resize", "background"}), []
+        for number, picture in enumerate(pictures):
+            try:
+                made.append(picture_of(picture, channels=channels, **how))
+            except Unreadable as reason:
+                raise ValueError(f"picture {number} cannot be told: it {reason}") from None
         return torch.from_numpy(np.stack(made))
 
     def pictures(self, images: Tensor) -> list[Image.Image]:

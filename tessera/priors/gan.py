@@ -8,6 +8,7 @@ Source: Huang et al., "The GAN is dead; long live the GAN!" (R3GAN), 2024, arXiv
 relativistic pairing loss is Jolicoeur-Martineau's, arXiv:1807.00734; R1: Mescheder et al., arXiv:1801.04406, equation 9);
 Goodfellow et al., 2014, arXiv:1406.2661, section 3 (non-saturating loss); penalties every few steps: Karras et al., 2019,
 arXiv:1912.04958, section 3.2; truncation: Brock et al. (BigGAN), 2018, arXiv:1809.11096, section 3.1.
+What is told other than labels: bases/unguided.py.
 Differs from it: real and generated of a pair have one label; the generated images of the generator's phase are those that
 the discriminator then judges, which saves a pass; penalties are on what the discriminator sees, after augmentation;
 truncated noise is drawn by the inverse of its distribution function, which ends after one draw at any threshold. Batch
@@ -24,7 +25,8 @@ from torch.optim import Optimizer
 
 from tessera.bases.conditional import PriorSettings
 from tessera.bases.optimization import Decay, Training, optimizers_for
-from tessera.components import Fraction, Params, RateFactor, Weight
+from tessera.bases.unguided import ToldOnce, embedding
+from tessera.components import AddedKey, ConditionConfig, Fraction, Params, RateFactor, Weight, sets
 from tessera.contracts import Count, Learns, TokenBatch, TokenSpec
 from tessera.nn.adversarial_networks import Generator, Normalization, ProjectionDiscriminator, Sizes, levels_of
 from tessera.nn.augmentation import Augmentation, augmented
@@ -51,6 +53,7 @@ class Config(PriorSettings):
     normalization: Normalization = "none"
     output_range: Literal["unbounded", "pixels"] = "unbounded"  # pixels: latents lie in [-1, 1] before standardizing
     is_conditional: bool = True  # False: every label is label 0
+    condition: AddedKey[ConditionConfig] = None  # what is told of an image in the place of its label: bases/unguided.py
     loss: Literal["relativistic", "non_saturating"] = "relativistic"
     r1_weight: Weight = 1.0  # gamma of the penalty on real
     r2_weight: Weight = 1.0  # gamma of the penalty on generated
@@ -70,6 +73,8 @@ class Model(nn.Module):
         super().__init__()
         self.config, self.spec = config, spec
         self.generator = Generator(network_sizes(config, spec), config.noise_dim, config.hidden_dim)
+        if sets(config, "condition"):
+            self.generator.label_embedding = embedding(config, spec, config.noise_dim)
         shape = (1, -1, 1, 1)
         self.register_buffer("mean", torch.tensor(spec.latent_mean).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(spec.latent_std).view(shape), persistent=False)
@@ -144,11 +149,16 @@ class Objective(nn.Module):
         self.model, self.config = model, config
         sizes = network_sizes(config, model.spec)
         self.discriminator = ProjectionDiscriminator(sizes, feature_dim=sizes.levels[-1].channels)
+        if sets(config, "condition"):
+            self.discriminator.label_embedding = embedding(config, model.spec, sizes.levels[-1].channels)
+            self._told = ToldOnce()
         self.register_buffer("last_penalties", torch.zeros(2))  # of real and fake: what is plotted between penalties
         self._pending: list[Tensor] = []  # what the generator's phase drew, one for each micro-batch
 
     def forward(self, batch: TokenBatch, phase: str, step: int) -> dict[str, Tensor]:
         labels = condition(batch.labels, self.config)
+        if sets(self.config, "condition"):
+            labels = self._told.in_phase(phase, labels, self.model.generator.label_embedding)
         return (
             self._generator(batch.tokens, labels) if phase == "generator" else self._discriminator(batch, labels, step)
         )

@@ -17,16 +17,16 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePosixPath
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, model_validator
 
 from tessera.components import AddedKey, Params, sets
 from tessera.seeding import derive
-from tessera.sources import vectors
+from tessera.sources import pictures, vectors
 from tessera.sources.listing import Entry, Listing
 from tessera.sources.records import Described, Unreadable
-from tessera.sources.rows import Row, beside, rows_of
+from tessera.sources.rows import Row, beside, cell, columns_of, naturally, rows_of, text_in
 
 SUFFIXES = (".jsonl", ".csv", ".parquet", ".json")
 BESIDE, BESIDE_SUFFIXES = "beside", (".txt", ".json", ".cls")
@@ -55,6 +55,8 @@ class Metadata(Params):
     captions: tuple[str, ...] = ()  # columns with a caption, or with a list of them
     attributes: tuple[str, ...] = ()  # columns with a number or a word each, which may be missing
     embedding: AddedKey[str] = None  # the column with a list of numbers, a vector of the image, which may be missing
+    picture: AddedKey[str] = None  # the column with the file of a picture of each image; of beside, how its name ends
+    picture_channels: AddedKey[Literal[1, 3]] = None  # 3: colors; else gray levels, or the indices of a palette
     label: str | None = None  # the column whose values are the classes, in the place of folders
     split: str | None = None  # the column that says train, or test or validation
     split_by: str | None = None  # the column by which we split: images with one value of it fall on one side
@@ -68,15 +70,22 @@ class Metadata(Params):
         return [
             *self.captions,
             *self.attributes,
-            *(each for each in (self.embedding, self.label, self.split, self.split_by) if each is not None),
+            *(
+                each
+                for each in (self.embedding, self.picture, self.label, self.split, self.split_by)
+                if each is not None
+            ),
         ]
 
     @model_validator(mode="after")
     def _says_something(self) -> "Metadata":
         if not self.columns:
             raise ValueError(
-                "no column is asked for: set captions, attributes, embedding, label, split or split_by, or leave out metadata"
+                "no column is asked for: set captions, attributes, embedding, picture, label, split or split_by, or leave out "
+                "metadata"
             )
+        if self.picture is None and self.picture_channels is not None:
+            raise ValueError("picture_channels is set, and no picture: name their column as picture, or leave it out")
         if self.split and self.split_by:
             raise ValueError(
                 "split and split_by are both set: expected the column that says the split, or one to split by"
@@ -94,6 +103,7 @@ class Said(NamedTuple):
     refusal: str = ""  # why the image is not taken
     attributes: dict[str, float | str | None] = {}
     embedding: str | None = None  # sources/vectors.py
+    picture: str | None = None  # its file's name in the source: sources/pictures.py
 
 
 class Table:
@@ -106,10 +116,8 @@ class Table:
     def __init__(self, config: Metadata, entries: Listing, read: Callable[[Entry], bytes], source: str):
         self.config, self.source = config, source
         self._length: int | None = None  # of all vectors
-        self._is_table = hasattr(read, "rows")  # shards of parquet
-        self._table = sqlite3.connect(
-            "", isolation_level=None, check_same_thread=False
-        )  # a temporary file, if it is large
+        self.is_table = hasattr(read, "rows")  # shards of parquet
+        self._table = sqlite3.connect("", isolation_level=None, check_same_thread=False)  # a file, if it is large
         self._table.execute("PRAGMA journal_mode = OFF")
         self._table.execute("CREATE TABLE said (name TEXT PRIMARY KEY, said TEXT, seen INTEGER) WITHOUT ROWID")
         try:
@@ -130,30 +138,35 @@ class Table:
         """Whether a file says something of images, and is none."""
         last = PurePosixPath(name).name
         if self.config.file == BESIDE:
-            return last.endswith(BESIDE_SUFFIXES) and not self._is_table
+            return (last.endswith(BESIDE_SUFFIXES) or self._is_picture(name)) and not self.is_table
         return last == self.config.file
+
+    def _is_picture(self, name: str) -> bool:
+        """Of files beside images, by how the name ends."""
+        return self.config.picture is not None and name.endswith(f".{self.config.picture}")
 
     def _key(self, name: str) -> str:
         """What images are looked up by: files beside an image share its name up to the first dot."""
-        return _stem(name) if self.config.file == BESIDE and not self._is_table else name
+        return _stem(name) if self.config.file == BESIDE and not self.is_table else name
 
     def _rows(self, entries: Listing, read: Callable[[Entry], bytes]) -> Iterator[tuple[str, Row, str]]:
-        if self._is_table and self.config.file != BESIDE:
+        if self.is_table and self.config.file != BESIDE:
             raise ValueError(
                 f"{self.source} is shards of parquet, whose other columns are the metadata, and not {self.config.file}: write "
                 f"metadata.file: beside"
             )
-        if self._is_table:
+        if self.is_table:
             yield from read.rows()
             return
         files = (entry for entry in entries if self.is_metadata(entry.name) and not entry.refusal)
         if self.config.file == BESIDE:
             for stem, group in itertools.groupby(files, lambda entry: _stem(entry.name)):
-                row: Row = dict.fromkeys(
-                    self.config.columns
-                )  # of an image that lacks a file nothing is said in its column
+                row: Row = dict.fromkeys(self.config.columns)  # of a file that is missing nothing is said
                 for entry in group:
-                    told = beside(entry.name, self._data(entry, read))
+                    is_picture = self._is_picture(entry.name)
+                    told = (
+                        {self.config.picture: entry.name} if is_picture else beside(entry.name, self._data(entry, read))
+                    )
                     twice = [column for column in told if row.get(column) is not None]
                     if twice:
                         raise ValueError(
@@ -172,7 +185,9 @@ class Table:
                 where = f"{self.source}: {entry.name} line {line}"
                 name = row.get(self.config.file_column)
                 if not isinstance(name, str) or not name:
-                    raise ValueError(f"{where} names no image by {self.config.file_column!r}{_columns(row)}")
+                    raise ValueError(f"{where} names no image by {self.config.file_column!r}{columns_of(row)}")
+                if sets(self.config, "picture"):
+                    row = pictures.in_folder(row, self.config.picture, folder)
                 yield str(folder / name), row, where
             if not line:
                 raise ValueError(f"{self.source}: {entry.name} is empty, expected a line for each image")
@@ -199,7 +214,7 @@ class Table:
         keys = ((self._key(entry.name),) for entry in entries if not self.is_metadata(entry.name))
         self._table.executemany("UPDATE said SET seen = seen + 1 WHERE name = ?", keys)
         twice = self._table.execute("SELECT name FROM said WHERE seen > 1").fetchone()
-        if twice and not self._is_table:
+        if twice and not self.is_table:
             raise ValueError(
                 f"{self.source}: there are several images called {twice[0]!r}, and one file beside them: names are compared up "
                 f"to the first dot; rename one of them"
@@ -224,18 +239,21 @@ class Table:
             said = said._replace(embedding=vectors.or_missing(said.embedding, self._length))
         return said._replace(captions=tuple(said.captions))
 
+    def every(self, key: str) -> Iterator[str]:
+        """All that is said by this key of Said."""
+        place = Said._fields.index(key)
+        found = self._table.execute(f"SELECT DISTINCT json_extract(said, '$[{place}]') FROM said")
+        yield from (value for (value,) in found if value is not None)
+
     def labels(self) -> list[str]:
         """All that is said to be a class, in order."""
-        found = self._table.execute(
-            "SELECT DISTINCT json_extract(said, '$[1]') FROM said WHERE json_extract(said, '$[1]') IS NOT NULL"
-        )
-        names = [name for (name,) in found]
+        names = list(self.every("label"))
         if len(names) > MOST_CLASSES:
             raise ValueError(
                 f"{self.source}: the column {self.config.label!r} has {len(names):,} values, such as {names[0]!r}, expected at "
                 f"most {MOST_CLASSES:,} classes: name another column, or tell them as captions"
             )
-        return sorted(names, key=_naturally)
+        return sorted(names, key=naturally)
 
     def close(self) -> None:
         self._table.close()
@@ -304,7 +322,7 @@ def _stem(name: str) -> str:
 def said_of(row: Row, config: Metadata, where: str) -> Said:
     """What a row says of its image. Raises ValueError for a column that it has not."""
     found = {
-        key: _value(row, column, where)
+        key: text_in(row, column, where)
         for key in ("label", "split", "split_by")
         if (column := getattr(config, key)) is not None
     }
@@ -313,7 +331,7 @@ def said_of(row: Row, config: Metadata, where: str) -> Said:
     )
     captions: list[str] = []
     for column in config.captions:
-        given = _cell(row, column, where)
+        given = cell(row, column, where)
         for caption in given if isinstance(given, list) else [given]:
             if caption is None or caption == "":
                 continue
@@ -333,6 +351,9 @@ def said_of(row: Row, config: Metadata, where: str) -> Said:
     if sets(config, "embedding"):
         found["embedding"], why = vectors.read(row.get(config.embedding))
         refusal = refusal or (f"has a vector in the column {config.embedding!r} that {why}" if why else "")
+    if sets(config, "picture"):
+        found["picture"], why = pictures.read(row.get(config.picture))
+        refusal = refusal or (f"has {why} by {config.picture!r}" if why else "")
     return Said(captions=tuple(captions), **found, refusal=refusal, attributes=attributes)
 
 
@@ -345,21 +366,6 @@ def _attribute(value: Any) -> Any:
     if isinstance(value, int | float) and abs(value) <= LARGEST:
         return value
     return [value]
-
-
-def _cell(row: Row, column: str, where: str) -> Any:
-    if column not in row:
-        raise ValueError(f"{where} has no column {column!r}{_columns(row)}")
-    return row[column]
-
-
-def _value(row: Row, column: str, where: str) -> str | None:
-    value = _cell(row, column, where)
-    if value is None or value == "" or value != value:  # NaN
-        return None
-    if not isinstance(value, str | int | float | bool):
-        raise ValueError(f"{where} has {str(value)!r:.40} in the column {column!r}, expected text or a number")
-    return str(value)
 
 
 def _wrong_with(caption: Any) -> str:
@@ -376,12 +382,8 @@ def _wrong_with(caption: Any) -> str:
     return f"has {number:,} bytes, more than {MOST_BYTES:,}" if number > MOST_BYTES else ""
 
 
-def _columns(row: Row) -> str:
-    return f", expected it among its columns {', '.join(map(repr, row))[:200]}: name yours in metadata"
-
-
 def _together(first: Said, second: Said, where: str, name: str) -> Said:
-    for key in ("label", "split", "split_by", "attributes", "embedding"):
+    for key in ("label", "split", "split_by", "attributes", "embedding", "picture"):
         one, other = getattr(first, key), getattr(second, key)
         if one != other:
             raise ValueError(
@@ -389,11 +391,3 @@ def _together(first: Said, second: Said, where: str, name: str) -> Said:
             )
     captions = tuple(dict.fromkeys([*first.captions, *second.captions]))
     return first._replace(captions=captions, refusal=first.refusal or second.refusal)
-
-
-def _naturally(name: str) -> tuple[int, float, str]:
-    """Numbers by their size, before words by their letters."""
-    try:
-        return (0, float(name), name)
-    except ValueError:
-        return (1, 0.0, name)

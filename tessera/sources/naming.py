@@ -94,6 +94,9 @@ class NamedLayout:
     def said(self, name: str) -> Any:
         return self.layout.said(name)
 
+    def beside(self, entry: Entry) -> Entry:
+        return self.layout.beside(entry)
+
     def require_images(self, labels: Collection[int]) -> None:
         """Raises ValueError, given the labels of all images, if a class has none; of no image at all files tell the reasons."""
         barren = [name for label, name in enumerate(self.class_names) if label not in labels]

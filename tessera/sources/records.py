@@ -22,6 +22,7 @@ class Described(NamedTuple):
     captions: tuple[str, ...] = ()
     attributes: dict[str, float | str | None] = {}
     embedding: AddedKey[np.ndarray] = None  # (E,) float32, NaN where it is missing, if the data set reads vectors
+    picture: AddedKey[np.ndarray] = None  # (1 or 3, H, W) uint8 of the image's size, if it reads pictures
 
 
 class Record(NamedTuple):

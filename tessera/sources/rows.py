@@ -99,3 +99,30 @@ def beside(name: str, data: bytes) -> Row:
     if name.endswith(".json"):
         return _object(text, name)
     return {"txt" if name.endswith(".txt") else "cls": text.strip()}
+
+
+def cell(row: Row, column: str, where: str) -> Any:
+    if column not in row:
+        raise ValueError(f"{where} has no column {column!r}{columns_of(row)}")
+    return row[column]
+
+
+def text_in(row: Row, column: str, where: str) -> str | None:
+    value = cell(row, column, where)
+    if value is None or value == "" or value != value:  # NaN
+        return None
+    if not isinstance(value, str | int | float | bool):
+        raise ValueError(f"{where} has {str(value)!r:.40} in the column {column!r}, expected text or a number")
+    return str(value)
+
+
+def columns_of(row: Row) -> str:
+    return f", expected it among its columns {', '.join(map(repr, row))[:200]}: name yours in metadata"
+
+
+def naturally(name: str) -> tuple[int, float, str]:
+    """Numbers by their size, before words by their letters."""
+    try:
+        return (0, float(name), name)
+    except ValueError:
+        return (1, 0.0, name)

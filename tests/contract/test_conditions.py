@@ -3,6 +3,11 @@
 Conditions are found by their files; a new one adds its settings to SETTINGS, by any name, and what it is told to TOLD.
 """
 
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ from tessera.conditions import attributes, caption, embedding, image, text_model
 from tessera.contracts import ImageSpec, TokenSpec
 from tessera.running.job import Job, Stopped
 
+ROOT = Path(__file__).parents[2]
 CAPTIONS = (("a zero", "the digit 0", "零"), ("one", "一"), ("a two",))
 ATTRIBUTES = [{"slant": 0.3, "style": "b"}, {"style": "a", "thick": 1.5}, {"slant": -1.0}]
 VECTORS = [[0.5, -1.0, 0.0, 2.0, 0.25], None, [3.0, 0.0, -1.0, 0.0, 1.0]]
@@ -55,9 +61,12 @@ TOLD = {
     ),
     "embedding": embedding.encoded(parse(embedding.Config, SETTINGS["embedding"]), VECTORS, torch.tensor([0, 1, 2])),
 }
-PRIORS = [kind for kind in kinds("priors") if issubclass(load("priors", kind).Config, ConditionalConfig)]
-EACH = [(condition, prior) for condition in SETTINGS for prior in PRIORS]
+PRIORS = [kind for kind in kinds("priors") if "condition" in load("priors", kind).Config.model_fields]
+GUIDED = [kind for kind in PRIORS if issubclass(load("priors", kind).Config, ConditionalConfig)]  # by label dropout
+ATTENTIVE = [name for name, settings in SETTINGS.items() if settings.get("cross_attention")]  # which others cannot be
+EACH = [(name, prior) for name in SETTINGS for prior in PRIORS if prior in GUIDED or name not in ATTENTIVE]
 of_each = pytest.mark.parametrize(("condition", "prior"), EACH)
+of_each_guided = pytest.mark.parametrize(("condition", "prior"), [each for each in EACH if each[1] in GUIDED])
 
 
 def test_every_condition_is_tried() -> None:
@@ -65,9 +74,15 @@ def test_every_condition_is_tried() -> None:
     assert {settings["kind"] for settings in SETTINGS.values()} == set(kinds("conditions"))
 
 
+def settings_of(condition: str, prior: str) -> dict[str, Any]:
+    """Those of a text model have attention unless they say otherwise."""
+    plain = {"cross_attention": False} if condition == "text-model" and prior not in GUIDED else {}
+    return SETTINGS[condition] | plain
+
+
 def built(condition: str, prior: str, spec: TokenSpec = SPEC, **changes: Any) -> nn.Module:
     """A prior of weights so large that what it is told shows."""
-    settings = {"kind": prior, **SMALL["priors"][prior], "condition": SETTINGS[condition]}
+    settings = {"kind": prior, **SMALL["priors"][prior], "condition": settings_of(condition, prior)}
     module = load("priors", prior)
     torch.manual_seed(0)
     model = module.Model(parse(module.Config, settings | changes), spec).eval()
@@ -87,11 +102,13 @@ def answer(model: nn.Module, told: Tensor) -> Tensor:
     if load("priors", model.config.kind).LEARNS == "indices":
         indices = torch.randint(SPEC.codebook_size, (1, 8), generator=seeded()).expand(len(told), -1)
         return model(indices, told)
+    if not isinstance(model.config, ConditionalConfig):
+        return model(torch.randn(1, model.config.noise_dim, generator=seeded()).expand(len(told), -1), told)
     x = torch.randn(1, *SPEC.latent_shape, generator=seeded()).expand(len(told), -1, -1, -1)
     return model(x, torch.full((len(told),), 0.5), told)
 
 
-@of_each
+@of_each_guided
 def test_the_null_condition_is_the_null_label_and_says_nothing(condition: str, prior: str) -> None:
     model, told = built(condition, prior), TOLD[condition]
     null = answer(model, model.null_labels(told))
@@ -100,6 +117,10 @@ def test_the_null_condition_is_the_null_label_and_says_nothing(condition: str, p
         model.sample(one, load("priors", prior).Sampling(), seeded(3)) for one in (model.null_labels(told), told)
     )
     assert not torch.equal(null_drawn, drawn)
+
+
+@of_each
+def test_a_condition_that_nothing_would_be_told_of_is_refused(condition: str, prior: str) -> None:
     with pytest.raises(ValueError, match="is_conditional is false, and there is a condition: leave out one of them"):
         built(condition, prior, is_conditional=False)
 
@@ -117,7 +138,7 @@ def test_an_image_depends_on_what_it_is_told_and_not_on_what_others_are(conditio
     torch.testing.assert_close(torch.cat([network(told[row : row + 1]) for row in range(3)]), network(told))
 
 
-@of_each
+@of_each_guided
 def test_a_guidance_of_one_is_the_condition_and_of_zero_none(condition: str, prior: str) -> None:
     """By the sampler's own two passes: the scale is so near to 1 that nothing but its being there differs."""
     model, told, sampling = built(condition, prior), TOLD[condition], load("priors", prior).Sampling
@@ -157,7 +178,7 @@ def test_what_is_told_is_left_out_together_and_each_part_alone() -> None:
     assert torch.equal(objective.eval().dropped(told), told)
 
 
-@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("prior", GUIDED)
 def test_guidance_leads_away_from_a_negative_caption(prior: str) -> None:
     """Away from the condition itself there is nothing to be led by: what is drawn is the unguided sample."""
     model, module = built("of-images", prior), load("priors", prior)
@@ -199,7 +220,7 @@ def test_a_prior_that_was_saved_is_told_the_same(condition: str, prior: str, tmp
 def test_a_training_resumes_bit_identically(
     condition: str, prior: str, image_spec: ImageSpec, token_spec: TokenSpec, tmp_path: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setitem(SMALL["priors"], prior, {**SMALL["priors"][prior], "condition": SETTINGS[condition]})
+    monkeypatch.setitem(SMALL["priors"], prior, {**SMALL["priors"][prior], "condition": settings_of(condition, prior)})
     plain = _trained("priors", prior, image_spec, token_spec, Job("parts", tmp_path / "plain"))
     first = Job("parts", tmp_path / "stopped")
     _, rows = _training_data("priors", prior, image_spec, token_spec)
@@ -241,3 +262,77 @@ def test_another_number_of_classes_is_refused() -> None:
     config = parse(caption.Config, {"kind": "caption", **two})
     with pytest.raises(ValueError, match=r"captions of 2 classes, expected 3, a list for each label"):
         caption.Network(config, SPEC, nn.Embedding(4, 8))
+
+
+@pytest.mark.parametrize("condition", ATTENTIVE)
+def test_attention_that_no_layer_would_pay_is_refused(condition: str) -> None:
+    with pytest.raises(
+        ValueError, match="no layer of this prior attends to a sequence, it is told the mean: write cross_att"
+    ):
+        built(condition, "gan")
+
+
+IN_A_COPY = """
+import sys, yaml
+from pathlib import Path
+import numpy as np
+import torch
+from stages import encode_tokens, prepare_images, sample_images, train_prior, train_tokenizer
+from tessera import seeding
+from tessera.artifacts.captions import examples_of
+from tessera.components import parse
+from tessera.editing import words
+from tessera.export import given
+from tessera.params import Pipeline
+from tessera.running.job import Job
+from tessera.system import System
+
+torch.set_num_threads(1)
+raw = yaml.safe_load(Path(sys.argv[1], "params.yaml").read_text())
+prior = {"kind": "flow_matching", "denoiser": {"kind": "transformer", "width": 32, "depth": 1, "heads": 2}, "num_views": 1}
+prior |= {"condition": {"kind": "brightness"}, "training": {"num_steps": 4, "batch_size": 8}}
+raw |= {"tokenizers": {"none": {"kind": "none", "quantizer": {"kind": "identity"}}}}
+raw["systems"] = {"bright": {"tokenizer": "none", "prior": prior, "sampling": {}}}
+raw |= {"follow_training": {"every": 0}, "sample_images": {"num_images": 12, "batch_size": 8}}
+raw["features"] = {"random": {"kind": "random"}}
+params, made = parse(Pipeline, raw), [Path(name) for name in ("images", "none", "tokens", "prior")]
+job = lambda: Job("x", Path("state"))
+prepare_images.run(params, made[0], job())
+train_tokenizer.run(params, "none", made[0], made[1], Path("t.csv"), job())
+encode_tokens.run(params, "none", *made[:3], job())
+train_prior.run(params, "bright", *made[:3], made[3], Path("h.csv"), Path("m.json"), job())
+sample_images.run(params, "bright", made[1], made[3], Path("samples"), Path("grid.png"), job())
+told = examples_of(Path("samples"))
+assert len(told) == 12 and all(0 <= one.vector[0] <= 1 for one in told)
+system, generator = System.read(made[1], made[3], "bright"), seeding.generator(0, "x", 0)
+said = given.said({"captions": None, "brightness": [0.25, 0.5]}, None)
+drawn = words.draw(system, said, parse(system.sampling_schema, {}), generator, np.array([1, 2]))
+assert drawn.shape == (2, 1, 8, 8)
+for wrong, labels in ((["a word"], None), ([2.0], None)):
+    try:
+        words.told(system, wrong, labels)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_condition_is_one_file(tmp_path: Path) -> None:
+    """The worked example of docs/adding_parts.md, in a copy of the package: nothing else of it is touched."""
+    text = (ROOT / "docs" / "adding_parts.md").read_text(encoding="utf-8")
+    example = re.search(r"`tessera/conditions/brightness\.py`:\n\n```python\n(.*?)```", text, re.DOTALL).group(1)
+    for folder in ("tessera", "stages"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tessera/conditions/brightness.py").write_text(example, encoding="utf-8")
+    ran = subprocess.run(
+        [sys.executable, "-c", IN_A_COPY, str(ROOT)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.splitlines()[-2:] == [
+        "bright was trained on brightness, not on captions: expected brightness, or a system whose prior has condition: "
+        "{kind: caption}",
+        "brightness is 2.0: expected a number from 0, black, to 1, white",
+    ]

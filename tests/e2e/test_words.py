@@ -78,6 +78,13 @@ def params_of(source: Path) -> Pipeline:
     of_pictures = {**of_attributes, "prior": {**prior, "condition": gray}}
     words = raw["systems"]["vqgan-flow"]
     raw["systems"] = {"words": words, "attributes": of_attributes, "vectors": of_vectors, "pictures": of_pictures}
+    plain = {
+        "kind": "gan",
+        "channels": 8,
+        "training": training,
+        "condition": {"kind": "caption", "max_bytes": 24, "width": 16},
+    }
+    raw["systems"]["adversarial"] = {**words, "prior": plain, "sampling": {}}
     raw["encode_tokens"] |= {"warps": 0}
     raw["sample_images"] = {"num_images": 20, "batch_size": 8}
     return parse(Pipeline, raw)
@@ -121,6 +128,7 @@ def test_samples_are_told_what_images_were_and_shown_with_it(made: tuple[Path, P
     root, params = made
     told = {name: examples_of(root / "samples" / name) for name in params.systems}
     assert [one.group == "seen" for one in told["words"]] == [True, False] * 10
+    assert told["adversarial"] == told["words"]  # whatever the prior
     new = {one.caption for one in told["words"] if one.group == "new_words"}
     assert {one.caption for one in told["words"] if one.group == "held_out"} == {"a red bar", "a blue column"}
     assert new == {"ein square", "ein bar", "ein column"}
@@ -143,10 +151,14 @@ def test_samples_are_told_what_images_were_and_shown_with_it(made: tuple[Path, P
 
 def test_the_judge_of_words_is_asked_of_samples_and_of_real_images_alike(made: tuple[Path, Pipeline]) -> None:
     root, _ = made
-    found = {name: figures.read(root / f"metrics/systems/{name}.json") for name in ("real", "words", "attributes")}
+    found = {
+        name: figures.read(root / f"metrics/systems/{name}.json")
+        for name in ("real", "words", "attributes", "adversarial")
+    }
     of_words = {key for key in found["words"].groups["generation"] if "caption" in key}
     whats, groups = ("at_1", "at_10", "rank"), ("seen", "held_out", "new_words")
     expected = {f"{prefix}caption_{what}_{of}" for prefix in ("", "shuffled_") for what in whats for of in groups}
+    assert of_words == {key for key in found["adversarial"].groups["generation"] if "caption" in key}
     assert of_words == expected == {key for key in found["real"].groups["generation"] if "caption" in key}
     assert not any("caption" in key for key in found["attributes"].groups["generation"])
     real = found["real"].groups["generation"]

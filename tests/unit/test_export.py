@@ -62,6 +62,7 @@ EXAMPLES = [Example("a bold one", 1, "seen"), Example("七", 7, "new_words"), Ex
 GENERATOR = seeding.generator
 MASK = torch.ones(8, 8, dtype=torch.bool)
 WORDED = "of-images"  # told captions of images beside the label
+ADVERSARIAL = "of-images-by-a-gan"  # the same, without label dropout and guidance
 SLANTED = "of-attributes"
 VECTORED = "of-embeddings"
 VECTORS = [
@@ -73,8 +74,8 @@ GRAY = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8, generator=torch.Ge
 PICTURE = {"kind": "image", "pixels": [4, 4], "patch_size": 2, "width": 16}
 SHOWN = image.encoded(parse(image.Config, PICTURE), GRAY)[:, 1:].numpy()
 PICTURES = [Example("", label, "held_out", {}, one) for label, one in zip((1, 7, 4), SHOWN, strict=True)]
-SYSTEMS = [*all_params.read(ROOT / "presets/zoo.yaml").systems, WORDED, SLANTED, VECTORED, PICTURED]
-TOLD = {WORDED: EXAMPLES, SLANTED: SLANTS, VECTORED: VECTORS, PICTURED: PICTURES}
+SYSTEMS = [*all_params.read(ROOT / "presets/zoo.yaml").systems, WORDED, SLANTED, VECTORED, PICTURED, ADVERSARIAL]
+TOLD = {WORDED: EXAMPLES, ADVERSARIAL: EXAMPLES, SLANTED: SLANTS, VECTORED: VECTORS, PICTURED: PICTURES}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,8 @@ def params() -> Pipeline:
     values["systems"][VECTORED]["prior"]["condition"] = {"kind": "embedding", "embedding_dim": 3}
     values["systems"][PICTURED] = copy.deepcopy(values["systems"][WORDED])
     values["systems"][PICTURED]["prior"] |= {"condition": PICTURE, "num_views": 1}
+    values["systems"][ADVERSARIAL] = copy.deepcopy(values["systems"]["gan"])
+    values["systems"][ADVERSARIAL]["prior"]["condition"] = {"kind": "caption", "max_bytes": 16}
     for system in values["systems"].values():
         system["sampling"] |= {key: 2 for key in ("num_steps", "decoding_steps") if key in system["sampling"]}
     return parse(Pipeline, values)
@@ -145,7 +148,7 @@ def test_a_loaded_system_draws_the_bits_of_the_pipeline_and_knows_its_own_tokens
     system = tessera.load(exported / name, device="cpu")
     labels = np.asarray(drawn.labels).tolist()
     said = examples_of(tmp_path / "samples")
-    told: dict[str, Any] = {"captions": [one.caption for one in said]} if name == WORDED else {}
+    told: dict[str, Any] = {"captions": [one.caption for one in said]} if name in (WORDED, ADVERSARIAL) else {}
     told |= {"attributes": [one.attributes for one in said]} if name == SLANTED else {}
     if name == VECTORED:
         told["embeddings"] = [None if np.isnan(one.vector).any() else one.vector for one in said]
@@ -207,6 +210,17 @@ def test_captions_of_images_are_drawn_beside_labels_and_away_from_a_negative_one
     both = system.sample(captions=["a 7"] * 2, labels=[7, 7], negative="thin", guidance_scale=3.0, seed=3)
     monkeypatch.setattr(seeding, "generator", lambda seed, *purpose, device: GENERATOR(3, "sample_images", 0))
     np.testing.assert_array_equal(edit.draw(inside, drawing)[1], both.numpy())
+
+
+def test_a_gan_draws_what_it_is_told_beside_a_label(exported: Path) -> None:
+    system = tessera.load(exported / ADVERSARIAL, device="cpu")
+    asked = {"captions": ["a 7", "a 7"], "labels": [7, 7], "seed": 3}
+    images = system.sample(**asked)
+    assert images.shape == (2, 1, 8, 8) and not torch.equal(images[0], images[1])
+    assert not torch.equal(images, system.sample(**asked | {"captions": ["a 1", "a 1"]}))
+    assert not torch.equal(images, system.sample(**asked | {"labels": [1, 1]}))
+    card = (exported / ADVERSARIAL / layout.CARD).read_text()
+    assert "Leave out nothing that every image was told." in card
 
 
 def test_a_picture_is_painted_over_as_the_shell_does_it(exported: Path, checkout: Path, params: Pipeline) -> None:
@@ -402,6 +416,21 @@ def test_the_served_model_draws_embeddings(checkout: Path, params: Pipeline) -> 
             "negative is a str: expected one of what embeddings",
         ),
         (VECTORED, {"embeddings": [[0, 0, 1]], "negative": [0, 1]}, "an embedding has 2 numbers"),
+        (
+            ADVERSARIAL,
+            {"captions": ["one"]},
+            "was told the label of every image in training, beside its captions: expected",
+        ),
+        (
+            ADVERSARIAL,
+            {"captions": ["one"], "labels": [1], "negative": "two"},
+            "as its prior has no guidance: leave the neg",
+        ),
+        (
+            WORDED,
+            {"captions": ["one"], "guidance_scale": 1.0, "negative": "two"},
+            "as its guidance_scale is 1: raise it",
+        ),
         (SLANTED, {"captions": ["one"]}, "was trained on attributes, not on captions"),
         ("vqgan-masked", {"captions": ["one"]}, "was trained on labels, not on captions"),
     ],

@@ -191,7 +191,10 @@ def test_lines_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     [
         ({"file": "metadata.txt", "captions": ["text"]}, "expected one that ends in .jsonl, .csv, .parquet, .json"),
         ({"file": "a/metadata.csv", "captions": ["text"]}, "is no name of a file with metadata"),
-        ({}, "no column is asked for: set captions, attributes, embedding, label, split or split_by, or leave out"),
+        (
+            {},
+            "no column is asked for: set captions, attributes, embedding, picture, label, split or split_by, or leave out",
+        ),
         ({"split": "a", "split_by": "b"}, "split and split_by are both set"),
     ],
 )

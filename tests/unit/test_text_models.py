@@ -17,12 +17,12 @@ from tessera.artifacts.tokens import Tokens
 from tessera.bases.captions import encoded
 from tessera.components import parse
 from tessera.conditions import text_model
+from tessera.conditions.text_model import OfTextFeatures, as_float16
 from tessera.features import clip
 from tessera.metrics.clip_score import score
 from tessera.running.job import Job
 from tessera.sources import text_models
 from tessera.training import told
-from tessera.training.text_features import OfTextFeatures, as_float16
 from tessera.training.told import ToldTokens
 
 
@@ -161,7 +161,7 @@ def test_features_are_computed_once_survive_a_kill_and_are_those_of_what_is_draw
 ) -> None:
     config = config_of(folder_of("bert"))
     said = [[f"a {'red' if row % 2 else 'blue'} {'a ' * (row % 7)}"] for row in range(29)] + [[]]
-    monkeypatch.setattr("tessera.training.text_features.AT_ONCE", 3)
+    monkeypatch.setattr("tessera.conditions.text_model.AT_ONCE", 3)
     monkeypatch.setattr("tessera.artifacts.shards.SHARD_BYTES", 4 * 12 * 16 * 2)
     read, asked = text_models.TextModel.features, []
 
@@ -203,5 +203,5 @@ def test_a_training_computes_what_it_is_told(
         splits["train"].told(torch.arange(2), None)
     told.compute(splits, Job("train_prior@x", tmp_path / "state"))
     assert splits["train"].told(torch.arange(2), None).shape == (2, 1 + 12 * 16)
-    told.write_examples(tmp_path, config, {**splits, "test": splits["train"]}, tmp_path, 0)
+    told.write_examples(tmp_path, config, {**splits, "test": splits["train"]}, 0)
     assert {one.caption for one in examples_of(tmp_path)} == {"a red square", "a blue circle"}

@@ -13,10 +13,12 @@ from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.captions import Captions, examples_of
 from tessera.artifacts.tokens import Tokens
 from tessera.bases.captions import encoded
+from tessera.bases.of_images import OfCaptions
 from tessera.conditions import attributes, caption
+from tessera.conditions.attributes import OfAttributes
 from tessera.contracts import TokenSpec
 from tessera.evaluation import told as judged
-from tessera.training.told import OfAttributes, OfCaptions, ToldTokens, write_examples
+from tessera.training.told import ToldTokens, write_examples
 
 NUM = 30
 CAPTIONS = [[f"image {row}, said {which}" for which in range(row % 3)] for row in range(NUM)]
@@ -74,7 +76,7 @@ def test_a_prior_keeps_captions_by_what_of_them_is_new(tokens: dict[str, Tokens]
         name: ToldTokens(tokens[name], OfCaptions(Captions([*some, *([[]] * (NUM - 3))]), 32, name))
         for name, some in (("train", train), ("test", test))
     }
-    write_examples(tmp_path, caption.Config(max_bytes=32), splits, tmp_path, seed=0)
+    write_examples(tmp_path, caption.Config(max_bytes=32), splits, seed=0)
     assert {(one.caption, one.group) for one in examples_of(tmp_path)} == {
         ("a red square", "seen"),
         ("a blue circle", "seen"),
