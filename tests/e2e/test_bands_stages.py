@@ -10,21 +10,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from in_process import Stages
 from PIL import Image
 
 import tessera
-from stages import (
-    edit_images,
-    encode_tokens,
-    evaluate,
-    evaluate_tokenizer,
-    prepare_images,
-    reference_stats,
-    sample_images,
-    train_features,
-    train_prior,
-    train_tokenizer,
-)
 from studio.actions import Studio
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.samples import Samples
@@ -33,7 +22,6 @@ from tessera.components import parse
 from tessera.evaluation import figures
 from tessera.export import __main__ as export
 from tessera.params import Pipeline
-from tessera.running.job import Job
 from tessera.sources.frame import Frame
 from tessera.tracking.served_model import Refused, ServedImages
 
@@ -95,36 +83,13 @@ def params_of(source: Path) -> Pipeline:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pipeline]:
     """A checkout's data folder with the artifacts of every stage, and the params."""
     root = tmp_path_factory.mktemp("bands")
-    params, data = params_of(files(root / "source")), root / "data"
-
-    def job(name: str) -> Job:
-        return Job(name, root / "state" / name)
-
-    images, tokenizer, tokens = data / "images", data / "tokenizers/vqgan", data / "tokens/vqgan"
-    prior, samples, metrics = data / "priors" / NAME, data / "samples" / NAME, data / "metrics"
-    judged = {"images": images, "features": data / "features", "reference": data / "reference"}
-    prepare_images.run(params, images, job("prepare_images"))
+    params = params_of(files(root / "source"))
+    stages = Stages(params, root)
+    stages.run("prepare_images")
     for name in params.features:
-        out = data / "features" / name
-        train_features.run(params, name, images, out, root / "f.csv", root / f"f-{name}.json", job(name))
-        reference_stats.run(params, name, images, out, data / "reference" / name, job(f"reference-{name}"))
-    train_tokenizer.run(params, "vqgan", images, tokenizer, root / "t.csv", job("train_tokenizer"))
-    encode_tokens.run(params, "vqgan", images, tokenizer, tokens, job("encode_tokens"))
-    evaluate_tokenizer.run(
-        params, "vqgan", **judged, tokenizer=tokenizer, tokens=tokens, picture=root / "reconstructions.png",
-        codebook_uses=root / "uses.csv", metrics=metrics / "tokenizers/vqgan.json", job=job("evaluate_tokenizer"),
-    )  # fmt: skip
-    train_prior.run(params, NAME, images, tokenizer, tokens, prior, root / "p.csv", root / "p.json", job("train_prior"))
-    sample_images.run(params, NAME, tokenizer, prior, samples, root / "samples.png", job("sample_images"))
-    evaluate.run(
-        params, NAME, **judged, metrics=metrics / f"systems/{NAME}.json", job=job("evaluate"), samples=samples,
-        tokenizer=tokenizer, prior=prior, prior_metrics=root / "p.json", picture=root / "samples.png",
-        neighbors=root / "neighbors.png", tokenizer_metrics=metrics / "tokenizers/vqgan.json",
-    )  # fmt: skip
-    edit_images.run(
-        params, NAME, **judged, tokenizer=tokenizer, prior=prior, out=data / "edits", picture=root / "edits.png",
-        metrics=metrics / "edits.json", job=job("edit_images"),
-    )  # fmt: skip
+        stages.run(f"train_features@{name}", f"reference_stats@{name}")
+    stages.run(*(f"{stage}@vqgan" for stage in ("train_tokenizer", "encode_tokens", "evaluate_tokenizer")))
+    stages.run(*(f"{stage}@{NAME}" for stage in ("train_prior", "sample_images", "evaluate", "edit_images")))
     return root, params
 
 
@@ -138,20 +103,20 @@ def test_samples_have_all_channels_and_figures_are_of_them(made: tuple[Path, Pip
     assert {"fd_classifier", "label_agreement", "precision", "brightness_shift", "caption_at_1_seen"} <= set(found)
     of_tokenizer = figures.read(root / "data/metrics/tokenizers/vqgan.json").groups["reconstruction"]
     assert {"psnr_db", "ssim"} <= set(of_tokenizer)
-    assert set(figures.read(root / "data/metrics/edits.json").groups) >= set(params.edits)
+    assert set(figures.read(root / f"data/metrics/edits/{NAME}.json").groups) >= set(params.edits)
 
 
 def test_pictures_show_the_first_channel_in_gray(made: tuple[Path, Pipeline]) -> None:
     root, _ = made
     _, splits = image_artifact.read(root / "data/images")
-    for name in ("samples", "neighbors", "edits", "reconstructions"):
-        shown = np.asarray(Image.open(root / f"{name}.png").convert("RGB"))
+    reconstructions = root / "data/pictures/reconstructions/vqgan.png"
+    of_system = [root / f"data/pictures/{name}/{NAME}.png" for name in ("samples", "neighbors", "edits")]
+    for path in (reconstructions, *of_system):
+        shown = np.asarray(Image.open(path).convert("RGB"))
         assert (shown == shown[..., :1]).all()  # the samples with words below, too
     scale = 3  # of 16 pixels to 48
     row = spread(len(splits["test"]), 50)[0]
-    corner = np.asarray(Image.open(root / "reconstructions.png"))[
-        scale : 17 * scale : scale, scale : 17 * scale : scale, 0
-    ]
+    corner = np.asarray(Image.open(reconstructions))[scale : 17 * scale : scale, scale : 17 * scale : scale, 0]
     np.testing.assert_array_equal(corner, splits["test"].uint8(np.array([row]))[0, 0].numpy())
 
 

@@ -23,24 +23,13 @@ import pytest
 import yaml
 from foreign_host import answer, check_names
 from hostile_requests import JSON, hostile
+from in_process import Stages
 from PIL import Image
 
-from stages import (
-    encode_tokens,
-    evaluate,
-    evaluate_tokenizer,
-    prepare_images,
-    reference_stats,
-    sample_images,
-    train_features,
-    train_prior,
-    train_tokenizer,
-)
 from tessera import seeding
 from tessera.components import parse
 from tessera.params import Pipeline
 from tessera.running import publish
-from tessera.running.job import Job
 from tessera.system import System
 
 pytestmark = pytest.mark.e2e(seconds=80)
@@ -71,38 +60,15 @@ def tiny_params() -> Pipeline:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout in which one system was trained, drawn and evaluated, by the stages."""
     root = tmp_path_factory.mktemp("checkout")
-    data, params = root / "data", tiny_params()
-
-    def job(name: str) -> Job:
-        return Job(name, root / ".state" / name)
-
+    stages = Stages(tiny_params(), Path())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setattr(publish, "ROOT", root)
-        prepare_images.run(params, data / "images", job("images"))
-        seen = {"images": data / "images", "features": data / "features", "reference": data / "reference"}
-        of_features = (data / "images", data / "features" / "classifier", data / "f.csv", data / "f.json")
-        train_features.run(params, "classifier", *of_features, job("features"))
-        reference_stats.run(
-            params, "classifier", data / "images", data / "features" / "classifier", data / "reference" / "classifier",
-            job("reference"),
-        )  # fmt: skip
-        tokenizer, tokens, prior, samples = (Path("data", name) for name in ("tokenizer", "tokens", "prior", "samples"))
-        train_tokenizer.run(params, "vqvae", data / "images", tokenizer, data / "t.csv", job("tokenizer"))
-        encode_tokens.run(params, "vqvae", data / "images", tokenizer, tokens, job("tokens"))
-        evaluate_tokenizer.run(
-            params, "vqvae", **seen, tokenizer=tokenizer, tokens=tokens, picture=data / "r.png",
-            codebook_uses=data / "c.csv", metrics=data / "t.json", job=job("evaluate_tokenizer"),
-        )  # fmt: skip
-        files = (data / "p.csv", data / "p.json")
-        train_prior.run(params, "flow", data / "images", tokenizer, tokens, prior, *files, job("prior"))
-        sample_images.run(params, "flow", tokenizer, prior, samples, data / "s.png", job("samples"))
+        stages.run("prepare_images", "train_features@classifier", "reference_stats@classifier")
+        stages.run("train_tokenizer@vqvae", "encode_tokens@vqvae", "evaluate_tokenizer@vqvae")
+        stages.run("train_prior@flow", "sample_images@flow")
         patch.setenv("TESSERA_TRACKING", "on")
-        evaluate.run(
-            params, "flow", **seen, samples=samples, tokenizer=tokenizer, prior=prior, metrics=data / "s.json",
-            tokenizer_metrics=data / "t.json", prior_metrics=data / "p.json", picture=data / "s.png",
-            neighbors=data / "n.png", job=job("evaluate"),
-        )  # fmt: skip
+        stages.run("evaluate@flow")
     return root
 
 
@@ -199,7 +165,7 @@ def test_an_equal_request_gets_equal_bytes_and_another_seed_other_images(root: P
     assert client.images(labels=labels, seed=2, guidance_scale=2.0) != first
     assert client.images(labels=labels, seed=1, guidance_scale=20.0) != first
     assert [decoded(png).shape for png in first] == [(8, 8)] * 3
-    system = System.read(root / "data" / "tokenizer", root / "data" / "prior")
+    system = System.read(root / "data/tokenizers/vqvae", root / "data/priors/flow")
     settings = tiny_params().sampling("flow")
     direct = system.draw(np.array(labels), settings, seeding.generator(1, "serve", device=system.device))
     assert np.abs(direct[:, 0].astype(int) - np.stack([decoded(png) for png in first])).max() <= 1

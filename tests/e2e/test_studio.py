@@ -25,10 +25,10 @@ import pytest
 import yaml
 from foreign_host import check_names
 from hostile_requests import JSON, hostile
+from in_process import Stages
 from PIL import Image, ImageDraw
 from starlette.exceptions import HTTPException
 
-from stages import encode_tokens, prepare_images, train_prior, train_tokenizer
 from studio import edit
 from studio.actions import KEPT, MAX_LAYERS, Studio, for_painting, mask_of, painted_layers
 from studio.figures import table
@@ -36,7 +36,6 @@ from tessera.artifacts import pictures
 from tessera.components import kinds, parse
 from tessera.params import Pipeline
 from tessera.running import publish
-from tessera.running.job import Job
 
 pytestmark = pytest.mark.e2e(seconds=100)
 ROOT = Path(__file__).parents[2]
@@ -70,24 +69,15 @@ def tiny_params() -> dict[str, Any]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout in which three of four systems are trained, by the stages."""
     root = tmp_path_factory.mktemp("checkout")
-    data, values = root / "data", tiny_params()
+    values = tiny_params()
     (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    params = parse(Pipeline, values)
-
-    def job(name: str) -> Job:
-        return Job(name, root / ".state" / name)
-
+    stages = Stages(parse(Pipeline, values), root)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setattr(publish, "ROOT", root)
-        prepare_images.run(params, data / "images", job("images"))
+        stages.run("prepare_images")
         for used, names in {"vqvae": ("masked", "flow"), "none": ("gan",)}.items():
-            tokenizer, tokens = data / "tokenizers" / used, data / "tokens" / used
-            train_tokenizer.run(params, used, data / "images", tokenizer, data / f"{used}.csv", job(used))
-            encode_tokens.run(params, used, data / "images", tokenizer, tokens, job(f"tokens-{used}"))
-            for name in names:
-                prior, files = data / "priors" / name, (data / f"{name}.csv", data / f"{name}.json")
-                train_prior.run(params, name, data / "images", tokenizer, tokens, prior, *files, job(name))
+            stages.run(f"train_tokenizer@{used}", f"encode_tokens@{used}", *(f"train_prior@{name}" for name in names))
     return root
 
 
@@ -450,7 +440,7 @@ def test_no_hostile_request_to_the_studio_fails_it_or_keeps_it_waiting(address: 
 
 
 def test_a_crowd_at_the_studio_is_bounded_and_the_next_one_is_served(address: str) -> None:
-    body = json.dumps({"data": ["masked", -1, 32, 0, 1.0, 1.0, 200, "", ""]}).encode()
+    body = json.dumps({"data": ["masked", -1, 32, 0, 1.0, 1.0, 1.0, 200, "", ""]}).encode()
     with ThreadPoolExecutor(50) as pool:
         codes = list(pool.map(lambda _: post(address, "call/sample", body)[0], range(200)))
     assert set(codes) == {200, 503}

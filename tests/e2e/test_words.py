@@ -8,19 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from in_process import Stages
 from PIL import Image
 
-from stages import (
-    compare_systems,
-    encode_tokens,
-    evaluate,
-    prepare_images,
-    reference_stats,
-    sample_images,
-    train_features,
-    train_prior,
-    train_tokenizer,
-)
+from stages import compare_systems
 from tessera.artifacts.captions import examples_of
 from tessera.components import parse
 from tessera.evaluation import figures
@@ -95,38 +86,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pipeline]:
     """A folder with the artifacts of every stage."""
     root = tmp_path_factory.mktemp("words")
     params = params_of(shapes(root / "source"))
-
-    def job(name: str) -> Job:
-        return Job(name, root / "state" / name)
-
-    images = root / "images"
-    prepare_images.run(params, images, job("prepare_images"))
+    stages = Stages(params, root)
+    stages.run("prepare_images")
     for name in params.features:
-        out = root / "features" / name
-        train_features.run(params, name, images, out, root / "f.csv", root / f"f-{name}.json", job(name))
-        reference_stats.run(params, name, images, out, root / "reference" / name, job(f"reference-{name}"))
-    tokenizer, tokens = root / "vqgan", root / "tokens"
-    train_tokenizer.run(params, "vqgan", images, tokenizer, root / "t.csv", job("train_tokenizer"))
-    encode_tokens.run(params, "vqgan", images, tokenizer, tokens, job("encode_tokens"))
-    metrics = root / "metrics"
-    judged = (images, root / "features", root / "reference")
-    evaluate.run(params, "real", *judged, metrics / "systems/real.json", job("evaluate"))
+        stages.run(f"train_features@{name}", f"reference_stats@{name}")
+    stages.run(
+        *(f"{stage}@vqgan" for stage in ("train_tokenizer", "encode_tokens", "evaluate_tokenizer")), "evaluate_real"
+    )
     for name in params.systems:
-        prior, samples, grid = root / "priors" / name, root / "samples" / name, root / f"{name}.png"
-        figures_of_prior = root / f"p-{name}.json"
-        train_prior.run(params, name, images, tokenizer, tokens, prior, root / "p.csv", figures_of_prior, job(name))
-        sample_images.run(params, name, tokenizer, prior, samples, grid, job(f"sample-{name}"))
-        made_of = {"samples": samples, "tokenizer": tokenizer, "prior": prior, "prior_metrics": figures_of_prior}
-        shown = {"picture": grid, "neighbors": root / f"{name}-neighbors.png"}
-        evaluate.run(
-            params, name, *judged, metrics / f"systems/{name}.json", job(f"evaluate-{name}"), **made_of, **shown
-        )
+        stages.run(f"train_prior@{name}", f"sample_images@{name}", f"evaluate@{name}")
     return root, params
 
 
 def test_samples_are_told_what_images_were_and_shown_with_it(made: tuple[Path, Pipeline]) -> None:
     root, params = made
-    told = {name: examples_of(root / "samples" / name) for name in params.systems}
+    told = {name: examples_of(root / "data/samples" / name) for name in params.systems}
     assert [one.group == "seen" for one in told["words"]] == [True, False] * 10
     assert told["adversarial"] == told["words"]  # whatever the prior
     new = {one.caption for one in told["words"] if one.group == "new_words"}
@@ -135,7 +109,7 @@ def test_samples_are_told_what_images_were_and_shown_with_it(made: tuple[Path, P
     assert all(set(one.attributes) == {"place", "colour"} for one in told["attributes"])
     assert {one.attributes["place"] for one in told["attributes"]} >= {None, 7.0}
     vectors = np.stack([one.vector for one in told["vectors"]])
-    labels = np.load(next((root / "samples/vectors").glob("labels-*.npy")))
+    labels = np.load(next((root / "data/samples/vectors").glob("labels-*.npy")))
     assert labels.tolist() == [one.label for one in told["vectors"]] and vectors.shape == (20, 3)
     kept = {tuple(np.float32(value) / np.float32(255) for value in colour) for colour in COLOURS.values()}
     assert np.isnan(vectors).any() and {tuple(row) for row in vectors if not np.isnan(row).any()} <= kept
@@ -143,16 +117,16 @@ def test_samples_are_told_what_images_were_and_shown_with_it(made: tuple[Path, P
     assert (
         gray.shape == (20, 64) and (np.abs(gray) <= 1).all() and (np.abs(gray - 1) < 1e-6).any(axis=1).all()
     )  # white ground
-    rows = {name: (Image.open(root / f"{name}.png").height - 3) // (3 * 16 + 3) for name in ("vectors", "pictures")}
+    height = {name: Image.open(root / f"data/pictures/samples/{name}.png").height for name in params.systems}
+    rows = {name: (height[name] - 3) // (3 * 16 + 3) for name in ("vectors", "pictures")}
     assert rows == {"vectors": 3, "pictures": 4}  # one for each class; two of ten, each below what it was told
-    heights = [Image.open(root / f"{name}.png").height for name in ("words", "attributes")]
-    assert all(height > 2 * 112 for height in heights)  # two rows of images with words below
+    assert min(height["words"], height["attributes"]) > 2 * 112  # two rows of images with words below
 
 
 def test_the_judge_of_words_is_asked_of_samples_and_of_real_images_alike(made: tuple[Path, Pipeline]) -> None:
     root, _ = made
     found = {
-        name: figures.read(root / f"metrics/systems/{name}.json")
+        name: figures.read(root / f"data/metrics/systems/{name}.json")
         for name in ("real", "words", "attributes", "adversarial")
     }
     of_words = {key for key in found["words"].groups["generation"] if "caption" in key}
@@ -168,8 +142,9 @@ def test_the_judge_of_words_is_asked_of_samples_and_of_real_images_alike(made: t
 def test_systems_with_and_without_words_stand_in_one_table(made: tuple[Path, Pipeline], tmp_path: Path) -> None:
     root, params = made
     for name in params.tokenizers:
-        path = root / "metrics/tokenizers" / f"{name}.json"
+        path = root / "data/metrics/tokenizers" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text((root / "metrics/systems/real.json").read_text())
-    compare_systems.run(params, root / "metrics", root, tmp_path / "comparison", Job("compare", tmp_path / "s"))
+        path.write_text((root / "data/metrics/systems/real.json").read_text())
+    pictures, out = root / "data/pictures", tmp_path / "comparison"
+    compare_systems.run(params, root / "data/metrics", pictures, out, Job("compare", tmp_path / "s"))
     assert "caption_at_10_seen" in (tmp_path / "comparison/comparison.md").read_text()

@@ -1,0 +1,46 @@
+"""Stages in the process of a test, one after another, with the files that dvc.yaml names, below a folder."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tessera.params import Pipeline
+from tessera.running.job import Job
+
+GRAPH = yaml.safe_load((Path(__file__).parents[1] / "dvc.yaml").read_text())["stages"]
+
+
+class Stages:
+    """What `dvc repro` would do below `root` under some params, but for what is done to be sure, to resume and to track."""
+
+    def __init__(self, params: Pipeline, root: Path):
+        self.params, self.root = params, root
+
+    def run(self, *entries: str) -> Any:
+        """The entries, e.g. train_prior@vqgan-flow; what the last one returns."""
+        found = None
+        for entry in entries:
+            stage, *arguments = self._command(entry)
+            named, options = arguments[:1], arguments[1:]
+            if not named or named[0].startswith("--"):
+                named, options = [], arguments
+            paths = {
+                option.removeprefix("--").replace("-", "_"): self.root / path
+                for option, path in zip(options[::2], options[1::2], strict=True)
+            }
+            job = Job(entry.replace("@", " "), self.root / ".state" / entry.replace("@", "-"))
+            found = importlib.import_module(f"stages.{stage}").run(self.params, *named, **paths, job=job)
+        return found
+
+    def _command(self, entry: str) -> list[str]:
+        """The stage, and what stands behind it."""
+        name, _, key = entry.partition("@")
+        body = GRAPH[name]
+        text = (body["do"] if "foreach" in body else body)["cmd"].replace("${key}", key)
+        if key in self.params.systems:
+            text = text.replace("${item.tokenizer}", self.params.systems[key].tokenizer)
+        return shlex.split(re.sub(r"^exec python -m tessera\.running ", "", text))
