@@ -440,7 +440,7 @@ def test_no_hostile_request_to_the_studio_fails_it_or_keeps_it_waiting(address: 
 
 
 def test_a_crowd_at_the_studio_is_bounded_and_the_next_one_is_served(address: str) -> None:
-    body = json.dumps({"data": ["masked", -1, 32, 0, 1.0, 1.0, 1.0, 200, "", ""]}).encode()
+    body = json.dumps({"data": ["masked", -1, 32, 0, 1.0, 1.0, 200, 1.0, "", ""]}).encode()
     with ThreadPoolExecutor(50) as pool:
         codes = list(pool.map(lambda _: post(address, "call/sample", body)[0], range(200)))
     assert set(codes) == {200, 503}
