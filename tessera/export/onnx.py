@@ -2,7 +2,7 @@
 
 The batch is of any size. Images are float32 in [-1, 1], tokens as TrainedSystem has them, labels up to and including the null
 label. prior.onnx is one call of the prior's network, by its own inputs: logits of all indices (autoregressive, masked), the
-prediction at a noise level or a time (diffusion, flow), latents of noise (GAN). guide.onnx is the same of its guide, where it
+prediction at a noise level or a time (diffusion, flow), or for jumps from a time (flow map), latents of noise (GAN). guide.onnx is the same of its guide, where it
 keeps one. The sampler around them is the caller's.
 """
 
@@ -85,6 +85,7 @@ def _inputs_of_prior(system: System, tokens: Tensor) -> dict[str, Tensor]:
         "indices": lambda: tokens.flatten(1),
         "x": lambda: tokens,
         "t": lambda: torch.rand(EXAMPLES),
+        "lengths": lambda: torch.rand(EXAMPLES),
         "sigma": lambda: torch.rand(EXAMPLES) + 0.1,
         "noise": lambda: torch.randn(EXAMPLES, config.noise_dim),
         "labels": lambda: torch.from_numpy(system.labels[:1]).expand(EXAMPLES).contiguous(),

@@ -88,10 +88,10 @@ class Model(ConditionalModel):
         if sets(config, "condition"):
             tell(self.denoiser, config, spec)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
         """(B, D, h, w) latents at times t (B,) in [0, 1], (B,) labels up to and including null_label, and the lengths (B,) of
-        jumps to later times -> their mean velocities; the velocities at t, without lengths."""
-        self.denoiser.time.lengths = torch.zeros_like(t) if lengths is None else lengths
+        jumps to later times -> their mean velocities; at a length of 0 the velocities at t."""
+        self.denoiser.time.lengths = lengths
         return self.denoiser(x, TIME_SCALE * t, labels)
 
     @torch.no_grad()
@@ -164,7 +164,7 @@ def derivative(model: nn.Module, x: Tensor, t: Tensor, labels: Tensor, lengths: 
     was_training = model.training
     model.eval()
     with torch.autocast(x.device.type, enabled=False):
-        velocity = model(x, t, labels)
+        velocity = model(x, t, labels, torch.zeros_like(t))
         before, after = (t - EPSILON).clamp_min(0), torch.minimum(t + EPSILON, t + lengths)
         ends = []
         for time in (before, after):

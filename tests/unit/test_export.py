@@ -550,7 +550,7 @@ def test_a_frame_sees_of_a_picture_what_the_data_set_makes_of_it(resize: str, si
     assert resize == "crop" or not np.asarray(back).any()  # all of the picture lies in the frame
 
 
-@pytest.mark.parametrize("name", ["lfq-masked", "residual-autoregressive", "vae-diffusion", "gan"])
+@pytest.mark.parametrize("name", ["lfq-masked", "residual-autoregressive", "vae-diffusion", "vae-flow-map", "gan"])
 def test_onnxruntime_agrees_with_torch_on_batches_of_other_sizes(
     name: str, checkout: Path, params: Pipeline, tmp_path: Path
 ) -> None:
