@@ -2,8 +2,8 @@
 
 The batch is of any size. Images are float32 in [-1, 1], tokens as TrainedSystem has them, labels up to and including the null
 label. prior.onnx is one call of the prior's network, by its own inputs: logits of all indices (autoregressive, masked), the
-prediction at a noise level or a time (diffusion, flow), or for jumps from a time (flow map), latents of noise (GAN). guide.onnx is the same of its guide, where it
-keeps one. The sampler around them is the caller's.
+prediction at a noise level or a time (diffusion, flow), or for jumps from a time (flow map), latents of noise (GAN).
+guide.onnx is the same of its guide, where it keeps one. The sampler around them is the caller's.
 """
 
 import inspect
