@@ -73,6 +73,14 @@ class LatentRegularization(Settings):
     noise_until: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the training after which none is left
     equivariance: Equivariance | None = None
 
+    @model_validator(mode="after")
+    def _acts(self) -> "LatentRegularization":
+        if self.noise_until != 1 and not self.noise:
+            raise ValueError(
+                "noise_until says when noise ends, and noise is 0: write noise: 1.0, or leave noise_until out"
+            )
+        return self
+
 
 class Transformation(NamedTuple):
     """tau: quarter turns, then another size of the grid of latents."""
@@ -182,6 +190,11 @@ def _require_room(config: Any, grid: tuple[int, int]) -> None:
         needs[2**config.discriminator_layers] = f"a discriminator of {config.discriminator_layers} discriminator_layers"
     wanted, factor, side = max(needs), config.downsample_factor, min(grid)
     scale = config.latents.equivariance.smallest_scale
+    if not config.latents.equivariance.quarter_turns and shortest(max(grid), scale) == max(grid):
+        raise ValueError(
+            f"latents.equivariance.smallest_scale {scale:g} leaves a grid of {grid[0]}x{grid[1]} as it is, whose sides stay "
+            f"whole, and nothing is turned: write {math.floor((max(grid) - 1) / max(grid) * 100) / 100:g} or less"
+        )
     if shortest(side, scale) * factor < min(wanted, side * factor):
         enough = min(1.0, math.ceil(wanted / factor) / side)
         raise ValueError(

@@ -85,6 +85,11 @@ MISTAKES = [
         2.0,
         r"scale is 2, but the prior keeps no guide .*: write guide: {snapshot_at: 0.25} in systems.vqgan-flow.prior",
     ),
+    (
+        "systems.vqgan-flow.prior.label_dropout",
+        0.0,
+        r"systems.vqgan-flow.sampling: guidance_scale is 1.4, but the prior never learns what nothing said means",
+    ),
     ("systems.vqgan-flow.prior.training", TRAINING, "batch_size 6 is not divisible by gradient_accumulation 4"),
     ("tokenizers.vqgan.training", TRAINING, "tokenizers.vqgan: training.batch_size 6"),
 ]
