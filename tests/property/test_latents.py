@@ -210,7 +210,7 @@ def test_noise_reaches_the_decoder_and_neither_codes_nor_their_loss():
         (
             "vqvae",
             {"latents": {"equivariance": {"smallest_scale": 0.9, "quarter_turns": False}}},
-            r"0\.9 leaves a grid of 4x4 as it is, .* nothing is turned: write 0\.75 or less",
+            r"0\.9 leaves a grid of 8x8 as it is, .* nothing is turned: write 0\.87 or less",
         ),
         ("vqvae", {"latents": {"noise_until": 0.5}}, "when noise ends, and noise is 0: write noise"),
         ("vqvae", {"latents": {"equivariance": {"probability": 2}}}, "less than or equal to 1"),
