@@ -156,7 +156,7 @@ def _settings(params: Pipeline) -> Iterator[str]:
         if getattr(sampling, "guidance_scale", 1.0) != 1 and not _has_null(system.prior):
             yield (
                 f"systems.{name}.sampling: guidance_scale is {sampling.guidance_scale:g}, but the prior never learns to be "
-                f"told nothing (label_dropout: 0, or is_conditional: false): write guidance_scale: 1, or a label_dropout such as 0.1"
+                f"told nothing (label_dropout: 0, or is_conditional: false): write guidance_scale: 1, or label_dropout: 0.1"
             )
         told = getattr(system.prior, "condition", None)
         most = None if told is None else getattr(load("conditions", told.kind), "MOST_VIEWS", None)
