@@ -212,7 +212,11 @@ def test_captions_of_images_are_drawn_beside_labels_and_away_from_a_negative_one
     np.testing.assert_array_equal(edit.draw(inside, drawing)[1], both.numpy())
 
 
-def test_a_gan_draws_what_it_is_told_beside_a_label(exported: Path) -> None:
+def test_a_gan_draws_what_it_is_told_beside_a_label_and_never_a_label_alone(
+    exported: Path, checkout: Path, params: Pipeline
+) -> None:
+    from studio import edit
+
     system = tessera.load(exported / ADVERSARIAL, device="cpu")
     asked = {"captions": ["a 7", "a 7"], "labels": [7, 7], "seed": 3}
     images = system.sample(**asked)
@@ -221,6 +225,11 @@ def test_a_gan_draws_what_it_is_told_beside_a_label(exported: Path) -> None:
     assert not torch.equal(images, system.sample(**asked | {"labels": [1, 1]}))
     card = (exported / ADVERSARIAL / layout.CARD).read_text()
     assert "Leave out nothing that every image was told." in card
+    sentence = "was told the captions of every image in training: expected captions beside labels"
+    with pytest.raises(tessera.CannotDraw, match=sentence):
+        edit.draw(edit.open_system(params, ADVERSARIAL, checkout), edit.to_draw(params, ADVERSARIAL, label=3))
+    with pytest.raises(MlflowException, match=sentence):
+        served(checkout, params, ADVERSARIAL)(labels=[3])
 
 
 def test_a_picture_is_painted_over_as_the_shell_does_it(exported: Path, checkout: Path, params: Pipeline) -> None:
@@ -239,6 +248,12 @@ def test_a_picture_is_painted_over_as_the_shell_does_it(exported: Path, checkout
     assert torch.equal(to_uint8(inside.decode(tokens)), images)
     with pytest.raises(ValueError, match="a caption and a picture are given: expected those that the prior was told"):
         edit.to_draw(params, PICTURED, picture=GRAY[0], caption="one")
+    with pytest.raises(
+        ValueError, match="caption is given, but of-pictures was trained on pictures, not on captions: leave"
+    ):
+        edit.to_draw(params, PICTURED, picture=GRAY[0], negative="red")
+    with pytest.raises(ValueError, match="a negative caption is given without a caption: expected both"):
+        edit.to_draw(params, WORDED, label=1, negative="red")
 
 
 def test_attributes_are_drawn_as_the_shell_draws_them_and_may_be_left_out(
@@ -288,7 +303,10 @@ def test_samples_are_told_captions_of_training_and_of_test_images_in_turn(
 def served(checkout: Path, params: Pipeline, name: str) -> Callable[..., list[str]]:
     """ask(**request) -> the pictures, by MLflow's own reading of a request; each of its forms is the same."""
     context = SimpleNamespace(
-        artifacts={"tokenizer": checkout / "data/tokenizers/vqvae", "prior": checkout / "data/priors" / name},
+        artifacts={
+            "tokenizer": checkout / "data/tokenizers" / params.systems[name].tokenizer,
+            "prior": checkout / "data/priors" / name,
+        },
         model_config={"sampling": params.sampling(name).model_dump(mode="json")},
     )
     model, schema = ServedImages(), registry.inputs()
@@ -416,6 +434,10 @@ def test_the_served_model_draws_embeddings(checkout: Path, params: Pipeline) -> 
             "negative is a str: expected one of what embeddings",
         ),
         (VECTORED, {"embeddings": [[0, 0, 1]], "negative": [0, 1]}, "an embedding has 2 numbers"),
+        (ADVERSARIAL, {"labels": [1]}, "was told the captions of every image in training: expected captions beside"),
+        (ADVERSARIAL, {}, "was told the captions of every image in training: expected captions beside labels"),
+        (WORDED, {"captions": [None]}, "a caption is None: expected words, or labels alone"),
+        (WORDED, {"captions": ["one", None]}, "a caption is None: expected words, or labels alone"),
         (
             ADVERSARIAL,
             {"captions": ["one"]},
@@ -823,7 +845,8 @@ import tessera
 assert tessera.__file__.startswith({str(tmp_path)!r})
 for folder in sys.argv[1:]:
     system = tessera.load(folder, device="cpu")
-    system.decode(system.encode(system.sample(labels=[3, 3, 7], seed=1)))
+    told = {{"captions": ["one", "two", "six"]}} if folder.endswith({ADVERSARIAL!r}) else {{}}
+    system.decode(system.encode(system.sample(labels=[3, 3, 7], seed=1, **told)))
 """
     folders = [str(exported / name) for name in SYSTEMS]
     done = subprocess.run([sys.executable, "-c", script, *folders], cwd=tmp_path, capture_output=True, text=True)
