@@ -37,7 +37,7 @@ from tessera.conditions import image
 from tessera.contracts import ImageSpec, TokenSpec
 from tessera.editing import words
 from tessera.export import __main__ as command
-from tessera.export import layout
+from tessera.export import card, layout
 from tessera.export import onnx as networks
 from tessera.params import Pipeline
 from tessera.running.job import Job
@@ -622,6 +622,36 @@ def test_the_card_has_figures_licence_classes_and_a_head_that_the_hub_reads(
     metrics.unlink()
     picture.unlink()
     assert tessera.load(tmp_path / "out").sampling == params.sampling("vqgan-masked").model_dump(mode="json")
+
+
+ASKED = {
+    SLANTED: "attributes=[{'slant': 0.0, 'style': 'a'}] * 2, labels=[0, 0]",
+    VECTORED: "embeddings=[[0.5] * 3] * 2, labels=[0, 0]",
+    PICTURED: "pictures=pictures, labels=[0, 0]",
+    WORDED: 'captions=["one", "two"], labels=[0, 0]',
+    ADVERSARIAL: 'captions=["one", "two"], labels=[0, 0]',
+    "gan": "labels=[0, 0]",
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_example_of_the_card_runs_and_tells_all_that_images_were_told(
+    name: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (exported / name / layout.CARD).read_text().partition("```python\n")[2].partition("```")[0]
+    assert f"system.sample({ASKED[name]}, seed=1)" in lines
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (20, 12), 99).save("picture.png")
+    exec(lines.replace('"FOLDER"', repr(str(exported / name))), {})
+    assert Image.open("one.png").size == (8, 8)
+
+
+def test_the_example_of_the_card_tells_pictures_from_files_as_such_and_of_bands_as_tensors(params: Pipeline) -> None:
+    prior = params.systems[PICTURED].prior
+    files = prior.model_copy(update={"condition": parse(image.Config, PICTURE | {"shows": "file"})})
+    assert '[Image.open("picture.png")] * 2, are_told=True)' in card._use(DIGITS, files, has_onnx=False)
+    bands = DIGITS.model_copy(update={"channels": 4})
+    assert "pictures=torch.zeros(2, 4, 8, 8, dtype=torch.uint8), labels" in card._use(bands, prior, has_onnx=False)
 
 
 def _json(path: Path, **changed: Any) -> None:
