@@ -599,6 +599,20 @@ def test_onnxruntime_agrees_with_torch_on_batches_of_other_sizes(
             np.testing.assert_allclose(found, network(*five.values()).numpy(), atol=1e-4, rtol=0)
 
 
+def test_onnx_without_what_was_told_is_refused_before_anything_is_written(
+    checkout: Path, params: Pipeline, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript")
+    tokenizer = checkout / "data/tokenizers" / params.systems[WORDED].tokenizer
+    system = System.read(tokenizer, checkout / "data/priors" / WORDED, WORDED)
+    with pytest.raises(ValueError, match="of-images keeps no example of the captions that it was told"):
+        networks.write(system, tmp_path / "onnx")
+    gone = [Example("much too long for it", 1, "seen")]  # as a text model that is not there refuses to read
+    with pytest.raises(ValueError, match="of-images is traced with captions, which cannot be read: .* has 20 bytes"):
+        networks.write(system, tmp_path / "onnx", gone)
+    assert not (tmp_path / "onnx").exists()
+
+
 def test_the_card_has_figures_licence_classes_and_a_head_that_the_hub_reads(
     checkout: Path, params: Pipeline, tmp_path: Path
 ) -> None:
