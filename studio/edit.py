@@ -32,6 +32,7 @@ from tessera.bases.conditional import steering_from
 from tessera.components import kinds, load, parse
 from tessera.editing import words
 from tessera.editing.beside import HALFWAY, Beside, require_used
+from tessera.editing.left_out import require_told
 from tessera.nn.precision import slowness
 from tessera.params import Pipeline
 from tessera.sources.decoding import decode, pillow_warnings
@@ -150,9 +151,10 @@ def to_draw(params: Pipeline, system: str, sampling: dict[str, Any] | None = Non
     if len(both) > 1:
         raise ValueError(f"{both[0]} and {both[1]} are given: expected those that the prior was told")
     if made.negative is not None and made.caption is None:
-        raise ValueError(
-            "a negative caption is given without a caption: expected both; of all else the library takes one"
-        )
+        told = "labels" if condition is None else load("conditions", condition.kind).NAME
+        unread = f", but {system} was trained on {told}, not on captions: leave it out"
+        why = " without a caption: expected both" if told == "captions" else unread
+        raise ValueError(f"a negative caption is given{why}")
     return made
 
 
@@ -209,6 +211,7 @@ def _told(system: System, asked: Draw) -> torch.Tensor:
     if given:
         beside = None if asked.label is None else np.array([asked.label])
         return words.told(system, given, beside).expand(asked.count, -1)
+    require_told(system)
     every = torch.from_numpy(system.labels[np.arange(asked.count) % len(system.labels)])
     labels = every if asked.label is None else torch.full((asked.count,), asked.label)
     system.require_trained_on(labels.numpy())

@@ -14,6 +14,7 @@ from tessera.artifacts.captions import Example, examples_of, write_examples_file
 from tessera.artifacts.images import to_uint8
 from tessera.bases.conditional import steering_from
 from tessera.components import kinds, load, sets
+from tessera.editing.left_out import require_told
 from tessera.system import CannotDraw, System
 
 SHOWN, COLUMNS = 20, 10  # samples of either half in a picture, and in a row
@@ -43,8 +44,9 @@ def told(system: System, said: Sequence[Said], labels: np.ndarray | None = None,
     """(B,) captions, attributes, vectors or pictures, all of one kind, as the system's prior takes them in the place of labels,
     on its device; labels: (B,) told beside them; is_alone: none are, also where training told them of every image.
 
-    Raises CannotDraw for a prior that was not told such, or was told captions in the place of labels; NoCaption for what is no
-    caption, no attribute, no vector or no picture, is too long, or has a value beyond what there is.
+    Raises CannotDraw for a prior that was not told such, was told captions in the place of labels, or wants what is left out
+    (editing/left_out.py); NoCaption for what is no caption, no attribute, no vector or no picture, is too long, or has a value
+    beyond what there is.
     """
     config = system.prior.config
     condition = config.condition if sets(config, "condition") else None
@@ -76,6 +78,8 @@ def told(system: System, said: Sequence[Said], labels: np.ndarray | None = None,
         rows = part.encoded(condition, said, None if labels is None else torch.from_numpy(labels))
     except ValueError as error:
         raise NoCaption(str(error)) from None
+    if not is_alone:
+        require_told(system, rows)
     return rows.to(system.device)
 
 

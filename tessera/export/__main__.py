@@ -15,6 +15,7 @@ from typing import Any
 from tessera import params as all_params
 from tessera.artifacts import checkpoints, whole
 from tessera.artifacts import folder as artifact
+from tessera.artifacts.captions import examples_of
 from tessera.contracts import ImageSpec
 from tessera.export import card, layout
 from tessera.params import Pipeline
@@ -45,7 +46,7 @@ def write(params: Pipeline, name: str, root: Path, out: Path, onnx: bool = False
         if onnx:
             from tessera.export import onnx as networks
 
-            networks.write(system, place / layout.ONNX)
+            networks.write(system, place / layout.ONNX, examples_of(parts["prior"]))
         metrics = data / "metrics/systems" / f"{name}.json"
         figures = artifact.read_json(metrics) if metrics.is_file() else None
         if figures is not None:

@@ -28,7 +28,7 @@ def text(
         f"Draws images of {images.channels} x {images.height} x {images.width} pixels like those of the data set "
         f"{images.name}. Tokenizer: {tokenizer.kind}, prior: {system.prior.kind}.",
         f"![samples, as they came](./{layout.GRID})" if has_grid else "",
-        _use(images, has_onnx),
+        _use(images, system.prior, has_onnx),
         _labels(images),
         _told(system.prior),
         _guide(system.prior),
@@ -54,14 +54,16 @@ def _head(params: Pipeline, images: ImageSpec) -> dict[str, Any]:
     }
 
 
-def _use(images: ImageSpec, has_onnx: bool) -> str:
-    asked = "labels=[0, 0]" if images.num_classes > 1 else "labels=[0] * 4"
+def _use(images: ImageSpec, prior: Any, has_onnx: bool) -> str:
+    before, asked = _asked(images, prior)
     lines = [
         "## Use",
         "```python",
         "import tessera",
+        *before[:1],
         "",
         'system = tessera.load("FOLDER")  # this one',
+        *before[1:],
         f"images = system.sample({asked}, seed=1)  # (B, C, H, W) uint8",
         "tokens = system.encode(images)",
         'system.pictures(system.decode(tokens))[0].save("one.png")'
@@ -75,9 +77,41 @@ def _use(images: ImageSpec, has_onnx: bool) -> str:
     if has_onnx:
         lines += [
             "",
-            f"`{layout.ONNX}/` holds the encoder, the decoder and one step of the prior, of labels, for onnxruntime.",
+            f"`{layout.ONNX}/` holds the encoder, the decoder and one step of the prior, of {_rows(prior)}, for "
+            "onnxruntime.",
         ]
     return "\n".join(lines)
+
+
+def _rows(prior: Any) -> str:
+    """What the `labels` of prior.onnx are."""
+    is_told = sets(prior, "condition") and not getattr(prior.condition, "replaces_label", False)
+    return "labels and what is told beside them, in rows" if is_told else "labels"
+
+
+def _asked(images: ImageSpec, prior: Any) -> tuple[list[str], str]:
+    """Lines of Python that come before, an import first, and the arguments of `sample`, which draws two images or four."""
+    plain = "labels=[0, 0]" if images.num_classes > 1 else "labels=[0] * 4"
+    if not sets(prior, "condition") or getattr(prior.condition, "replaces_label", False):
+        return [], plain
+    condition = prior.condition
+    name = load("conditions", condition.kind).NAME
+    if name == "captions":
+        return [], 'captions=["one", "two"], labels=[0, 0]'
+    if name == "attributes":
+        middle = {column: (low + high) / 2 for column, (low, high) in condition.numbers.items()}
+        first = {column: values[0] for column, values in condition.categories.items()}
+        return [], f"attributes=[{middle | first}] * 2, labels=[0, 0]"
+    if name == "embeddings":
+        return [], f"embeddings=[[0.5] * {condition.embedding_dim}] * 2, labels=[0, 0]"
+    if name != "pictures":
+        return [], plain if getattr(prior, "label_dropout", 0.0) else f"{name}=[..., ...], labels=[0, 0]"
+    if condition.file_channels is None and images.channels not in (1, 3):
+        shape = f"2, {images.channels}, {images.height}, {images.width}"
+        return ["import torch"], f"pictures=torch.zeros({shape}, dtype=torch.uint8), labels=[0, 0]"
+    of_files = ", are_told=True" if condition.file_channels is not None else ""
+    shown = f'pictures = system.preprocess([Image.open("picture.png")] * 2{of_files})'
+    return ["from PIL import Image", shown], "pictures=pictures, labels=[0, 0]"
 
 
 def _labels(images: ImageSpec) -> str:

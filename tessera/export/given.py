@@ -46,6 +46,8 @@ def said(given: Mapping[str, Any], negative: Any) -> list[Any] | None:
         raise ValueError(
             f"{name} are {found!r:.80}: expected a list of at least one, no single {name.removesuffix('s')}"
         )
+    if name == "captions" and any(one is None for one in found):
+        raise ValueError("a caption is None: expected words, or labels alone")
     if name == "attributes" and not all(isinstance(one, Mapping) for one in found):
         raise ValueError(
             f"attributes are {found!r:.80}: expected of each image a mapping, such as {{'thickness': 3.0}}"

@@ -25,6 +25,7 @@ from tessera.components import kinds, missing_package, parse
 from tessera.components import load as part
 from tessera.editing import words
 from tessera.editing.beside import HALFWAY, Beside, require_used
+from tessera.editing.left_out import require_told
 from tessera.export import given, layout
 from tessera.export.layout import Exported
 from tessera.sources.bands import require_picture
@@ -105,6 +106,7 @@ class TrainedSystem:
         seed, settings = given.seed(seed), self._settings(sampling)
         said = given.said(told, negative)
         if said is None:
+            require_told(self._system)
             wanted = np.array(self.labels) if labels is None else self._known_labels(labels)
             return self._in_batches(System.draw, wanted, settings, seed)
         beside = None if labels is None else self._known_labels(labels)

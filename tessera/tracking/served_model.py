@@ -3,7 +3,8 @@
 Request: {"inputs": {"labels": [3, 5], "seed": 1, "guidance_scale": 2.0}}; only the labels are required. A model whose prior was
 told captions takes {"inputs": {"captions": ["a blue heart"]}}; one that was told attributes, {"inputs": {"attributes":
 [{"thickness": 3.0}]}}, where those that are left out are missing; and one that was told embeddings, {"inputs": {"embeddings":
-[[0.5, -1.0]]}}. Labels may stand beside them, but beside captions of classes.
+[[0.5, -1.0]]}}. Labels may stand beside them, but beside captions of classes. A prior that left nothing out in training, such
+as a GAN, wants both.
 Equal requests get equal bytes, on one machine and number of threads; an image depends on its place in the request.
 """
 
@@ -71,6 +72,7 @@ class ServedImages(PythonModel):
         from tessera import seeding
         from tessera.components import parse
         from tessera.editing import words
+        from tessera.editing.left_out import require_told
         from tessera.sources.bands import require_picture
         from tessera.sources.frame import WITHOUT_PICTURES
         from tessera.system import CannotDraw
@@ -81,6 +83,7 @@ class ServedImages(PythonModel):
                 generator = seeding.generator(seed, "serve", device=self.system.device)
                 beside = None if labels is None else np.array(labels)
                 if said is None:
+                    require_told(self.system)
                     images = self.system.draw(beside, settings, generator)
                 else:
                     images = words.draw(self.system, said, settings, generator, beside)

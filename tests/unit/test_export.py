@@ -37,7 +37,7 @@ from tessera.conditions import image
 from tessera.contracts import ImageSpec, TokenSpec
 from tessera.editing import words
 from tessera.export import __main__ as command
-from tessera.export import layout
+from tessera.export import card, layout
 from tessera.export import onnx as networks
 from tessera.params import Pipeline
 from tessera.running.job import Job
@@ -212,7 +212,11 @@ def test_captions_of_images_are_drawn_beside_labels_and_away_from_a_negative_one
     np.testing.assert_array_equal(edit.draw(inside, drawing)[1], both.numpy())
 
 
-def test_a_gan_draws_what_it_is_told_beside_a_label(exported: Path) -> None:
+def test_a_gan_draws_what_it_is_told_beside_a_label_and_never_a_label_alone(
+    exported: Path, checkout: Path, params: Pipeline
+) -> None:
+    from studio import edit
+
     system = tessera.load(exported / ADVERSARIAL, device="cpu")
     asked = {"captions": ["a 7", "a 7"], "labels": [7, 7], "seed": 3}
     images = system.sample(**asked)
@@ -221,6 +225,11 @@ def test_a_gan_draws_what_it_is_told_beside_a_label(exported: Path) -> None:
     assert not torch.equal(images, system.sample(**asked | {"labels": [1, 1]}))
     card = (exported / ADVERSARIAL / layout.CARD).read_text()
     assert "Leave out nothing that every image was told." in card
+    sentence = "was told the captions of every image in training: expected captions beside labels"
+    with pytest.raises(tessera.CannotDraw, match=sentence):
+        edit.draw(edit.open_system(params, ADVERSARIAL, checkout), edit.to_draw(params, ADVERSARIAL, label=3))
+    with pytest.raises(MlflowException, match=sentence):
+        served(checkout, params, ADVERSARIAL)(labels=[3])
 
 
 def test_a_picture_is_painted_over_as_the_shell_does_it(exported: Path, checkout: Path, params: Pipeline) -> None:
@@ -239,6 +248,12 @@ def test_a_picture_is_painted_over_as_the_shell_does_it(exported: Path, checkout
     assert torch.equal(to_uint8(inside.decode(tokens)), images)
     with pytest.raises(ValueError, match="a caption and a picture are given: expected those that the prior was told"):
         edit.to_draw(params, PICTURED, picture=GRAY[0], caption="one")
+    with pytest.raises(
+        ValueError, match="caption is given, but of-pictures was trained on pictures, not on captions: leave"
+    ):
+        edit.to_draw(params, PICTURED, picture=GRAY[0], negative="red")
+    with pytest.raises(ValueError, match="a negative caption is given without a caption: expected both"):
+        edit.to_draw(params, WORDED, label=1, negative="red")
 
 
 def test_attributes_are_drawn_as_the_shell_draws_them_and_may_be_left_out(
@@ -288,7 +303,10 @@ def test_samples_are_told_captions_of_training_and_of_test_images_in_turn(
 def served(checkout: Path, params: Pipeline, name: str) -> Callable[..., list[str]]:
     """ask(**request) -> the pictures, by MLflow's own reading of a request; each of its forms is the same."""
     context = SimpleNamespace(
-        artifacts={"tokenizer": checkout / "data/tokenizers/vqvae", "prior": checkout / "data/priors" / name},
+        artifacts={
+            "tokenizer": checkout / "data/tokenizers" / params.systems[name].tokenizer,
+            "prior": checkout / "data/priors" / name,
+        },
         model_config={"sampling": params.sampling(name).model_dump(mode="json")},
     )
     model, schema = ServedImages(), registry.inputs()
@@ -416,6 +434,10 @@ def test_the_served_model_draws_embeddings(checkout: Path, params: Pipeline) -> 
             "negative is a str: expected one of what embeddings",
         ),
         (VECTORED, {"embeddings": [[0, 0, 1]], "negative": [0, 1]}, "an embedding has 2 numbers"),
+        (ADVERSARIAL, {"labels": [1]}, "was told the captions of every image in training: expected captions beside"),
+        (ADVERSARIAL, {}, "was told the captions of every image in training: expected captions beside labels"),
+        (WORDED, {"captions": [None]}, "a caption is None: expected words, or labels alone"),
+        (WORDED, {"captions": ["one", None]}, "a caption is None: expected words, or labels alone"),
         (
             ADVERSARIAL,
             {"captions": ["one"]},
@@ -550,19 +572,45 @@ def test_a_frame_sees_of_a_picture_what_the_data_set_makes_of_it(resize: str, si
     assert resize == "crop" or not np.asarray(back).any()  # all of the picture lies in the frame
 
 
-@pytest.mark.parametrize("name", ["lfq-masked", "residual-autoregressive", "vae-diffusion", "vae-flow-map", "gan"])
+TRACED = [
+    "lfq-masked",
+    "residual-autoregressive",
+    "vae-diffusion",
+    "vae-flow-map",
+    "gan",
+    SLANTED,
+    PICTURED,
+    ADVERSARIAL,
+]
+
+
+@pytest.mark.parametrize("name", TRACED)
 def test_onnxruntime_agrees_with_torch_on_batches_of_other_sizes(
     name: str, checkout: Path, params: Pipeline, tmp_path: Path
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     system = System.read(checkout / "data/tokenizers" / params.systems[name].tokenizer, checkout / "data/priors" / name)
-    networks.write(system, tmp_path / "onnx")
-    for file, (network, given, _) in networks.networks(system).items():
+    networks.write(system, tmp_path / "onnx", TOLD.get(name, ()))
+    for file, (network, given, _) in networks.networks(system, TOLD.get(name, ())).items():
         five = {key: torch.cat([one, one.flip(0), one])[:5] for key, one in given.items()}
         session = onnxruntime.InferenceSession(tmp_path / f"onnx/{file}.onnx")
         (found,) = session.run(None, {key: one.numpy() for key, one in five.items()})
         with torch.no_grad():
             np.testing.assert_allclose(found, network(*five.values()).numpy(), atol=1e-4, rtol=0)
+
+
+def test_onnx_without_what_was_told_is_refused_before_anything_is_written(
+    checkout: Path, params: Pipeline, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript")
+    tokenizer = checkout / "data/tokenizers" / params.systems[WORDED].tokenizer
+    system = System.read(tokenizer, checkout / "data/priors" / WORDED, WORDED)
+    with pytest.raises(ValueError, match="of-images keeps no example of the captions that it was told"):
+        networks.write(system, tmp_path / "onnx")
+    gone = [Example("much too long for it", 1, "seen")]  # as a text model that is not there refuses to read
+    with pytest.raises(ValueError, match="of-images is traced with captions, which cannot be read: .* has 20 bytes"):
+        networks.write(system, tmp_path / "onnx", gone)
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_the_card_has_figures_licence_classes_and_a_head_that_the_hub_reads(
@@ -588,6 +636,36 @@ def test_the_card_has_figures_licence_classes_and_a_head_that_the_hub_reads(
     metrics.unlink()
     picture.unlink()
     assert tessera.load(tmp_path / "out").sampling == params.sampling("vqgan-masked").model_dump(mode="json")
+
+
+ASKED = {
+    SLANTED: "attributes=[{'slant': 0.0, 'style': 'a'}] * 2, labels=[0, 0]",
+    VECTORED: "embeddings=[[0.5] * 3] * 2, labels=[0, 0]",
+    PICTURED: "pictures=pictures, labels=[0, 0]",
+    WORDED: 'captions=["one", "two"], labels=[0, 0]',
+    ADVERSARIAL: 'captions=["one", "two"], labels=[0, 0]',
+    "gan": "labels=[0, 0]",
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_example_of_the_card_runs_and_tells_all_that_images_were_told(
+    name: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (exported / name / layout.CARD).read_text().partition("```python\n")[2].partition("```")[0]
+    assert f"system.sample({ASKED[name]}, seed=1)" in lines
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (20, 12), 99).save("picture.png")
+    exec(lines.replace('"FOLDER"', repr(str(exported / name))), {})
+    assert Image.open("one.png").size == (8, 8)
+
+
+def test_the_example_of_the_card_tells_pictures_from_files_as_such_and_of_bands_as_tensors(params: Pipeline) -> None:
+    prior = params.systems[PICTURED].prior
+    files = prior.model_copy(update={"condition": parse(image.Config, PICTURE | {"shows": "file"})})
+    assert '[Image.open("picture.png")] * 2, are_told=True)' in card._use(DIGITS, files, has_onnx=False)
+    bands = DIGITS.model_copy(update={"channels": 4})
+    assert "pictures=torch.zeros(2, 4, 8, 8, dtype=torch.uint8), labels" in card._use(bands, prior, has_onnx=False)
 
 
 def _json(path: Path, **changed: Any) -> None:
@@ -811,7 +889,8 @@ import tessera
 assert tessera.__file__.startswith({str(tmp_path)!r})
 for folder in sys.argv[1:]:
     system = tessera.load(folder, device="cpu")
-    system.decode(system.encode(system.sample(labels=[3, 3, 7], seed=1)))
+    told = {{"captions": ["one", "two", "six"]}} if folder.endswith({ADVERSARIAL!r}) else {{}}
+    system.decode(system.encode(system.sample(labels=[3, 3, 7], seed=1, **told)))
 """
     folders = [str(exported / name) for name in SYSTEMS]
     done = subprocess.run([sys.executable, "-c", script, *folders], cwd=tmp_path, capture_output=True, text=True)
