@@ -45,6 +45,8 @@ def run(params: Any, out: Path, job: Any) -> dict[str, float] | None:
             made = _Made(folder, state, source, job)
             index = made.write()
             counts = {split: writer.num_images for split, writer in made.writers.items()}
+            if sets(getattr(config, "metadata", None), "picture"):
+                _require_pictures(config, source, index)
             source.require_whole(index.labels)
             index.require_readable(config.source, getattr(config, "max_unreadable_fraction", 0.0))
             _require_both_splits(config.source, counts)
@@ -70,6 +72,18 @@ def _opened(config: Any) -> AbstractContextManager[Source]:
     if hasattr(dataset, "opened"):
         return dataset.opened(config)
     return nullcontext(Source(dataset.spec(config), "", lambda first: dataset.records(config), lambda labels: None))
+
+
+def _require_pictures(config: Any, source: Source, index: "_Index") -> None:
+    """Raises ValueError with the reasons of files, which tell of pictures, where all that would else be told is that classes
+    lack images."""
+    index.require_readable(config.source, config.max_unreadable_fraction)
+    try:
+        source.require_whole(index.labels)
+    except ValueError as error:
+        found = error if index.labels else f"{config.source}: none of its files gives an image, expected some"
+        reasons = "; ".join(f"{name!r} {reason}" for reason, name in index._examples.items())
+        raise ValueError(f"{found}{reasons and f': {reasons}'}") from None
 
 
 def _require_both_splits(source: str, counts: dict[str, int]) -> None:

@@ -120,7 +120,7 @@ class Planned(NamedTuple):
     num_samples: int  # sample_images.num_images
     max_neighbor_images: int  # of evaluate
     networks: tuple[str, ...]  # the kinds of the feature networks
-    said: Any = None  # of the images by metadata: artifacts/captions.Said; None: it is not known yet
+    said: Any = None  # of the images by metadata: artifacts/captions.Said, or what params say of it
     is_begin: bool = True  # files that a stage reads once are needed; later they may be gone
 
 

@@ -372,7 +372,7 @@ def parsed(text: str, path: Path) -> Pipeline:
         parse(Outline, value)
         return parse(Pipeline, value)
     except InvalidParams as error:
-        raise InvalidParams(f"{path} is not valid:\n{error}") from None
+        raise InvalidParams(f"{path} is not valid:\n{plain_yaml.with_keys(Pipeline, value, str(error))}") from None
 
 
 def outline(text: str, path: Path) -> Outline:

@@ -4,7 +4,7 @@
     python -m tessera.check --minutes    # and how long it will take here, by a trial of ten seconds
 
 The images are counted in data/images, if they were prepared from this `dataset`, and in the source otherwise: there by the
-names of the files, as if each could be read. `dvc repro` asks the same when it prepares the images and before each training.
+names of the files, and some of them are read. `dvc repro` asks the same when it prepares the images and before each training.
 """
 
 import argparse

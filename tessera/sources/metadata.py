@@ -211,6 +211,8 @@ class Table:
         self._table.execute("INSERT OR REPLACE INTO said VALUES (?, ?, 0)", (name, json.dumps(said)))
 
     def _require_images(self, entries: Iterable[Entry]) -> None:
+        if sets(self.config, "picture"):
+            pictures.require_images(self, entries, self.config.file == BESIDE and not self.is_table)
         keys = ((self._key(entry.name),) for entry in entries if not self.is_metadata(entry.name))
         self._table.executemany("UPDATE said SET seen = seen + 1 WHERE name = ?", keys)
         twice = self._table.execute("SELECT name FROM said WHERE seen > 1").fetchone()

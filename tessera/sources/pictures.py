@@ -26,6 +26,7 @@ from tessera.sources.records import Record, Unreadable
 
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF: a quarter of a turn
 MOST = 255  # of gray levels
+ITSELF = "is the image itself, expected another file: name the column of the pictures, or how their names alone end"
 
 
 def in_folder(row: dict[str, Any], column: str, folder: Any) -> dict[str, Any]:
@@ -39,6 +40,19 @@ def read(value: Any) -> tuple[str | None, str]:
     if value is None or value == "":
         return None, "no picture"
     return (value, "") if isinstance(value, str) else (None, f"{str(value)!r:.40}, which is no name of a file,")
+
+
+def require_images(described: Any, entries: Iterable[Entry], are_beside: bool) -> None:
+    """Raises ValueError where the pictures beside images, by how their names end, are all the files there are.
+
+    described: a Table; are_beside: it is of files beside images.
+    """
+    if not are_beside or any(not (described.is_metadata(entry.name) or entry.refusal) for entry in entries):
+        return
+    raise ValueError(
+        f"{described.source}: metadata.picture {described.config.picture!r} is how the names of all images end: none is "
+        f"left for a picture to lie beside: write how those of pictures alone end, such as mask.png for 1.mask.png beside 1.png"
+    )
 
 
 class PicturedLayout:
@@ -102,9 +116,10 @@ class PicturedLayout:
             return place
         picture = self._of(self.layout.said(name).picture)
         assert picture is not None
-        if not picture.refusal:
+        refusal = ITSELF if picture.name == name else picture.refusal
+        if not refusal:
             return place
-        reason = f"has the picture {picture.name!r:.200}, which {picture.refusal}"
+        reason = f"has the picture {picture.name!r:.200}, which {refusal}"
         return place._replace(split="", label=-1, refusal=reason)
 
     def _of(self, name: str) -> Entry | None:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 GOOD = yaml.safe_load((ROOT / "params.yaml").read_text())
 PRESETS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 AUTOREGRESSIVE = "systems.vqgan-autoregressive.prior"
+IMAGES = {"kind": "image_folder", "source": "images", "height": 8, "width": 8}
 
 
 def changed(path: str, value) -> dict:
@@ -52,6 +53,26 @@ WRONG = [
         r"quantizer\.codebok_size: unknown key; did you mean 'codebook_size'\?",
     ),
     ("sede", 0, r"sede: unknown key; did you mean 'seed'\?"),
+    (
+        "dataset",
+        IMAGES | {"metadata": {"pictures": "mask"}},
+        r"dataset\.metadata\.pictures: unknown key; did you mean 'picture'\? \(known keys: attributes, captions, ",
+    ),
+    (
+        "systems.vqgan-flow.prior.guide",
+        {"snapshot_at": 0.5, "a.b": 1},
+        r"prior\.guide\.a\.b: unknown key \(known keys: snapshot_at\)",
+    ),
+    (
+        "systems.vqgan-flow.prior.condition",
+        {"kind": "image", "pixels": [8, 8], "show": "edges"},
+        r"prior\.condition\.show: unknown key; did you mean 'shows'\?",
+    ),
+    (
+        "features.words",
+        {"kind": "image_text", "captions": {"max_byte": 9}},
+        r"words\.captions\.max_byte: unknown key; did you mean 'max_bytes'\?",
+    ),
     ("systems.vqgan-flow.sampling.num_step", 3, r"sampling\.num_step: unknown key; did you mean 'num_steps'\?"),
     ("tokenizers.vqgan.kind", "vqgann", r"there is no tessera/tokenizers/vqgann\.py.*did you mean 'vqgan'\?"),
     ("tokenizers.vqgan.quantizer.kind", "fqs", r"there is no tessera/quantizers/fqs\.py: choose one of"),

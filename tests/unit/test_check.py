@@ -1,6 +1,7 @@
 """What cannot work on the images at hand is told before anything is trained, with what to write."""
 
 import copy
+import json
 import os
 import re
 import subprocess
@@ -15,8 +16,9 @@ from PIL import Image
 from stages import prepare_images
 from tessera import params as all_params
 from tessera.check import __main__ as command
-from tessera.check import estimate, images, problems
+from tessera.check import estimate, images, problems, readable
 from tessera.contracts import ImageSpec
+from tessera.sources.records import Record, Source
 
 ROOT = Path(__file__).parents[2]
 GOOD = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -173,6 +175,118 @@ def test_the_command_says_each_problem_and_exits_with_2_or_that_all_is_well(tmp_
     changes |= {"sample_images.num_images": 20, "evaluate.metrics": {"frechet": {"kind": "frechet"}}}
     assert command.main(["--params", str(written(tmp_path, changes))]) == 0
     assert capsys.readouterr().out.startswith("all is well: ")
+
+
+def with_pictures(folder: Path, metadata: dict, number: int = 30) -> dict:
+    """The mask of 3.jpg is masks/3.png, in colors."""
+    changes, rows = photographs(folder, number), []
+    (folder / "masks").mkdir()
+    for name in range(number):
+        Image.new("RGB", (12, 9), (name, 0, 0)).save(folder / f"masks/{name:03d}.png")
+        paths = {
+            "whole": f"masks/{name:03d}.png",
+            "below": f"{name:03d}.png",
+            "absolute": f"{folder}/masks/{name:03d}.png",
+        }
+        rows.append({"file_name": f"{name:03d}.jpg", "text": f"a red thing, {name}", **paths})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes |= {"sample_images.num_images": 20, "evaluate.metrics": {"frechet": {"kind": "frechet"}}}
+    return changes | {"dataset": changes["dataset"] | {"metadata": metadata}}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        (
+            "whole",
+            r"'001.jpg' has the picture 'masks/001.png', which is in Pillow's mode RGB .* metadata.picture_channels: 3",
+        ),
+        ("below", r"'000.jpg' has the picture '000.png', which is not there"),
+        ("absolute", r"'000.jpg' has the picture '.*/masks/000.png', which is not there"),
+        ("text", r"'000.jpg' has the picture 'a red thing, 0', which is not there"),
+        (None, r"'000.jpg' Pillow cannot identify it"),
+    ],
+)
+def test_where_no_file_gives_an_image_the_command_tells_their_reasons(tmp_path, capsys, monkeypatch, column, reason):
+    monkeypatch.chdir(tmp_path)
+    changes = with_pictures(tmp_path / "raw", {"picture": column} if column else {"captions": ["text"]})
+    for path in [] if column else (tmp_path / "raw").glob("*.jpg"):
+        path.write_bytes(path.read_bytes()[20:])
+    assert command.main(["--params", str(written(tmp_path, changes))]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    number = "29 of the first 30 files" if column == "whole" else "none of its files"  # the first mask is black
+    assert re.search(rf"raw: {number} give[s]? (an|no) image, expected .*: {reason}", told), told
+
+
+def test_few_files_are_read_and_what_prepare_images_may_bear_is_not_refused(monkeypatch):
+    config = type("Config", (), {"source": "raw", "max_unreadable_fraction": 0.1})
+    monkeypatch.setattr(readable, "ENOUGH", 2)
+    bad, good = Record("train", 0, "1.png", "a", None, "is cut"), Record("train", 0, "2.png", "a", np.zeros((1, 1, 1)))
+    of_rule = bad._replace(ignored=True, reason="is hidden")
+    missing = bad._replace(sha256="", reason="is missing")  # by its name alone
+    monkeypatch.setattr(readable, "MOST_TRIED", 3)
+
+    def asked(records: list[Record], num_named: int) -> int:
+        """How many were read."""
+        given = iter(records)
+        readable.require_some(Source(DIGITS, "", lambda first: given, lambda labels: None), config, num_named)
+        return len(records) - len(list(given))
+
+    assert asked([of_rule, bad, good, good, bad], 10) == 4 and asked([of_rule] * 4, 0) == 4
+    assert asked([bad] * 9, 30) == 3 and asked([missing] * 4 + [good] * 3, 36) == 6
+    with pytest.raises(
+        ValueError, match="raw: 3 of the first 3 files give no image, expected some: '1.png' is cut. Mend"
+    ):
+        asked([bad] * 9, 29)
+    with pytest.raises(
+        ValueError, match="raw: 4 of the first 6 files .* at most a fraction of 0.1: '1.png' is missing."
+    ):
+        asked([missing] * 4 + [good] * 3, 35)
+    config.max_unreadable_fraction = 1.0
+    with pytest.raises(ValueError, match="raw: none of its files gives an image, expected some: '1.png' is cut. Mend"):
+        asked([of_rule, bad], 1000)
+    assert asked([bad, good], 2) == 2
+
+
+def test_a_split_without_images_is_told_before_they_are_prepared(tmp_path):
+    changes = photographs(tmp_path / "raw", 60)
+    params = all_params.read(written(tmp_path, changes | {"dataset": changes["dataset"] | {"test_fraction": 1e-9}}))
+    with pytest.raises(ValueError, match="has 60 images, none of them for the test split"):
+        images.of_source(params)
+
+
+CONDITIONS = {
+    "captions": ({"kind": "caption"}, {"captions": ["text"]}, "the images have no captions"),
+    "attributes": (
+        {"kind": "attributes", "numbers": {"size": [1, 2]}},
+        {"attributes": ["size"]},
+        "'size' is said of no image, expected attributes among none",
+    ),
+    "embedding": ({"kind": "embedding", "embedding_dim": 3}, {"embedding": "clip"}, "the images have no vectors"),
+    "picture": (
+        {"kind": "image", "shows": "file", "pixels": [8, 8]},
+        {"picture": "mask"},
+        "the images have no pictures in files",
+    ),
+    "colors": (
+        {"kind": "image", "shows": "file", "channels": 3, "pixels": [8, 8]},
+        {"picture": "mask", "picture_channels": 3},
+        "its pictures have channels 3, but those in files have 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_what_metadata_are_not_asked_for_no_condition_can_tell_and_that_is_known_by_params_alone(tmp_path, name):
+    condition, wanted, sentence = CONDITIONS[name]
+    others = {"picture": "mask"} if name == "colors" else {"label": "kind"}
+    told = []
+    for metadata in (wanted, others):
+        dataset = {"kind": "image_folder", "source": "x", "height": 8, "width": 8, "metadata": metadata}
+        changes = {"dataset": dataset, "systems.vqgan-flow.prior.condition": condition}
+        told.append([one for one in found(tmp_path, changes, spec=DIGITS) if "prior.condition: " in one])
+    assert told[0] == [] and len(told[1]) == 1 and f"prior.condition: {sentence}" in told[1][0], told
 
 
 def test_every_training_asks_again_and_what_it_writes_can_be_read_as_the_umask_says(tmp_path, images_folder):

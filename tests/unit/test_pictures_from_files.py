@@ -247,6 +247,10 @@ BROKEN = {
     "none": (lambda _: None, "has no picture by 'mask'"),
     "number": (lambda _: 7, "has '7', which is no name of a file, by 'mask'"),
     "missing": (lambda _: "masks/no.png", "has the picture 'masks/no.png', which is not there"),
+    "itself": (
+        lambda _: "./01.png",
+        "has the picture '01.png', which is the image itself, expected another file: name the",
+    ),
     "outside": (lambda _: "../no.png", "has the picture '../no.png', which is not there"),
     "text": (
         bad(lambda path: path.write_text("x")),
@@ -291,6 +295,25 @@ def test_an_image_with_no_such_picture_is_listed_with_its_reason(tmp_path: Path,
     assert reason in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("labels", ["none", "folders"])
+@pytest.mark.parametrize("most", [0.0, 1.0])
+def test_where_the_pictures_of_all_images_of_a_class_fail_the_reason_is_told(
+    tmp_path: Path, most: float, labels: str
+) -> None:
+    """Rather than that the class has no readable image."""
+    settings = with_column(tmp_path / "source") | {"labels": labels}
+    for number, name in enumerate(NAMES):
+        if labels == "none" or number % 2:  # all, or those of b
+            Image.fromarray(COLOURS[mask_of(number)]).save(tmp_path / "source/masks" / f"{name}.png")
+    dataset = config_of(tmp_path / "source", settings, max_unreadable_fraction=most)
+    with pytest.raises(
+        ValueError, match=r"'masks/0\d.png', which is in Pillow's mode RGB .* metadata.picture_channels: 3"
+    ) as refused:
+        prepare_images.run(Params(dataset), tmp_path / "out", Job("prepare_images", tmp_path / "state"))
+    assert ("readable image in 'b'" in str(refused.value)) == (most == 1 and labels == "folders")
+    assert "unlabeled" not in str(refused.value) and "\n" not in str(refused.value)
+
+
 def test_a_picture_of_16_bits_that_are_classes_and_one_in_colors_are_kept_as_they_are(tmp_path: Path) -> None:
     mask = mask_of(1)
     how = {"height": HEIGHT, "width": WIDTH, "resize": "crop", "background": "white"}
@@ -320,6 +343,10 @@ def test_sources_in_which_no_image_can_have_a_picture_are_refused(tmp_path: Path
         ValueError, match=r"is shards of parquet, beside whose images are no files: expected shards of tar"
     ):
         list(image_folder.records(config_of(tmp_path / "0.parquet", settings)))
+    (tmp_path / "c").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "c/1.jpg")
+    with pytest.raises(ValueError, match=r"picture 'jpg' is how the names of all images end: none is left for a pict"):
+        list(image_folder.records(told(tmp_path / "c", file="beside", picture="jpg")))
     with pytest.raises(InvalidParams, match="picture_channels is set, and no picture: name their column as picture"):
         told(tmp_path / "a", picture=None, picture_channels=3, captions=["text"])
     with pytest.raises(InvalidParams, match="picture_channels"):
