@@ -18,8 +18,6 @@ from tessera.components import load
 from tessera.contracts import ImageSpec, Planned
 from tessera.params import Pipeline
 
-NO_VALUES = Values(math.inf, -math.inf, frozenset())  # of an attribute: nothing beyond anybody's range
-
 
 class Asked(NamedTuple):
     """What metadata may say of images by the columns that params name, before they are read: as artifacts/captions.Said, where
@@ -36,9 +34,10 @@ def asked(metadata: Any) -> Asked:
     """metadata: of a data set, or None: it says nothing of its images."""
     if metadata is None:
         return Asked(0, {}, 0, "", 0)
+    nothing = Values(math.inf, -math.inf, frozenset())  # of an attribute: beyond nobody's range
     return Asked(
         None if metadata.captions else 0,
-        dict.fromkeys(metadata.attributes, NO_VALUES),
+        dict.fromkeys(metadata.attributes, nothing),
         None if metadata.embedding else 0,
         "",
         (metadata.picture_channels or 1) if metadata.picture else 0,

@@ -105,7 +105,8 @@ def answer(model: nn.Module, told: Tensor) -> Tensor:
     if not isinstance(model.config, ConditionalConfig):
         return model(torch.randn(1, model.config.noise_dim, generator=seeded()).expand(len(told), -1), told)
     x = torch.randn(1, *SPEC.latent_shape, generator=seeded()).expand(len(told), -1, -1, -1)
-    return model(x, torch.full((len(told),), 0.5), told)
+    times = torch.full((len(told),), 0.5)
+    return model(x, times, told, times / 2) if model.config.kind == "flow_map" else model(x, times, told)
 
 
 @of_each_guided

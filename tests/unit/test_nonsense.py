@@ -53,7 +53,7 @@ class Gray(nn.Module):
 
     def __init__(self, factor: float = 0.1):
         super().__init__()
-        self.factor = nn.Parameter(torch.tensor(factor))
+        self.factor, self.config = nn.Parameter(torch.tensor(factor)), SimpleNamespace()
 
     def sample(self, labels, sampling, generator):
         return (labels.view(-1, 1, 1, 1) * self.factor).expand(-1, 3, 4, 2)

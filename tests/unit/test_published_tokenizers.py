@@ -395,7 +395,7 @@ def test_the_decoder_as_onnx_takes_batches_that_diffusers_lays_out_otherwise(
     tokens, decoder = torch.randn(65, 3, 8, 4), networks.Call(system, "decode").eval()
     with torch.no_grad():
         expected = decoder(tokens).numpy()
-    monkeypatch.setattr(networks, "networks", lambda system: {"decoder": (decoder, {"tokens": tokens[:2]}, "images")})
+    monkeypatch.setattr(networks, "networks", lambda *_: {"decoder": (decoder, {"tokens": tokens[:2]}, "images")})
     networks.write(system, tmp_path / "onnx")
     session = onnxruntime.InferenceSession(tmp_path / "onnx/decoder.onnx")
     (found,) = session.run(None, {"tokens": tokens.numpy()})
