@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.matrix import Views, encoded, figures, fitted
+from benchmarks.matrix import Views, described, encoded, figures, fitted
 from tessera import params as all_params
 from tessera import seeding
 from tessera.artifacts import images as image_artifact
@@ -23,7 +23,6 @@ from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.images import to_uint8
 from tessera.artifacts.samples import quotas
 from tessera.components import load
-from tessera.contracts import TokenSpec
 from tessera.evaluation.judge import Judge
 from tessera.evaluation.reference import Reference
 from tessera.priors import flow_map, flow_matching
@@ -86,16 +85,7 @@ def tokenized(pipeline: Any, system: Any, spec: Any, train: Any, shares: Any, gi
     else:
         tokenizer = module.Model(config, spec).eval()
     indices, latents, _ = encoded(tokenizer, train, pipeline.encode_tokens, seed)
-    tokens = TokenSpec(
-        codebook_size=tokenizer.codebook_size,
-        latent_shape=tokenizer.latent_shape,
-        index_grid=tokenizer.index_grid,
-        num_classes=spec.num_classes,
-        class_counts=shares,
-        latent_mean=tuple(latents.mean(dim=(0, 1, 3, 4)).tolist()),
-        latent_std=tuple(latents.std(dim=(0, 1, 3, 4)).tolist()),
-        tokenizer_fingerprint="0" * 64,
-    )
+    tokens = described(tokenizer, latents, shares)
     latents = token_artifact.standardize(latents.flatten(0, 1), tokens).view_as(latents)
     seen = indices if load("priors", system.prior.kind).LEARNS == "indices" else latents
     views = seen[:, : system.prior.num_views or seen.shape[1]]

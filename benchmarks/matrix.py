@@ -97,6 +97,20 @@ def encoded(model: Any, train: Images, settings: Any, seed: int) -> tuple[Any, t
     return torch.cat(indices) if indices else None, torch.cat(latents), time.process_time() - began
 
 
+def described(tokenizer: Any, latents: torch.Tensor, shares: tuple[int, ...]) -> TokenSpec:
+    """What describes tokens: (N, V, D, h, w) latents of all views, and the number of images of each class."""
+    return TokenSpec(
+        codebook_size=tokenizer.codebook_size,
+        latent_shape=tokenizer.latent_shape,
+        index_grid=tokenizer.index_grid,
+        num_classes=len(shares),
+        class_counts=shares,
+        latent_mean=tuple(latents.mean(dim=(0, 1, 3, 4)).tolist()),
+        latent_std=tuple(latents.std(dim=(0, 1, 3, 4)).tolist()),
+        tokenizer_fingerprint="0" * 64,
+    )
+
+
 @torch.no_grad()
 def figures(judge: Judge, reference: np.ndarray, pixels: np.ndarray, labels: np.ndarray, train: np.ndarray) -> dict:
     found = judge.features(pixels)
@@ -148,17 +162,7 @@ def main() -> None:
                 tokenizer = module.Model(config, spec).eval()
             indices, latents, seconds = encoded(tokenizer, train, pipeline.encode_tokens, seed)
             used += seconds
-            mean, deviation = latents.mean(dim=(0, 1, 3, 4)), latents.std(dim=(0, 1, 3, 4))
-            tokens = TokenSpec(
-                codebook_size=tokenizer.codebook_size,
-                latent_shape=tokenizer.latent_shape,
-                index_grid=tokenizer.index_grid,
-                num_classes=spec.num_classes,
-                class_counts=shares,
-                latent_mean=tuple(mean.tolist()),
-                latent_std=tuple(deviation.tolist()),
-                tokenizer_fingerprint="0" * 64,
-            )
+            tokens = described(tokenizer, latents, shares)
             latents = token_artifact.standardize(latents.flatten(0, 1), tokens).view_as(latents)
             for system in [key for key in chosen if pipeline.systems[key].tokenizer == name]:
                 prior, sampling = pipeline.systems[system].prior, pipeline.sampling(system)
