@@ -153,11 +153,6 @@ def _settings(params: Pipeline) -> Iterator[str]:
                 f"systems.{name}.sampling: autoguidance_scale is {sampling.autoguidance_scale:g}, but the prior keeps no guide "
                 f"to lead away from: write {EXAMPLE} in systems.{name}.prior, or leave it out"
             )
-        if getattr(sampling, "guidance_scale", 1.0) != 1 and not _has_null(system.prior):
-            yield (
-                f"systems.{name}.sampling: guidance_scale is {sampling.guidance_scale:g}, but the prior never learns to be "
-                f"told nothing (label_dropout: 0, or is_conditional: false): write guidance_scale: 1, or label_dropout: 0.1"
-            )
         told = getattr(system.prior, "condition", None)
         most = None if told is None else getattr(load("conditions", told.kind), "MOST_VIEWS", None)
         if most is not None and (wanted or num_views) > most:
@@ -167,11 +162,6 @@ def _settings(params: Pipeline) -> Iterator[str]:
             )
     for where, config in _configs(params):
         yield from (f"{where}: {sentence}" for ask in (_batches, _late_discriminator) for sentence in ask(config))
-
-
-def _has_null(prior: Params) -> bool:
-    """Whether guidance of this prior acts, and by a null label that was trained."""
-    return prior.is_conditional and bool(getattr(prior, "label_dropout", 0.0))
 
 
 def _batches(config: Params) -> Iterator[str]:
