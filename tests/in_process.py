@@ -36,6 +36,13 @@ class Stages:
             found = importlib.import_module(f"stages.{stage}").run(self.params, *named, **paths, job=job)
         return found
 
+    def tokenize(self, tokenizer: str) -> None:
+        """All that priors of one tokenizer are trained and judged with."""
+        self.run("prepare_images")
+        for name in self.params.features:
+            self.run(f"train_features@{name}", f"reference_stats@{name}")
+        self.run(*(f"{stage}@{tokenizer}" for stage in ("train_tokenizer", "encode_tokens", "evaluate_tokenizer")))
+
     def _command(self, entry: str) -> list[str]:
         """The stage, and what stands behind it."""
         name, _, key = entry.partition("@")

@@ -85,10 +85,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pipeline]:
     root = tmp_path_factory.mktemp("bands")
     params = params_of(files(root / "source"))
     stages = Stages(params, root)
-    stages.run("prepare_images")
-    for name in params.features:
-        stages.run(f"train_features@{name}", f"reference_stats@{name}")
-    stages.run(*(f"{stage}@vqgan" for stage in ("train_tokenizer", "encode_tokens", "evaluate_tokenizer")))
+    stages.tokenize("vqgan")
     stages.run(*(f"{stage}@{NAME}" for stage in ("train_prior", "sample_images", "evaluate", "edit_images")))
     return root, params
 

@@ -64,8 +64,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setattr(publish, "ROOT", root)
-        stages.run("prepare_images", "train_features@classifier", "reference_stats@classifier")
-        stages.run("train_tokenizer@vqvae", "encode_tokens@vqvae", "evaluate_tokenizer@vqvae")
+        stages.tokenize("vqvae")
         stages.run("train_prior@flow", "sample_images@flow")
         patch.setenv("TESSERA_TRACKING", "on")
         stages.run("evaluate@flow")

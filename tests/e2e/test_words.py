@@ -87,12 +87,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pipeline]:
     root = tmp_path_factory.mktemp("words")
     params = params_of(shapes(root / "source"))
     stages = Stages(params, root)
-    stages.run("prepare_images")
-    for name in params.features:
-        stages.run(f"train_features@{name}", f"reference_stats@{name}")
-    stages.run(
-        *(f"{stage}@vqgan" for stage in ("train_tokenizer", "encode_tokens", "evaluate_tokenizer")), "evaluate_real"
-    )
+    stages.tokenize("vqgan")
+    stages.run("evaluate_real")
     for name in params.systems:
         stages.run(f"train_prior@{name}", f"sample_images@{name}", f"evaluate@{name}")
     return root, params

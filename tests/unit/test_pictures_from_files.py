@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from killed import killed_after
 from PIL import Image
 
 import tessera
@@ -21,7 +22,6 @@ from stages import encode_tokens, prepare_images, sample_images, train_prior, tr
 from tessera import seeding
 from tessera.artifacts import captions
 from tessera.artifacts import images as image_artifact
-from tessera.artifacts.growing import Growing
 from tessera.artifacts.pictures import grid
 from tessera.artifacts.shown import ShownPictures
 from tessera.components import InvalidParams, parse
@@ -187,25 +187,14 @@ def test_archives_and_processes_give_the_same_pictures(
     check(prepared(tmp_path, config_of(source, settings), monkeypatch))
 
 
-class Death(BaseException):
-    """Ends a stage as a kill does."""
-
-
 def test_images_that_were_kept_before_a_kill_keep_their_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset, keep, kept = config_of(tmp_path / "source", with_column(tmp_path / "source")), Growing.keep, []
-
-    def keep_and_die(self: Growing, position: Any) -> None:
-        keep(self, position)
-        kept.append(position)
-        if len(kept) == 7:
-            raise Death
-
-    monkeypatch.setattr(Growing, "keep", keep_and_die)
-    with pytest.raises(Death):
+    dataset = config_of(tmp_path / "source", with_column(tmp_path / "source"))
+    with killed_after(7, monkeypatch) as kept:
         prepared(tmp_path, dataset, monkeypatch, seconds=0)
     images = prepared(tmp_path, dataset, monkeypatch, seconds=0)
+    assert 2 * NUM <= len(kept) < 2 * NUM + 7  # of images and masks, none of which was prepared again
     check(images)
     whole = prepared(tmp_path / "whole", dataset, monkeypatch)
     for path in images.rglob("*.*"):

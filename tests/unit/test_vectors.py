@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from killed import killed_after
 from test_image_folder import encoded, picture
 
 from stages import prepare_images
@@ -19,7 +20,6 @@ from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.folder import ArtifactError
-from tessera.artifacts.growing import Growing
 from tessera.artifacts.shards import ShardWriter
 from tessera.artifacts.vectors import Vectors
 from tessera.components import parse
@@ -111,23 +111,11 @@ def test_every_format_gives_each_image_its_vector(tmp_path: Path, name: str, mon
     assert captions.said_of(images) == captions.Said(0, {}, DIM)
 
 
-class Death(BaseException):
-    """Ends a stage as a kill does."""
-
-
 def test_images_that_were_kept_before_a_kill_keep_their_vectors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset, keep, kept = config(tmp_path / "source", with_json), Growing.keep, []
-
-    def keep_and_die(self: Growing, position: Any) -> None:
-        keep(self, position)
-        kept.append(position)
-        if len(kept) == 7:
-            raise Death
-
-    monkeypatch.setattr(Growing, "keep", keep_and_die)
-    with pytest.raises(Death):
+    dataset = config(tmp_path / "source", with_json)
+    with killed_after(7, monkeypatch) as kept:
         prepared(tmp_path, dataset, monkeypatch, seconds=0)
     images = prepared(tmp_path, dataset, monkeypatch, seconds=0)
     assert NUM <= len(kept) < NUM + 7  # what was kept was not prepared again
