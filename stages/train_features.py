@@ -12,7 +12,7 @@ from tessera.contracts import Job
 from tessera.evaluation import figures
 from tessera.evaluation.judge import Judge
 from tessera.params import Pipeline
-from tessera.training import loop, told
+from tessera.training import faster_precision, loop, told
 
 
 def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, metrics: Path, job: Job) -> None:
@@ -36,6 +36,8 @@ def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, met
         module.prepare(model, config)
     with artifact.create(out) as place:
         checkpoints.save(place, "features", config, spec, model, job.code_of(config))
+        if sets(getattr(config, "training", config), "precision_by"):
+            faster_precision.write_record(place, job)
     job.keep_history(history)
     found, test = figures.Recorder(), splits["test"]
     protocol = figures.without_network(spec.name, "test images", len(test))

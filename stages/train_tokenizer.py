@@ -10,7 +10,7 @@ from tessera.artifacts import images as image_artifact
 from tessera.components import load, sets
 from tessera.contracts import Job
 from tessera.params import Pipeline
-from tessera.training import loop, previews, warm_start
+from tessera.training import faster_precision, loop, previews, warm_start
 
 
 def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job: Job) -> None:
@@ -33,6 +33,8 @@ def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job
             return
     with artifact.create(out) as place:
         checkpoints.save(place, "tokenizers", config, spec, model, job.code_of(config))
+        if sets(getattr(config, "training", config), "precision_by"):
+            faster_precision.write_record(place, job)
         if sets(config, "init"):
             warm_start.write_record(place, job)
     job.keep_history(history)

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
-from tessera.components import Fraction, Params, added_later
+from tessera.components import AddedKey, Fraction, Params, added_later
 from tessera.nn.muon import Muon
 
 Rate = Annotated[float, Field(ge=1e-8, le=10)]
@@ -39,6 +39,7 @@ class Training(Params):
     compile: bool = False  # torch.compile of the networks: minutes at the start, faster steps on a GPU
     gradient_checkpointing: bool = False  # blocks are run again in the backward pass: a third slower, far less memory
     data_on_device: bool = False  # the training data lie on the GPU as stored (uint8 images), for sets that fit there
+    precision_by: AddedKey[Literal["speed"]] = None  # whichever is faster here, in the place of `precision`
 
 
 class PriorTraining(Training):

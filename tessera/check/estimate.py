@@ -14,6 +14,7 @@ from tessera.components import load, sets
 from tessera.contracts import ImageBatch, ImageSpec, Planned, TokenBatch, TokenSpec
 from tessera.nn.precision import in_precision
 from tessera.params import Pipeline
+from tessera.training.faster_precision import trial_step
 
 PROCESS_SECONDS = 4.0  # of a stage beside its work, most of it for importing torch (docs/log.md, the tests' diet)
 ENTRIES = {"run": 6, "features": 2, "tokenizers": 3, "systems": 4}  # of the graph: once, and for each of a section
@@ -125,10 +126,12 @@ def _tried(entry: str, folder: str, config: Any, spec: Any, batch: Any, seconds:
     if batch is None or not hasattr(module, "Objective") or not config.training.num_steps:
         return []
     objective = module.Objective(module.Model(config, spec), config)
-    return [Trained(entry, config.training.num_steps, _seconds_per_step(objective, batch, config.training, seconds))]
+    precisions = ("fp32", "bf16") if sets(config.training, "precision_by") else (config.training.precision,)
+    each = [_seconds_per_step(objective, batch, config.training, precision, seconds) for precision in precisions]
+    return [Trained(entry, config.training.num_steps, min(each))]
 
 
-def _seconds_per_step(objective: Any, batch: Any, settings: Training, seconds: float) -> float:
+def _seconds_per_step(objective: Any, batch: Any, settings: Training, precision: str, seconds: float) -> float:
     """Of a late step, when all that starts late has started. The first of them is not counted."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective.to(device).train()
@@ -136,26 +139,11 @@ def _seconds_per_step(objective: Any, batch: Any, settings: Training, seconds: f
     batch = type(batch)(*(tensor.to(device) for tensor in batch))
     began, num_steps = time.monotonic(), -1
     while num_steps < 1 or time.monotonic() - began < seconds * num_steps / (num_steps + 1):
-        _step(objective, optimizers, batch, settings)
+        trial_step(objective, optimizers, batch, settings, precision)
         num_steps += 1
         if num_steps == 0:
             began = time.monotonic()
     return (time.monotonic() - began) / num_steps
-
-
-def _step(objective: Any, optimizers: dict[str, list[Any]], batch: Any, settings: Training) -> None:
-    """As training/loop.py takes it, less what is for the result alone. Not by that loop: Accelerate has one precision per
-    process, and the trainings that are tried here may have several."""
-    for phase in objective.phases:
-        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            losses = objective(batch, phase, settings.num_steps - 1)
-        if losses is None:
-            continue
-        losses["loss"].backward()
-        float(losses["loss"].detach())  # waits for a GPU
-        for optimizer in optimizers[phase]:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
 
 
 def _seconds_to_draw(prior: nn.Module, sampling: Any, spec: TokenSpec, device: torch.device) -> float:

@@ -24,10 +24,12 @@ from torch.utils.checkpoint import checkpoint
 
 from tessera import seeding
 from tessera.bases.optimization import Training, learning_rate_factor, update_average
+from tessera.components import sets
 from tessera.contracts import Job, Objective
 from tessera.nn.draw import MovesOncePerStep
 from tessera.nn.precision import slowness
 from tessera.nn.processes import Processes
+from tessera.training import faster_precision
 from tessera.training.reading import Data, Reader
 from tessera.training.sharding import gathered, is_sharded, shard, whole
 from tessera.training.speed import Speed
@@ -69,12 +71,12 @@ def fit(
     validation: Validation | None = None,
     preview: Preview | None = None,
 ) -> nn.Module | None:
-    """Train `objective` for settings.num_steps steps and return its averaged model on the CPU.
+    """Train `objective` for settings.num_steps steps and return its averaged model on the CPU; None in all but the main process.
 
-    Writes history.csv into job.state, resumes from the newest whole checkpoint there. None in all but the main process. At a
-    row of the history raises Diverged, if a loss or gradient was not finite, which is never applied, and TrainingFailed, for
-    a failure that the objective calls fatal.
-    """
+    Writes history.csv into job.state, resumes from the newest whole checkpoint there. At a row of the history raises Diverged,
+    for a loss or gradient that was not finite, which is never applied, and TrainingFailed, for what the objective calls fatal."""
+    if sets(settings, "precision_by"):
+        settings = faster_precision.settled(objective, data, settings, seed=seed, job=job, timeout=LONGEST_VALIDATION)
     accelerator = _accelerator(settings, job, is_validated=validation is not None)
     rank, is_main = accelerator.process_index, accelerator.is_main_process
     processes = Processes(accelerator.num_processes)
