@@ -71,10 +71,10 @@ def fit(
     validation: Validation | None = None,
     preview: Preview | None = None,
 ) -> nn.Module | None:
-    """Train `objective` for settings.num_steps steps and return its averaged model on the CPU; None in all but the main process.
+    """Train `objective` for settings.num_steps steps; returns its averaged model on the CPU, None in all but the main process.
 
     Writes history.csv into job.state, resumes from the newest whole checkpoint there. At a row of the history raises Diverged,
-    for a loss or gradient that was not finite, which is never applied, and TrainingFailed, for what the objective calls fatal."""
+    for a loss or gradient that is not finite, which is never applied, and TrainingFailed, where the objective says so."""
     if sets(settings, "precision_by"):
         settings = faster_precision.settled(objective, data, settings, seed=seed, job=job, timeout=LONGEST_VALIDATION)
     accelerator = _accelerator(settings, job, is_validated=validation is not None)
