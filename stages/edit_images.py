@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from tessera import seeding
+from tessera.artifacts import bit_depth, pictures
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
-from tessera.artifacts import pictures
 from tessera.artifacts.images import to_float, to_uint8
 from tessera.artifacts.shards import ShardWriter, spread
-from tessera.components import load
+from tessera.components import load, sets
 from tessera.contracts import Job
 from tessera.editing.trial import Trial
 from tessera.evaluation.edited import EditMetrics
@@ -49,6 +49,8 @@ def run(
     labels = torch.from_numpy(splits["test"].labels[rows].astype(np.int64))
     found, shown, refused = Recorder(), [], {}
     metrics_of = EditMetrics(found, features, reference, list(params.features), spec.name, settings.num_seeds)
+    if sets(spec, "bits"):
+        metrics_of.bits = spec.bits
     with artifact.create(out) as place:
         for edit in params.edits:
             try:
@@ -64,6 +66,9 @@ def run(
             first = trials[0]
             with ShardWriter(place, edit) as writer:
                 writer.append(to_uint8(first.edited).cpu().numpy())
+            if sets(spec, "bits"):  # in their place, of the same names, and no fewer as they are larger
+                with ShardWriter(place, edit) as writer:
+                    writer.append(bit_depth.stored(first.edited, spec).cpu().numpy())
             shown += [to_uint8(each[:SHOWN]).cpu().numpy() for each in (originals, first.given, first.edited)]
             job.say(f"{edit}  " + "  ".join(f"{key} {one.value:.3f}" for key, one in found.groups[edit].items()))
         artifact.write_json(

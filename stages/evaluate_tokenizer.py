@@ -55,6 +55,8 @@ def run(  # its paths are the options of its command
     batches = partial(_batches, job, params.encode_tokens.batch_size)
     pairs, chosen = AllPairs(panel, spec, device), spread(len(test), SHOWN)
     shown = np.empty((2 * len(chosen), *test.pixels.row_shape), np.uint8)
+    if sets(spec, "bits"):
+        shown = shown.astype(np.uint16)
     decoded = Decoded(panel, "r", test.labels, are_originals=True)
     for rows, originals in batches(test, np.arange(len(test)), "test images"):
         after = reconstruct(originals)

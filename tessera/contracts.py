@@ -4,7 +4,7 @@ What only some parts can do is an ability: a Protocol that code asks for by isin
 members. tests/contract/test_abilities.py tries each ability that a part claims.
 
 Shape letters everywhere: B batch, C H W image, D latent channels, h w token grid, L = h * w, K codebook size, V views.
-Images in models are float32 in [-1, 1]; on disk they are uint8 in [0, 255].
+Images in models are float32 in [-1, 1]; on disk they are uint8 in [0, 255], or uint16 in [0, 65535].
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tessera.components import Params
+from tessera.components import AddedKey, Params
 
 Count = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=1, le=2**16)]  # of an image or a grid, or its channels
@@ -35,6 +35,7 @@ class ImageSpec(Params):
     num_classes: Count  # 1: the data set has no labels, every label is 0
     class_names: tuple[str, ...]
     licence: str
+    bits: AddedKey[Literal[16]] = None  # of each channel, as stored; unset: 8
 
 
 class TokenSpec(Params):

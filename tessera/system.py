@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tessera.artifacts import checkpoints, guides
+from tessera.artifacts import bit_depth, checkpoints, guides
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.images import to_uint8
@@ -86,7 +86,8 @@ class System:
 
     @torch.no_grad()
     def draw(self, labels: np.ndarray, sampling: Any, generator: torch.Generator) -> np.ndarray:
-        """(B,) labels -> (B, C, H, W) uint8; sampling: of `sampling_schema`; generator: best on `device`.
+        """(B,) labels -> (B, C, H, W) uint8, or uint16 of images with 16 bits; sampling: of `sampling_schema`; generator: best
+        on `device`.
 
         Equal labels in equal order, sampling and generator give equal bits, on one machine and number of threads. Labels go
         into the prior's `sample`: into its embedding (autoregressive, masked) or its denoiser's (flow_matching, diffusion).
@@ -95,6 +96,8 @@ class System:
         self.require_trained_on(labels)
         system = self.computing_in(sampling.precision)
         tokens = system.prior.sample(torch.from_numpy(labels).to(self.device), sampling, generator)
+        if sets(self.tokenizer, "bits"):
+            return bit_depth.stored(system.decode(tokens), self.tokenizer).cpu().numpy()
         return to_uint8(system.decode(tokens)).cpu().numpy()
 
     def require(self, edit: str, *abilities: type, means: str) -> None:
