@@ -1,7 +1,7 @@
 """What passes between the parts: the specs, the tuples, and the protocols of tokenizer, quantizer, prior, objective, metric.
 
-What only some parts can do is an ability: a Protocol that code asks for by isinstance, and that a part claims by having its
-members. tests/contract/test_abilities.py tries each ability that a part claims.
+What only some parts can do is an ability: a Protocol, asked for by isinstance, that a part claims by having its members.
+tests/contract/test_abilities.py tries each ability that a part claims.
 
 Shape letters everywhere: B batch, C H W image, D latent channels, h w token grid, L = h * w, K codebook size, V views.
 Images in models are float32 in [-1, 1]; on disk they are uint8 in [0, 255], or uint16 in [0, 65535].
@@ -45,9 +45,8 @@ class TokenSpec(Params):
     latent_shape: tuple[Side, Side, Side]  # (D, h, w)
     index_grid: tuple[Side, Side]  # of the indices of one image: (h, w), or (h, w * q) with q indices to a code
     num_classes: Count
-    class_counts: tuple[
-        Annotated[int, Field(ge=0)], ...
-    ]  # of the training images; samples are drawn in proportion to them
+    # of the training images; samples are drawn in proportion to them
+    class_counts: tuple[Annotated[int, Field(ge=0)], ...]
     latent_mean: tuple[Mean, ...]  # per channel, of the latents as stored; priors learn (latents - mean) / std
     latent_std: tuple[Deviation, ...]
     tokenizer_fingerprint: str

@@ -74,7 +74,12 @@ class System:
         return sampling_schema(self.prior.config.kind)
 
     def computing_in(self, precision: Precision) -> "System":
-        """The same system, its networks in this precision (nn/precision.py); one in bf16 stays so."""
+        """The same system, its networks in this precision (nn/precision.py); one in bf16 stays so.
+
+        Raises ValueError for bf16 where images have 16 bits.
+        """
+        if sets(self.tokenizer, "bits"):
+            bit_depth.require_fp32(precision)
         return self if precision == "fp32" else self._in_bf16
 
     @cached_property

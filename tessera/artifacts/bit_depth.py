@@ -20,6 +20,9 @@ LEVELS = WHITE // 255  # of 16 bits to one of 8: 257, so that black stays black 
 WIDE = ("torch.uint16", "torch.int16", "uint16")  # int16: the same bits, which every device can gather
 
 
+ROUNDED = "precision bf16 has 8 significant bits, and would round images of 16"
+
+
 class BitDepth(NamedTuple):
     bits: int | None  # 16; None: 8, as images without the key have them
 
@@ -72,6 +75,12 @@ def gray_levels(images: Tensor | np.ndarray) -> Tensor:
 def shown(images: np.ndarray) -> np.ndarray:
     """uint16 -> uint8, each value to the nearest: what people see of them, and nothing is computed of."""
     return ((images.astype(np.uint32) * 255 + WHITE // 2) // WHITE).astype(np.uint8)
+
+
+def require_fp32(precision: str) -> None:
+    """Raises ValueError for what would round images of 16 bits as they are drawn."""
+    if precision != "fp32":
+        raise ValueError(f"{ROUNDED}: expected precision fp32")
 
 
 def append(writer: Any, images: np.ndarray, labels: np.ndarray) -> None:
