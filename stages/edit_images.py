@@ -66,9 +66,8 @@ def run(
             first = trials[0]
             with ShardWriter(place, edit) as writer:
                 writer.append(to_uint8(first.edited).cpu().numpy())
-            if sets(spec, "bits"):  # in their place, of the same names, and no fewer as they are larger
-                with ShardWriter(place, edit) as writer:
-                    writer.append(bit_depth.stored(first.edited, spec).cpu().numpy())
+            if sets(spec, "bits"):
+                _write_16_bits(place, edit, bit_depth.stored(first.edited, spec))
             shown += [to_uint8(each[:SHOWN]).cpu().numpy() for each in (originals, first.given, first.edited)]
             job.say(f"{edit}  " + "  ".join(f"{key} {one.value:.3f}" for key, one in found.groups[edit].items()))
         artifact.write_json(
@@ -86,6 +85,12 @@ def run(
     nothing = np.zeros((SHOWN, *originals.shape[1:]), np.uint8)
     pictures.save_grid(picture, np.concatenate(shown or [nothing]), min(SHOWN, len(rows)))
     job.attach(picture, "edits.png")
+
+
+def _write_16_bits(place: Path, edit: str, images: Tensor) -> None:
+    """In the place of the shards of 8 bits, which have the same names, and are no more as their rows are smaller."""
+    with ShardWriter(place, edit) as writer:
+        writer.append(images.cpu().numpy())
 
 
 def _try(

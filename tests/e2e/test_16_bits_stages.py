@@ -169,7 +169,9 @@ def test_an_exported_system_draws_and_edits_with_16_bits_and_saves_gray_pictures
 
 def test_what_would_give_8_bits_refuses(made: tuple[Path, Pipeline]) -> None:
     root, params = made
-    sentence = r"^(emoji|the data set|this model) has images of 16 bits, and pictures here have 8, expected images of 8: "
+    sentence = (
+        r"^(emoji|the data set|this model) has images of 16 bits, and pictures here have 8, expected images of 8: "
+    )
     with pytest.raises(ValueError, match=sentence):
         Frame(params.dataset, (20, 20))
     model = ServedImages()
