@@ -26,7 +26,7 @@ from tessera.components import InvalidParams, parse
 from tessera.conditions import image as told_image
 from tessera.datasets import image_folder
 from tessera.evaluation import garbage
-from tessera.metrics import brightness
+from tessera.metrics import brightness, reconstruction
 from tessera.params import Pipeline
 from tessera.running.job import Job
 from tessera.sources import processes, wide_bands
@@ -184,11 +184,19 @@ def test_resizing_is_that_of_exact_arithmetic(size: tuple[int, int]) -> None:
 def test_crop_and_pad_lie_where_those_of_8_bits_do(resize: str, filter: str) -> None:
     from tessera.sources.bands import decode
 
-    narrow = (96 + scattered(1, 90, 61) % 64).astype(np.uint8)  # no filter goes beyond black and white
     rules = {**RULES, "bands": 1, "height": 32, "width": 40, "resize": resize, "filter": filter}
-    of_8 = decode(npy(narrow), **rules)
-    of_16 = wide_bands.decode(npy(narrow.astype(np.uint16) * 257), **rules)
-    assert np.abs(of_16 / 257 - of_8).max() <= (0 if filter == "nearest" else 1.1)  # 8 bits are rounded twice
+    for size in ((90, 61), (61, 150)):
+        narrow = (96 + scattered(1, *size) % 64).astype(np.uint8)  # no filter goes beyond black and white
+        of_8 = decode(npy(narrow), **rules)
+        of_16 = wide_bands.decode(npy(narrow.astype(np.uint16) * 257), **rules)
+        assert np.abs(of_16 / 257 - of_8).max() <= (0 if filter == "nearest" else 1.1)  # 8 bits are rounded twice
+
+
+def test_filters_that_go_beyond_black_and_white_are_clipped() -> None:
+    step = np.where(np.arange(40) < 20, 0, 65535).astype(np.uint16)[None].repeat(8, axis=0)
+    found = decoded(npy(step), 1, (8, 100), resize="stretch")[0]
+    assert (found[:, :48] < 20_000).all() and (found[:, 52:] > 45_000).all()  # below 0 comes 65535 otherwise
+    assert found.min() == 0 and found.max() == 65535
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -375,6 +383,15 @@ def test_brightness_is_in_the_levels_of_8_bits_and_garbage_in_those_of_16() -> N
     planted = garbage.made_of(images, np.random.default_rng(0))
     assert all(each.dtype == np.uint16 and each.max() > 20_000 for each in planted.values())
     np.testing.assert_array_equal(np.sort(planted["shuffled"].ravel()), np.sort(images.ravel()))
+
+
+def test_psnr_sees_less_than_a_level_of_8_bits() -> None:
+    originals = torch.from_numpy((scattered(2, 16, 16).transpose(2, 0, 1)[:, None] % 60_000).astype(np.uint16))
+    decoded = torch.from_numpy(originals.numpy() + np.uint16(40))
+    pairs = reconstruction.Pairs(parse(reconstruction.Config, {"kind": "reconstruction"}), None, torch.device("cpu"))
+    pairs.update(originals, decoded)
+    assert pairs.psnr == pytest.approx([20 * np.log10(65535 / 40)] * 2, abs=1e-3)
+    assert 0.99 < min(pairs.ssim) <= 1
 
 
 def test_every_stage_that_asks_for_bits_is_fingerprinted_with_that_code() -> None:
