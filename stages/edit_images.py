@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from tessera import seeding
+from tessera.artifacts import bit_depth, pictures
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
-from tessera.artifacts import pictures
 from tessera.artifacts.images import to_float, to_uint8
 from tessera.artifacts.shards import ShardWriter, spread
-from tessera.components import load
+from tessera.components import load, sets
 from tessera.contracts import Job
 from tessera.editing.trial import Trial
 from tessera.evaluation.edited import EditMetrics
@@ -49,6 +49,8 @@ def run(
     labels = torch.from_numpy(splits["test"].labels[rows].astype(np.int64))
     found, shown, refused = Recorder(), [], {}
     metrics_of = EditMetrics(found, features, reference, list(params.features), spec.name, settings.num_seeds)
+    if sets(spec, "bits"):
+        metrics_of.bits = spec.bits
     with artifact.create(out) as place:
         for edit in params.edits:
             try:
@@ -64,6 +66,8 @@ def run(
             first = trials[0]
             with ShardWriter(place, edit) as writer:
                 writer.append(to_uint8(first.edited).cpu().numpy())
+            if sets(spec, "bits"):
+                _write_16_bits(place, edit, bit_depth.stored(first.edited, spec))
             shown += [to_uint8(each[:SHOWN]).cpu().numpy() for each in (originals, first.given, first.edited)]
             job.say(f"{edit}  " + "  ".join(f"{key} {one.value:.3f}" for key, one in found.groups[edit].items()))
         artifact.write_json(
@@ -81,6 +85,12 @@ def run(
     nothing = np.zeros((SHOWN, *originals.shape[1:]), np.uint8)
     pictures.save_grid(picture, np.concatenate(shown or [nothing]), min(SHOWN, len(rows)))
     job.attach(picture, "edits.png")
+
+
+def _write_16_bits(place: Path, edit: str, images: Tensor) -> None:
+    """In the place of the shards of 8 bits, which have the same names, and are no more as their rows are smaller."""
+    with ShardWriter(place, edit) as writer:
+        writer.append(images.cpu().numpy())
 
 
 def _try(

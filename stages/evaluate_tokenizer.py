@@ -55,6 +55,8 @@ def run(  # its paths are the options of its command
     batches = partial(_batches, job, params.encode_tokens.batch_size)
     pairs, chosen = AllPairs(panel, spec, device), spread(len(test), SHOWN)
     shown = np.empty((2 * len(chosen), *test.pixels.row_shape), np.uint8)
+    if sets(spec, "bits"):
+        shown = shown.astype(np.uint16)
     decoded = Decoded(panel, "r", test.labels, are_originals=True)
     for rows, originals in batches(test, np.arange(len(test)), "test images"):
         after = reconstruct(originals)
@@ -64,7 +66,6 @@ def run(  # its paths are the options of its command
         shown[0::2][at], shown[1::2][at] = originals[is_shown], after[is_shown]
     pairs.record(test, artifact.part_sha256(images, "test"), group)
     decoded.measure(OF_TEST, group)
-
     counts = torch.zeros(0, dtype=torch.long)
     if model.codebook_size:
         perturb = reconstructions.perturbation(model, device, params.evaluate, params.seed)
@@ -76,7 +77,6 @@ def run(  # its paths are the options of its command
         codes = Codes(tokens, model.codebook_size, spec.name)
         panel.measure("of_tokens", codes, found.group("codebook"))
         counts = codes.counts
-
     if sets(probe.entry(params.evaluate), "probe_steps"):
         probe.measure(params, panel, tokens, model, group, job)
     floor = floor_rows(train.labels, spec.num_classes, params.sample_images.num_images, params.seed)

@@ -1,4 +1,4 @@
-"""Data set -> images: uint8 shards and labels per split, and index.parquet with the fate of every source file.
+"""Data set -> images: uint8 (or uint16) shards and labels per split, and index.parquet with the fate of every source file.
 
 Columns of index.parquet: id (order in the source), split, shard (number of the .npy file), row (in the split, as
 `Images` counts), label, source, sha256, kept, reason; and captions, a list, and attributes, a JSON object, where the data set
@@ -135,6 +135,8 @@ class _Writer:
         spec = source.spec
         self.writer = ImageWriter(folder, split, spec, grown)
         self.rows_per_shard = max(1, shards.SHARD_BYTES // (spec.channels * spec.height * spec.width))
+        if sets(spec, "bits"):
+            self.rows_per_shard = max(1, shards.SHARD_BYTES // (2 * spec.channels * spec.height * spec.width))
         self.held: list[Record] = []
         self.num_images = grown.num_rows(f"{split}/labels")
 

@@ -27,7 +27,7 @@ from tessera.components import kinds, load, sets
 from tessera.nn.weightless import WithoutWeights
 from tessera.sources.bands import require_picture
 from tessera.sources.decoding import opened
-from tessera.sources.frame import WITHOUT_PICTURES, Frame
+from tessera.sources.frame import WITHOUT_PICTURES, WITHOUT_ROUNDING, Frame
 from tessera.sources.records import Unreadable
 from tessera.system import CannotEdit, System
 
@@ -91,6 +91,8 @@ class Studio:
         self.names = sorted(trained, key=lambda name: -len(self.edits[name]))  # the most able first
         spec, splits = image_artifact.read(root / "data/images")
         require_picture(spec.channels, spec.name, WITHOUT_PICTURES)
+        if sets(spec, "bits"):
+            raise ValueError(f"{spec.name} {WITHOUT_ROUNDING}")
         self.classes, self._test = spec.class_names, splits["test"]
         self.rows = spread(len(self._test), THUMBNAILS).tolist()  # of the test images that are shown
         self._models, self._files = threading.Lock(), threading.Lock()

@@ -48,9 +48,9 @@ class InvalidParams(ValueError):
     """What is wrong with the params, one sentence per mistake."""
 
 
-def sets(config: Params, key: str) -> bool:
-    """Whether a part has this added key and its params set it. In `if sets(config, "KEY"):`, written just so, what stands
-    below is code of those alone that do."""
+def sets(config: Any, key: str) -> bool:
+    """Whether a part has this added key and its params set it, or of what they made whether it has it. In
+    `if sets(config, "KEY"):`, written just so, what stands below is code of those alone that do."""
     return getattr(config, key, None) is not None
 
 

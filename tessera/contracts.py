@@ -1,10 +1,10 @@
 """What passes between the parts: the specs, the tuples, and the protocols of tokenizer, quantizer, prior, objective, metric.
 
-What only some parts can do is an ability: a Protocol that code asks for by isinstance, and that a part claims by having its
-members. tests/contract/test_abilities.py tries each ability that a part claims.
+What only some parts can do is an ability: a Protocol, asked for by isinstance, that a part claims by having its members.
+tests/contract/test_abilities.py tries each ability that a part claims.
 
 Shape letters everywhere: B batch, C H W image, D latent channels, h w token grid, L = h * w, K codebook size, V views.
-Images in models are float32 in [-1, 1]; on disk they are uint8 in [0, 255].
+Images in models are float32 in [-1, 1]; on disk they are uint8 in [0, 255], or uint16 in [0, 65535].
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tessera.components import Params
+from tessera.components import AddedKey, Params
 
 Count = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=1, le=2**16)]  # of an image or a grid, or its channels
@@ -35,6 +35,7 @@ class ImageSpec(Params):
     num_classes: Count  # 1: the data set has no labels, every label is 0
     class_names: tuple[str, ...]
     licence: str
+    bits: AddedKey[Literal[16]] = None  # of each channel, as stored; unset: 8
 
 
 class TokenSpec(Params):
@@ -44,9 +45,8 @@ class TokenSpec(Params):
     latent_shape: tuple[Side, Side, Side]  # (D, h, w)
     index_grid: tuple[Side, Side]  # of the indices of one image: (h, w), or (h, w * q) with q indices to a code
     num_classes: Count
-    class_counts: tuple[
-        Annotated[int, Field(ge=0)], ...
-    ]  # of the training images; samples are drawn in proportion to them
+    # of the training images; samples are drawn in proportion to them
+    class_counts: tuple[Annotated[int, Field(ge=0)], ...]
     latent_mean: tuple[Mean, ...]  # per channel, of the latents as stored; priors learn (latents - mean) / std
     latent_std: tuple[Deviation, ...]
     tokenizer_fingerprint: str

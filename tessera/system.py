@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tessera.artifacts import checkpoints, guides
+from tessera.artifacts import bit_depth, checkpoints, guides
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.images import to_uint8
@@ -74,7 +74,12 @@ class System:
         return sampling_schema(self.prior.config.kind)
 
     def computing_in(self, precision: Precision) -> "System":
-        """The same system, its networks in this precision (nn/precision.py); one in bf16 stays so."""
+        """The same system, its networks in this precision (nn/precision.py); one in bf16 stays so.
+
+        Raises ValueError for bf16 where images have 16 bits.
+        """
+        if sets(self.tokenizer, "bits"):
+            bit_depth.require_fp32(precision)
         return self if precision == "fp32" else self._in_bf16
 
     @cached_property
@@ -86,7 +91,8 @@ class System:
 
     @torch.no_grad()
     def draw(self, labels: np.ndarray, sampling: Any, generator: torch.Generator) -> np.ndarray:
-        """(B,) labels -> (B, C, H, W) uint8; sampling: of `sampling_schema`; generator: best on `device`.
+        """(B,) labels -> (B, C, H, W) uint8, or uint16 of images with 16 bits; sampling: of `sampling_schema`; generator: best
+        on `device`.
 
         Equal labels in equal order, sampling and generator give equal bits, on one machine and number of threads. Labels go
         into the prior's `sample`: into its embedding (autoregressive, masked) or its denoiser's (flow_matching, diffusion).
@@ -95,6 +101,8 @@ class System:
         self.require_trained_on(labels)
         system = self.computing_in(sampling.precision)
         tokens = system.prior.sample(torch.from_numpy(labels).to(self.device), sampling, generator)
+        if sets(self.tokenizer, "bits"):
+            return bit_depth.stored(system.decode(tokens), self.tokenizer).cpu().numpy()
         return to_uint8(system.decode(tokens)).cpu().numpy()
 
     def require(self, edit: str, *abilities: type, means: str) -> None:

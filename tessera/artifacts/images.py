@@ -1,4 +1,7 @@
-"""Images between stages: uint8 shards and labels per split, index.parquet with a row per source file, meta.json."""
+"""Images between stages: uint8 shards and labels per split, index.parquet with a row per source file, meta.json.
+
+Of a data set with `bits: 16` they are uint16: artifacts/bit_depth.py.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
@@ -8,12 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tessera.artifacts import described
+from tessera.artifacts import bit_depth, described
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
 from tessera.artifacts.growing import Growing
 from tessera.artifacts.shards import Shards, ShardWriter, labels_of
-from tessera.components import Params
+from tessera.components import Params, sets
 from tessera.contracts import ImageBatch, ImageSpec
 
 if TYPE_CHECKING:
@@ -23,7 +26,9 @@ SPLITS = ("train", "test")
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 in [0, 255] -> float32 in [-1, 1]."""
+    """uint8 in [0, 255], or uint16 in [0, 65535] -> float32 in [-1, 1]."""
+    if sets(bit_depth.of(images), "bits"):
+        return bit_depth.to_float(images)
     return (images / 127.5).sub_(1)
 
 
@@ -50,7 +55,10 @@ class ImageWriter:
         self.labels = ShardWriter(folder / split, "labels")
 
     def append(self, images: np.ndarray, labels: np.ndarray) -> None:
-        """images: (n, C, H, W) uint8; labels: (n,) integers in [0, num_classes)."""
+        """images: (n, C, H, W) uint8, or uint16 of a spec with 16 bits; labels: (n,) integers in [0, num_classes)."""
+        if sets(self.spec, "bits"):
+            bit_depth.append(self, images, labels)
+            return
         expected = (self.spec.channels, self.spec.height, self.spec.width)
         assert images.dtype == np.uint8 and images.shape[1:] == expected, (images.dtype, images.shape, expected)
         assert len(images) == len(labels)
@@ -89,6 +97,9 @@ class Images:
 
     def __init__(self, folder: Path, split: str, spec: ImageSpec):
         self.split, self.spec = split, spec
+        if sets(spec, "bits"):
+            self.pixels, self.labels = bit_depth.opened(folder, split, spec)
+            return
         self.pixels = Shards(Path(folder) / split, "images", np.uint8, (spec.channels, spec.height, spec.width))
         self.labels = labels_of(Path(folder) / split, spec.num_classes)  # (N,) int64
         if len(self.labels) != len(self.pixels):
@@ -101,7 +112,7 @@ class Images:
         return len(self.pixels)
 
     def uint8(self, rows: np.ndarray) -> Tensor:
-        """(n, C, H, W) uint8 at these rows."""
+        """(n, C, H, W) uint8 at these rows; uint16 where the spec has 16 bits."""
         return torch.from_numpy(self.pixels.gather(rows))
 
     def on(self, device: torch.device) -> "ImagesOnDevice":
@@ -109,7 +120,7 @@ class Images:
         return ImagesOnDevice(self, device)
 
     def stored(self, rows: Tensor, generator: torch.Generator | None = None) -> ImageBatch:
-        """The images at these rows, still uint8; the generator is what augmentations would draw from."""
+        """The images at these rows, still as they lie on disk; the generator is what augmentations would draw from."""
         rows_ = rows.numpy()
         return ImageBatch(self.uint8(rows_), torch.from_numpy(self.labels[rows_]))
 
@@ -124,11 +135,13 @@ class Rows(NamedTuple):
 
 
 class ImagesOnDevice:
-    """All images of a split as uint8 on one device: a step copies the numbers of its rows."""
+    """All images of a split, as they are stored, on one device: a step copies the numbers of its rows."""
 
     def __init__(self, images: Images, device: torch.device):
         self.pixels = torch.from_numpy(images.pixels.all()).to(device)
         self.labels = torch.from_numpy(images.labels).to(device)
+        if sets(images.spec, "bits"):
+            self.pixels = self.pixels.view(torch.int16)
 
     def __len__(self) -> int:
         return len(self.labels)

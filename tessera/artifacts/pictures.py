@@ -1,4 +1,4 @@
-"""Grids of images as PNG, enlarged by nearest neighbour: what a person looks at to judge a run."""
+"""Grids of images as PNG, enlarged by nearest neighbour: what a person looks at to judge a run. Of 16 bits 8 are shown."""
 
 import math
 import re
@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tessera.artifacts import whole
+from tessera.artifacts import bit_depth, whole
 from tessera.artifacts.fonts import font_for
+from tessera.components import sets
 
 MARGIN = 1  # pixels between images, before enlarging
 SHORTEST_SIDE = 48  # of one image on the screen, at least
@@ -20,6 +21,8 @@ def grid(images: np.ndarray, num_columns: int) -> np.ndarray:
     """(N, C, H, W) uint8 in reading order -> (rows, columns, 3) uint8 on a dark ground, each image enlarged alike.
 
     Of images of other than 3 channels the first one is shown, in gray."""
+    if sets(bit_depth.of(images), "bits"):
+        images = bit_depth.shown(images)
     count, channels, height, width = images.shape
     num_rows = math.ceil(count / num_columns)
     canvas = np.full((num_rows * (height + MARGIN) + MARGIN, num_columns * (width + MARGIN) + MARGIN, 3), 32, np.uint8)
@@ -34,6 +37,8 @@ def grid(images: np.ndarray, num_columns: int) -> np.ndarray:
 
 def picture(image: np.ndarray) -> Image.Image:
     """(C, H, W) uint8: gray, RGB, or of other channels the first one in gray, as `grid` shows it."""
+    if sets(bit_depth.of(image), "bits"):
+        image = bit_depth.shown(image)
     return Image.fromarray(image.transpose(1, 2, 0) if len(image) == 3 else image[0])
 
 

@@ -1,4 +1,5 @@
-"""Generated images between stages: uint8 shards, labels, and meta.json with how they were drawn."""
+"""Generated images between stages: uint8 shards, or uint16 of a data set with 16 bits, labels, and meta.json with how they were
+drawn."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,11 +8,11 @@ import numpy as np
 from pydantic import Field
 
 from tessera import seeding
-from tessera.artifacts import described
+from tessera.artifacts import bit_depth, described
 from tessera.artifacts import folder as artifact
 from tessera.artifacts.folder import ArtifactError
 from tessera.artifacts.shards import Shards, labels_of
-from tessera.components import Params
+from tessera.components import Params, sets
 from tessera.contracts import ImageSpec
 
 
@@ -33,6 +34,9 @@ class Samples:
 
     def __init__(self, folder: Path, spec: ImageSpec, expected: int | None = None):
         folder = artifact.check(folder)
+        if sets(spec, "bits"):
+            _open_16_bits(self, folder, spec, expected)
+            return
         self.pixels = Shards(folder, "images", np.uint8, (spec.channels, spec.height, spec.width))
         self.labels = labels_of(folder, spec.num_classes)
         self.meta = described.read(folder / "meta.json", Described).model_dump(mode="json", exclude_unset=True)
@@ -49,6 +53,18 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+
+def _open_16_bits(samples: Samples, folder: Path, spec: ImageSpec, expected: int | None) -> None:
+    """As Samples does for 8 bits, whose code is left as it is for the sake of figures that were made by it."""
+    samples.pixels, samples.labels = bit_depth.shards(folder, spec), labels_of(folder, spec.num_classes)
+    samples.meta = described.read(folder / "meta.json", Described).model_dump(mode="json", exclude_unset=True)
+    found, told = {len(samples.pixels), len(samples.labels)}, samples.meta["num_images"]
+    if found != {told} or expected not in (None, told):
+        raise ArtifactError(
+            f"{folder} holds {len(samples.pixels):,} images and {len(samples.labels):,} labels, expected the {told:,} of its "
+            f"meta.json and the {expected or told:,} of sample_images.num_images. {artifact.remedy(folder)}"
+        )
 
 
 def quotas(num_images: int, class_counts: tuple[int, ...]) -> np.ndarray:

@@ -94,6 +94,8 @@ class Autoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig, spec: ImageSpec):
         super().__init__()
         self.config = config
+        if sets(spec, "bits"):
+            self.bits = spec.bits
         widths = tuple(config.channels * multiplier for multiplier in config.channel_multipliers)
         depth, shape = config.quantizer.code_dim, (widths, config.num_blocks, config.patch_size)
         self.encoder = Encoder(spec.channels, self.channels_per_latent * depth, *shape)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from tessera.artifacts import folder as artifact
+from tessera.artifacts.bit_depth import ROUNDED
 from tessera.artifacts.samples import floor_rows
 from tessera.artifacts.shards import spread
 from tessera.bases.guide import EXAMPLE
@@ -37,6 +38,7 @@ def problems(params: Pipeline, planned: Planned, is_begin: bool = True) -> list[
     """
     planned = planned._replace(is_begin=is_begin)
     asked = [_networks(params, planned), _parts(params, planned), _channels(params, planned)]
+    asked.append(_bits(params, planned))
     asked += [_settings(params), _numbers(params, planned)]
     if is_begin:
         asked.append(f"{where}: {sentence}" for where, config in _configs(params) for sentence in _weights(config))
@@ -135,6 +137,21 @@ def _channels(params: Pipeline, planned: Planned) -> Iterator[str]:
                 f"{where}: images of {planned.spec.channels} channels do not fit perceptual: lpips, expected 1 (gray) or 3 "
                 f"(RGB): write perceptual: laplacian"
             )
+
+
+def _bits(params: Pipeline, planned: Planned) -> Iterator[str]:
+    """What would round images of 16 bits on their way."""
+    if not sets(planned.spec, "bits"):
+        return
+    for name in params.systems:
+        if params.sampling(name).precision == "bf16":
+            yield (f"systems.{name}.sampling: {ROUNDED}: write precision: fp32, or leave it out")
+    has_none = any(config.kind == "none" for config in params.tokenizers.values())
+    if has_none and params.encode_tokens.latents_dtype == "float16":
+        yield (
+            "encode_tokens.latents_dtype: float16 has 11 significant bits, and the latents of tokenizer none are images of 16: "
+            "write latents_dtype: float32"
+        )
 
 
 def _settings(params: Pipeline) -> Iterator[str]:

@@ -16,6 +16,7 @@ from tessera.components import PACKAGE, Params
 from tessera.params import Pipeline
 
 PACKAGES = ("stages", "tessera")
+OF_IMAGES = frozenset({"bits"})  # added keys of a data set that every stage asks for, of the spec of its images
 FINGERPRINTS = "fingerprint_code"  # the stage that writes them: the only one without one
 RUN = re.compile(r"python -m tessera\.running (\w+)")
 
@@ -24,11 +25,12 @@ class Entry(NamedTuple):
     name: str  # train_prior@vqgan-flow
     stage: str  # the file in stages/: train_prior
     params: dict[str, Any]  # by their keys in params.yaml, defaults filled in
+    keys: frozenset[str] = frozenset()  # OF_IMAGES, of those that the data set sets
 
 
 def read(params: Pipeline, graph: Path) -> list[Entry]:
     """The entries of a dvc.yaml under these params, in its order."""
-    found = []
+    found, of_images = [], keys_set_in(params.dataset) & OF_IMAGES
     for name, stage in yaml.safe_load(graph.read_text(encoding="utf-8"))["stages"].items():
         if name == FINGERPRINTS:
             continue
@@ -39,7 +41,8 @@ def read(params: Pipeline, graph: Path) -> list[Entry]:
             named = [*body.get("params", ()), *body.get("meta", {}).get("params", ())]
             wanted = [path.replace("${key}", str(key)) for path in named]
             entry = name if key is None else f"{name}@{key}"
-            found.append(Entry(entry, RUN.search(body["cmd"])[1], {path: _value(params, path) for path in wanted}))
+            values = {path: _value(params, path) for path in wanted}
+            found.append(Entry(entry, RUN.search(body["cmd"])[1], values, of_images))
     return found
 
 
@@ -82,9 +85,14 @@ def all_code() -> Code:
     return Code(PACKAGE.parent, PACKAGES)
 
 
-def code_of(value: Any, stage: str | None = None, code: Code | None = None) -> dict[str, str]:
-    """The digests of what the parts in `value` can run, and with `stage` (a file of stages/) of what it runs with them."""
-    code = (code or all_code()).of_keys(keys_set_in(value))
+def code_of(
+    value: Any, stage: str | None = None, code: Code | None = None, keys: frozenset[str] = frozenset()
+) -> dict[str, str]:
+    """The digests of what the parts in `value` can run, and with `stage` (a file of stages/) of what it runs with them.
+
+    keys: added keys that are set beside those in `value`.
+    """
+    code = (code or all_code()).of_keys(keys_set_in(value) | keys)
     roots = set(modules_of(value))
     if stage is not None:
         roots.add(f"stages.{stage}.run")

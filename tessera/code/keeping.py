@@ -48,7 +48,7 @@ def fingerprint(root: Path, out: Path) -> None:
         out.mkdir(parents=True)
         for entry in entries.read(params, root / "dvc.yaml"):
             settings = {key: entries.plain(value) for key, value in entry.params.items()}
-            reached = entries.code_of(entry.params, entry.stage, code)
+            reached = entries.code_of(entry.params, entry.stage, code, entry.keys)
             (out / entry.name).write_text(changes.as_text(reached, settings), encoding="utf-8")
 
 

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from tessera.artifacts import bit_depth
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
 from tessera.artifacts.captions import Example
@@ -44,6 +45,7 @@ from tessera.bases.beside_label import BesideLabel
 from tessera.bases.conditional import either_dropped
 from tessera.bases.of_images import ToldSplit, examples_of_rows, told_rows
 from tessera.bases.transformer import TransformerConfig
+from tessera.components import sets
 from tessera.contracts import Planned, TokenSpec
 from tessera.nn.cross_attention import Context
 from tessera.nn.transformer import Transformer
@@ -113,7 +115,7 @@ def problems(config: Config, planned: Planned) -> Iterator[str]:
 
 
 def shown(config: Config, images: Tensor) -> Tensor:
-    """(B, channels, height, width) uint8 images, or pictures of files -> (B, C, H, W) float in [-1, 1].
+    """(B, channels, height, width) uint8 or uint16 images, or uint8 pictures of files -> (B, C, H, W) float in [-1, 1].
 
     Raises ValueError for those that cannot give it.
     """
@@ -128,6 +130,8 @@ def shown(config: Config, images: Tensor) -> Tensor:
             f"{config.pixels[0]}x{config.pixels[1]} pixels: expected those of the data set that the prior was trained on"
         )
     x = images.float() / 255
+    if sets(bit_depth.of(images), "bits"):
+        x = bit_depth.to_shares(images)
     if config.file_channels is not None:
         return 2 * F.interpolate(x, config.pixels, mode="nearest-exact") - 1
     if config.shows != "color":
@@ -148,10 +152,29 @@ def edges(gray: Tensor) -> Tensor:
 
 
 def encoded(config: Config, images: Tensor | Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
-    """(B, channels, height, width) uint8, and (B,) labels, if any -> (B, 1 + C * H * W). Raises ValueError, in a sentence."""
+    """(B, channels, height, width) uint8, or uint16 of a data set with 16 bits, and (B,) labels, if any -> (B, 1 + C * H * W).
+
+    Raises ValueError, in a sentence.
+    """
+    if sets(bit_depth.of(images[0]), "bits"):
+        return _of_16_bits(config, images, labels)
     if any(image.dtype != torch.uint8 or image.shape != images[0].shape for image in images):
         raise ValueError(
             "the pictures differ in their shapes, or are no bytes: expected torch.uint8 of (channels, height, width)"
+        )
+    pixels = shown(config, images if isinstance(images, Tensor) else torch.stack(list(images))).flatten(1)
+    first = pixels.new_zeros(len(pixels)) if labels is None else (labels + 1).to(pixels)
+    return torch.cat([first.unsqueeze(1), pixels], dim=1)
+
+
+def _of_16_bits(config: Config, images: Tensor | Sequence[Tensor], labels: Tensor | None) -> Tensor:
+    """As `encoded`."""
+    if config.file_channels is not None or any(
+        image.dtype != images[0].dtype or image.shape != images[0].shape for image in images
+    ):
+        raise ValueError(
+            "the pictures differ in their shapes or dtypes, or are files of 16 bits: expected torch.uint16 of (channels, "
+            "height, width) of images, and torch.uint8 of pictures from files"
         )
     pixels = shown(config, images if isinstance(images, Tensor) else torch.stack(list(images))).flatten(1)
     first = pixels.new_zeros(len(pixels)) if labels is None else (labels + 1).to(pixels)

@@ -8,7 +8,7 @@
     source/metadata.jsonl          captions, classes, splits     metadata: {captions: [text]}: sources/metadata.py
     source/1.jpg, 1.mask.png       pictures beside images        metadata: {picture: mask.png, ...}: sources/pictures.py
     source/000.tar, ...            shards                        shards: tar, or parquet: sources/shards.py
-    source/1.npy, 1.tif            1 to 16 channels              bands: 13: sources/bands.py
+    source/1.npy, 1.tif            1 to 16 channels              bands: 13: sources/bands.py; of 16 bits, bits: 16
 
 Every file is listed with its fate; none is skipped silently. Deeper folders inside a class belong to the class.
 """
@@ -26,6 +26,7 @@ from pydantic import Field
 from tessera.components import AddedKey, Params, sets
 from tessera.contracts import Count, ImageSpec
 from tessera.seeding import derive
+from tessera.sources import wide_bands
 from tessera.sources.archives import ANYWHERE, Limits, Reader, open_source
 from tessera.sources.bands import Bands, ToldByReasons, decoder_of
 from tessera.sources.decoding import PILLOW_MAX_PIXELS, Background, Filter, Resize, decode, pillow_warnings
@@ -71,6 +72,9 @@ class Config(Params):
     image: AddedKey[str] = None  # of parquet the column that holds the images; unset: "image"
     label_pattern: AddedKey[LabelPattern] = None  # finds the class in each name, in the place of labels
     bands: AddedKey[Bands] = None  # channels of each file as they are, in the place of channels: sources/bands.py
+    bits: AddedKey[wide_bands.Bits] = (
+        None  # 16: of each of these channels, all of which are kept: sources/wide_bands.py
+    )
 
     @property
     def num_classes(self) -> int | None:
@@ -106,6 +110,8 @@ def opened(config: Config) -> Iterator[Source]:
         if sets(config, "bands"):
             spec = spec.model_copy(update={"channels": config.bands})
             layout = ToldByReasons(layout)
+        if sets(config, "bits"):
+            spec = spec.model_copy(update={"bits": config.bits})
         yield Source(spec, entries.fingerprint, partial(_records, entries, layout, read), layout.require_images)
 
 
@@ -140,6 +146,8 @@ def _records(entries: Listing, layout: "_Layout", read: Reader, first: int) -> I
     )
     if sets(config, "bands"):
         decoder = decoder_of(config)
+    if sets(config, "bits"):
+        decoder = wide_bands.decoder_of(config)
     listed = (_Listed(entry, layout) for entry in entries.since(first))
     if sets(config.metadata, "picture"):
         is_small = len(entries) - first < PROCESSES_FROM or num_cores() == 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera import seeding
-from tessera.artifacts import pictures
+from tessera.artifacts import bit_depth, pictures
 from tessera.artifacts.captions import Example, examples_of, write_examples_file
 from tessera.artifacts.images import to_uint8
 from tessera.bases.conditional import steering_from
@@ -130,6 +130,8 @@ def _drawn(
     system = system.computing_in(sampling.precision)
     with steering_from(system.prior, away):
         tokens = system.prior.sample(given, sampling, generator)
+    if sets(system.tokenizer, "bits"):
+        return bit_depth.stored(system.decode(tokens), system.tokenizer).cpu().numpy()
     return to_uint8(system.decode(tokens)).cpu().numpy()
 
 
@@ -191,6 +193,8 @@ def show(path: Path, images: np.ndarray, examples: list[Example], condition: Any
 def _show_pairs(path: Path, drawn: np.ndarray, told: Tensor) -> None:
     """Rows of pictures, (C, H, W) each, in the size of the images, and below each row what was drawn of them."""
     above = torch.nn.functional.interpolate(told.float(), size=drawn.shape[2:], mode="nearest").byte().numpy()
+    if sets(bit_depth.of(drawn), "bits"):
+        drawn = bit_depth.shown(drawn)
     if drawn.shape[1] == 1:
         drawn = drawn.repeat(above.shape[1], axis=1)
     if above.shape[1] != drawn.shape[1]:

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tessera.artifacts import bit_depth
 from tessera.artifacts.images import to_uint8
+from tessera.components import sets
 from tessera.editing.trial import Trial
 from tessera.evaluation.figures import Recorder, without_network
 from tessera.evaluation.judge import Judge
@@ -51,6 +53,8 @@ class EditMetrics:
     def _add(self, group: str, originals: Tensor, edited: list[Tensor], trial: Trial) -> None:
         num_images, seeds = len(originals), {"num_seeds": self.num_seeds}
         pixels = [to_uint8(each).cpu().numpy() for each in edited]
+        if sets(self, "bits"):  # of the images, as edit_images says
+            pixels = [bit_depth.stored(each, self).cpu().numpy() for each in edited]
         classifier = next((name for name, judge in self.judges.items() if judge.has_logits), None)
         if classifier is not None and trial.labels is not None:
             agrees = [self.judges[classifier].agrees(each, trial.labels.numpy()).mean() for each in pixels]

@@ -14,15 +14,21 @@ from collections.abc import Callable
 import numpy as np
 from scipy import ndimage
 
+from tessera.artifacts import bit_depth
+from tessera.components import sets
+
 PATCHES = 4  # to a side, that are shuffled
 BLUR = 16  # the standard deviation is 1 / BLUR of the shorter side, at least 1 pixel: no outline survives
 
 
 def made_of(images: np.ndarray, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """images: (N, C, H, W) uint8 -> by kind, as many of the same shape, each made of its own image."""
+    """images: (N, C, H, W) uint8 or uint16 -> by kind, as many of the same shape and dtype, each made of its own image."""
     found = {}
     for kind, made in KINDS.items():
         values = np.stack([made(image, generator) for image in images.astype(np.float64)])
+        if sets(bit_depth.of(images), "bits"):
+            found[kind] = np.rint(values).clip(0, bit_depth.WHITE).astype(np.uint16)
+            continue
         found[kind] = np.rint(values).clip(0, 255).astype(np.uint8)
     return found
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tessera import seeding
+from tessera.artifacts import bit_depth
 from tessera.artifacts import tokens as token_artifact
 from tessera.artifacts.images import Images, to_float, to_uint8
-from tessera.components import load
+from tessera.components import load, sets
 from tessera.contracts import ImageSpec, Pairs, Record
 from tessera.evaluation import figures
 from tessera.evaluation.figures import Protocol, Setting
@@ -25,7 +26,8 @@ from tessera.params import Evaluate
 
 OF_TEST = "reconstructions of the test images"
 
-Decode = Callable[[Tensor], Tensor]  # (n, C, H, W) uint8 images -> what the tokenizer makes of them, uint8, on the CPU
+# (n, C, H, W) images as they are stored -> what the tokenizer makes of them, in the same dtype, on the CPU
+Decode = Callable[[Tensor], Tensor]
 
 
 class Decoded:
@@ -56,6 +58,9 @@ class Decoded:
 
 def reconstruction(model: nn.Module, device: torch.device) -> Decode:
     def decode(originals: Tensor) -> Tensor:
+        if sets(model, "bits"):
+            encoded = model.encode(to_float(originals).to(device))
+            return bit_depth.stored(model.decode(encoded.latents), model).cpu()
         return to_uint8(model.decode(model.encode(to_float(originals).to(device)).latents)).cpu()
 
     return decode
@@ -67,6 +72,9 @@ def perturbation(model: nn.Module, device: torch.device, settings: Evaluate, see
 
     def decode(originals: Tensor) -> Tensor:
         indices = model.encode(to_float(originals).to(device)).indices
+        if sets(model, "bits"):
+            replaced = perturbed(indices, model, settings, generator)
+            return bit_depth.stored(model.decode_indices(replaced), model).cpu()
         return to_uint8(model.decode_indices(perturbed(indices, model, settings, generator))).cpu()
 
     return decode

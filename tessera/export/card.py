@@ -64,10 +64,10 @@ def _use(images: ImageSpec, prior: Any, has_onnx: bool) -> str:
         "",
         'system = tessera.load("FOLDER")  # this one',
         *before[1:],
-        f"images = system.sample({asked}, seed=1)  # (B, C, H, W) uint8",
+        f"images = system.sample({asked}, seed=1)  # (B, C, H, W) {_dtype(images)}",
         "tokens = system.encode(images)",
         'system.pictures(system.decode(tokens))[0].save("one.png")'
-        if images.channels in (1, 3)
+        if images.channels in (1, 3) and not (sets(images, "bits") and images.channels == 3)
         else "system.decode(tokens)",
         "```",
         "",
@@ -81,6 +81,10 @@ def _use(images: ImageSpec, prior: Any, has_onnx: bool) -> str:
             "onnxruntime.",
         ]
     return "\n".join(lines)
+
+
+def _dtype(images: ImageSpec) -> str:
+    return "uint16" if sets(images, "bits") else "uint8"
 
 
 def _rows(prior: Any) -> str:
@@ -106,9 +110,9 @@ def _asked(images: ImageSpec, prior: Any) -> tuple[list[str], str]:
         return [], f"embeddings=[[0.5] * {condition.embedding_dim}] * 2, labels=[0, 0]"
     if name != "pictures":
         return [], plain if getattr(prior, "label_dropout", 0.0) else f"{name}=[..., ...], labels=[0, 0]"
-    if condition.file_channels is None and images.channels not in (1, 3):
+    if condition.file_channels is None and (images.channels not in (1, 3) or sets(images, "bits")):
         shape = f"2, {images.channels}, {images.height}, {images.width}"
-        return ["import torch"], f"pictures=torch.zeros({shape}, dtype=torch.uint8), labels=[0, 0]"
+        return ["import torch"], f"pictures=torch.zeros({shape}, dtype=torch.{_dtype(images)}), labels=[0, 0]"
     of_files = ", are_told=True" if condition.file_channels is not None else ""
     shown = f'pictures = system.preprocess([Image.open("picture.png")] * 2{of_files})'
     return ["from PIL import Image", shown], "pictures=pictures, labels=[0, 0]"

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tessera.editing import words
 
+STORED = (torch.uint8, torch.uint16)  # as images lie in shards
+
 
 def labels(given: Any) -> np.ndarray:
     """(n,) int64 of a list of at least one whole number."""
@@ -70,10 +72,11 @@ def _vectors(given: Any) -> list[Any]:
 
 def _pictures(given: Any) -> list[Any]:
     """(B, C, H, W) uint8."""
-    if not isinstance(given, Tensor) or given.dtype != torch.uint8 or given.ndim != 4 or not len(given):
+    if not isinstance(given, Tensor) or given.dtype not in STORED or given.ndim != 4 or not len(given):
         found = f"{given.dtype} of the shape {tuple(given.shape)}" if isinstance(given, Tensor) else _kind(given)
         raise ValueError(
-            f"pictures are {found}: expected torch.uint8 of (B, C, H, W); preprocess makes them of pictures"
+            f"pictures are {found}: expected torch.uint8 of (B, C, H, W) (or torch.uint16 of images with 16 bits); preprocess "
+            f"makes them of pictures"
         )
     return list(given)
 
@@ -89,14 +92,15 @@ def seed(given: Any) -> int:
     return found
 
 
-def images(given: Any, shape: tuple[int, int, int], what: str = "images") -> Tensor:
-    """(B, C, H, W) uint8 of this (C, H, W)."""
+def images(given: Any, shape: tuple[int, int, int], what: str = "images", dtype: torch.dtype = torch.uint8) -> Tensor:
+    """(B, C, H, W) of this (C, H, W) and dtype."""
     if not isinstance(given, Tensor):
-        raise ValueError(f"{what} are {_kind(given)}: expected a torch.uint8 tensor; preprocess makes it of pictures")
-    if given.dtype != torch.uint8 or tuple(given.shape[1:]) != shape or not len(given):
+        raise ValueError(f"{what} are {_kind(given)}: expected a {dtype} tensor; preprocess makes it of pictures")
+    if given.dtype != dtype or tuple(given.shape[1:]) != shape or not len(given):
+        made = "; preprocess makes them of pictures" if dtype == torch.uint8 else ", as sample gives them"
         raise ValueError(
-            f"{what} are {given.dtype} of the shape {tuple(given.shape)}: expected torch.uint8 of (B, "
-            f"{', '.join(map(str, shape))}); preprocess makes them of pictures"
+            f"{what} are {given.dtype} of the shape {tuple(given.shape)}: expected {dtype} of (B, "
+            f"{', '.join(map(str, shape))}){made}"
         )
     return given
 

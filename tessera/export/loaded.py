@@ -1,4 +1,4 @@
-"""A trained system as a library's user holds it: opened from a folder, on uint8 images, without anything of the pipeline.
+"""A trained system as a library's user holds it: opened from a folder, on uint8 (or uint16) images, without the pipeline.
 
 system = tessera.load("digits-masked")
 images = system.sample(labels=[3, 3, 7], seed=1)
@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from tessera import seeding
-from tessera.artifacts import checkpoints, pictures
+from tessera.artifacts import bit_depth, checkpoints, pictures
 from tessera.artifacts.images import to_float, to_uint8
 from tessera.artifacts.tokens import require_codes, require_finite
 from tessera.artifacts.whole import ArtifactError
-from tessera.components import kinds, missing_package, parse
+from tessera.components import kinds, missing_package, parse, sets
 from tessera.components import load as part
 from tessera.editing import words
 from tessera.editing.beside import HALFWAY, Beside, require_used
@@ -41,7 +41,8 @@ REMEDIES_OF_STAGES = re.compile(r"(?:Make it again with|Run): dvc")  # in errors
 
 
 class TrainedSystem:
-    """A tokenizer and its prior. Images are (B, C, H, W) uint8 tensors, of `image_shape`; `pictures` makes them Pillow's.
+    """A tokenizer and its prior. Images are (B, C, H, W) tensors of `image_dtype`, of `image_shape`; `pictures` makes them
+    Pillow's.
 
     Tokens are what the prior learned: (B, *index_grid) int64 indices of the codebook, or (B, D, h, w) float32 standardized
     latents. Everything is drawn with a seed: equal calls give equal bits, on one machine and number of threads.
@@ -65,6 +66,11 @@ class TrainedSystem:
         """(C, H, W)"""
         images = self._exported.preprocessing
         return images.channels, images.height, images.width
+
+    @property
+    def image_dtype(self) -> torch.dtype:
+        """torch.uint8; torch.uint16 where the data set has images of 16 bits."""
+        return torch.uint16 if sets(self._system.tokenizer, "bits") else torch.uint8
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -142,7 +148,7 @@ class TrainedSystem:
             require_codes(tokens.numpy(force=True), spec.codebook_size)
         else:
             require_finite(tokens.numpy(force=True))
-        return to_uint8(self._system.decode(tokens.to(self.device))).cpu()
+        return self._stored(self._system.decode(tokens.to(self.device)))
 
     def edit(
         self,
@@ -196,7 +202,7 @@ class TrainedSystem:
         drawn_by = self._settings(sampling)
         system = self._system.computing_in(drawn_by.precision)
         edited = module.edit(pixels, told, system, config, drawn_by, generator, *beside.arguments(kind))
-        return to_uint8(edited.detach()).cpu()
+        return self._stored(edited.detach())
 
     def preprocess(self, pictures: Sequence[Image.Image], *, are_told: bool = False) -> Tensor:
         """Pictures of any size and mode -> images, as the data set's were made of files: turned as EXIF says, on a background
@@ -207,7 +213,15 @@ class TrainedSystem:
         gray levels or colors as those were. Raises ValueError for another prior."""
         if are_told:
             return self._told_of_files(given.pictures(pictures))
-        require_picture(self.image_shape[0], self.name, "give a uint8 tensor of (B, C, H, W) in the place of pictures")
+        kind = str(self.image_dtype).removeprefix("torch.")
+        require_picture(
+            self.image_shape[0], self.name, f"give a {kind} tensor of (B, C, H, W) in the place of pictures"
+        )
+        if self.image_dtype == torch.uint16:
+            raise ValueError(
+                f"{self.name} has images of 16 bits, and most pictures of Pillow have 8: expected a uint16 tensor of "
+                f"(B, C, H, W) in their place"
+            )
         how, made = self._exported.preprocessing.model_dump(), []
         for number, picture in enumerate(given.pictures(pictures)):
             try:
@@ -230,7 +244,17 @@ class TrainedSystem:
         return torch.from_numpy(np.stack(made))
 
     def pictures(self, images: Tensor) -> list[Image.Image]:
-        """Images -> Pillow's, gray or RGB. Raises ValueError for images of another type or number of channels."""
+        """Images -> Pillow's, gray or RGB, and of 16 bits gray alone, in mode I;16, which PNG and TIFF keep.
+
+        Raises ValueError for images of another type or number of channels.
+        """
+        if isinstance(images, Tensor) and images.dtype == self.image_dtype == torch.uint16 and images.ndim == 4:
+            if images.shape[1] != 1:
+                raise ValueError(
+                    f"images have {images.shape[1]} channels of 16 bits, and Pillow has gray pictures alone of so many: choose "
+                    f"a channel, such as images[:, :1], or save them by numpy.save"
+                )
+            return [Image.fromarray(one[0]) for one in images.numpy(force=True)]
         if (
             not isinstance(images, Tensor)
             or images.dtype != torch.uint8
@@ -243,8 +267,8 @@ class TrainedSystem:
                 else type(images).__name__
             )
             raise ValueError(
-                f"images are {of}: expected torch.uint8 of (B, 1 or 3, H, W), as sample gives them; of more channels, choose "
-                f"some"
+                f"images are {of}: expected {self.image_dtype} of (B, 1 or 3, H, W), as sample gives them; of more channels, "
+                f"choose some"
             )
         return [pictures.picture(one) for one in images.numpy(force=True)]
 
@@ -271,7 +295,14 @@ class TrainedSystem:
 
     def _to_float(self, images: Tensor, factor: int = 1, what: str = "images") -> Tensor:
         channels, height, width = self.image_shape
-        return to_float(given.images(images, (channels, height // factor, width // factor), what).to(self.device))
+        shape = (channels, height // factor, width // factor)
+        return to_float(given.images(images, shape, what, self.image_dtype).to(self.device))
+
+    def _stored(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> of `image_dtype`, on the CPU."""
+        if self.image_dtype == torch.uint16:
+            return bit_depth.to_uint16(images).cpu()
+        return to_uint8(images).cpu()
 
     def _require_beside(self, kind: str, config: Any, other: Tensor | None, share: float) -> None:
         """Raises ValueError unless the edit has what it needs beside images and settings."""

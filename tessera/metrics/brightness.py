@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessera.components import Params
+from tessera.artifacts import bit_depth
+from tessera.components import Params, sets
 from tessera.contracts import ImageSpec, Record, SeenSamples, Shown
 
 FIGURES = (Shown("brightness_shift", form=None), Shown("reconstruction_brightness_shift", form=None))
@@ -63,7 +64,9 @@ class Pairs:
 
 
 def levels(images: Tensor | np.ndarray) -> Tensor:
-    """(N, C, H, W) uint8 -> (N,) float64 mean gray level of each image, in [0, 255]."""
+    """(N, C, H, W) uint8 or uint16 -> (N,) float64 mean gray level of each image, in [0, 255]: of 16 bits, 257 are one."""
+    if sets(bit_depth.of(images), "bits"):
+        return bit_depth.gray_levels(images).mean(dim=(1, 2, 3))
     return torch.as_tensor(images).double().mean(dim=(1, 2, 3))
 
 

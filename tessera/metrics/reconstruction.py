@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tessera.components import Params
+from tessera.artifacts import bit_depth
+from tessera.components import Params, sets
 from tessera.contracts import ImageSpec, Record, Shown
 
 FIGURES = (Shown("psnr_db", "{:.2f}", better="higher"), Shown("ssim", better="higher"))
@@ -39,6 +40,11 @@ class Pairs:
         self.ssim: list[float] = []
 
     def update(self, originals: Tensor, decoded: Tensor) -> None:
+        if sets(bit_depth.of(originals), "bits"):
+            ours, theirs = bit_depth.to_shares(decoded), bit_depth.to_shares(originals)
+            self.psnr += psnr_db(ours, theirs).tolist()
+            self.ssim += ssim(ours, theirs).tolist()
+            return
         self.psnr += psnr_db(decoded / 255, originals / 255).tolist()
         self.ssim += ssim(decoded / 255, originals / 255).tolist()
 
@@ -110,5 +116,5 @@ def _check(images: Tensor, originals: Tensor) -> None:
         if not (values.is_floating_point() and low >= 0 and high <= 1):  # NaN fails this too
             raise ValueError(
                 f"{name} are {values.dtype} from {low} to {high}, expected float in [0, 1]: "
-                f"divide uint8 by 255, or map [-1, 1] by (x + 1) / 2 and clip"
+                f"divide uint8 by 255 (uint16 by 65535), or map [-1, 1] by (x + 1) / 2 and clip"
             )

@@ -29,10 +29,16 @@ BITS, SAMPLES, EXTRA = 258, 277, 338  # tags of TIFF: BitsPerSample, SamplesPerP
 PREMULTIPLIED = 1  # an extra sample that Pillow divides colors by
 DEPTH_OF_PNG = 24  # the byte that states it, in the header that comes first in every PNG
 WIDE = (
-    "has 16 bits for each channel, expected 8, because images between stages have 8 and bits would be lost: scale it, "
+    "has 16 bits for each channel, expected 8, because bits would be lost: write dataset.bits: 16 to keep them, or scale it, "
     'as by (values // 257).astype("uint8")'
 )
 AS_PAGES = "save it as npy, (H, W, C) uint8, or as TIFF with a page for each channel"
+# Of data sets with `bits: 16` (sources/wide_bands.py)
+NARROW = (
+    "has 8 bits for each channel, expected 16, as dataset.bits says: leave out bits, or save it with 16, as by "
+    'values.astype("uint16") * 257 if its white is 255'
+)
+AS_WIDE_ARRAY = "save it as npy, (H, W, C) uint16, or as TIFF with a page of 16-bit gray for each channel"
 
 
 def _agreeing(bands: int, info: ValidationInfo) -> int:

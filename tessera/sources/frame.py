@@ -8,9 +8,14 @@ from PIL import Image
 
 from tessera.artifacts import pictures
 from tessera.artifacts.images import to_float, to_uint8
+from tessera.components import sets
 from tessera.sources.bands import channels_of, require_picture
 
 PREPROCESSING = {"resize": "crop", "filter": "lanczos", "background": "white"}  # where a data set says nothing else
+WITHOUT_ROUNDING = (
+    "has images of 16 bits, and pictures here have 8, expected images of 8: export the system, whose `sample` and `edit` in "
+    "Python give uint16"
+)
 WITHOUT_PICTURES = "export the system, whose `sample` and `edit` in Python take tensors of any number of channels"
 
 
@@ -19,10 +24,12 @@ class Frame:
 
     def __init__(self, dataset: Any, size: tuple[int, int], factor: int = 1):
         """factor: how much smaller than the models' images the picture is to be. Raises ValueError unless images are gray or
-        RGB."""
+        RGB, of 8 bits."""
         self.height, self.width = dataset.height // factor, dataset.width // factor
         channels = channels_of(dataset)
         require_picture(channels, "the data set", WITHOUT_PICTURES)
+        if sets(dataset, "bits"):
+            raise ValueError(f"the data set {WITHOUT_ROUNDING}")
         self.mode = "L" if channels == 1 else "RGB"
         how = getattr(dataset, "resize", PREPROCESSING["resize"])
         self.filter = Image.Resampling[getattr(dataset, "filter", PREPROCESSING["filter"]).upper()]

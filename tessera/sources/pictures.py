@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from tessera.components import sets
 from tessera.sources.archives import PACKED
 from tessera.sources.bands import NPY, NPY_HEADERS
 from tessera.sources.decoding import Background, Resize, opened, pixels_of
@@ -205,6 +206,8 @@ def paired(
     for record in by(with_places(), PairReader(read), PairDecoder(decode, channels, how, config.max_pixels)):
         if record.image is not None:
             image, picture = record.image[:-channels], record.image[-channels:]
+            if sets(config, "bits"):  # those of the image alone; beside it the picture became as wide
+                picture = picture.astype(np.uint8)
             record = record._replace(
                 image=np.ascontiguousarray(image), metadata=record.metadata._replace(picture=picture)
             )

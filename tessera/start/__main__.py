@@ -98,7 +98,7 @@ def of_images(found: Survey) -> list[str]:
     if losing:
         lines.append(
             f"{len(losing)} of them lose something, such as {losing[0].name!r}, which {losing[0].loses}; to take pages as "
-            f"channels, write dataset.bands in the place of channels"
+            f"channels, write dataset.bands in the place of channels; to keep 16 bits, dataset.bits: 16 beside it"
         )
     if found.num_outside:
         lines.append(f"left out, as they lie in no split or class: {found.num_outside} images")

@@ -119,6 +119,8 @@ class Model(nn.Module):
     def __init__(self, config: Config, spec: ImageSpec):
         """Raises ValueError for images that the network does not take, MissingPackage without diffusers."""
         super().__init__()
+        if sets(spec, "bits"):
+            self.bits = spec.bits
         network = config.network
         network.require_fit(spec)
         autoencoder = _built(network)

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from tessera.components import Params, QuantizerConfig
+from tessera.components import Params, QuantizerConfig, sets
 from tessera.contracts import Encoded, ImageSpec
 
 
@@ -39,6 +39,8 @@ class Model(nn.Module):
 
     def __init__(self, config: Config, spec: ImageSpec):
         super().__init__()
+        if sets(spec, "bits"):
+            self.bits = spec.bits
         self.latent_shape = (spec.channels, spec.height, spec.width)
         self.index_grid = (spec.height, spec.width)
 

@@ -70,13 +70,15 @@ class ServedImages(PythonModel):
         import numpy as np
 
         from tessera import seeding
-        from tessera.components import parse
+        from tessera.components import parse, sets
         from tessera.editing import words
         from tessera.editing.left_out import require_told
         from tessera.sources.bands import require_picture
-        from tessera.sources.frame import WITHOUT_PICTURES
+        from tessera.sources.frame import WITHOUT_PICTURES, WITHOUT_ROUNDING
         from tessera.system import CannotDraw
 
+        if sets(self.system.tokenizer, "bits"):
+            raise Refused(f"this model {WITHOUT_ROUNDING}")
         settings = parse(self.system.sampling_schema, sampling)
         try:
             with self.turn:

@@ -164,7 +164,7 @@ UNREADABLE: dict[str, tuple[bytes, int, str]] = {  # the file, the channels that
     "a stack": (npy(pixels(3)[None]), 3, r"shape \(1, 4, 6, 3\), expected \(H, W, 3\)"),
     "a number": (npy(np.uint8(3)), 1, r"shape \(\), expected \(H, W, 1\) or \(H, W\)"),
     "no pixels": (npy(np.zeros((0, 6, 3), np.uint8)), 3, r"shape \(0, 6, 3\), expected"),
-    "uint16": (npy(pixels(3, dtype=np.uint16)), 3, "has 16 bits for each channel, expected 8, because images between stages"),
+    "uint16": (npy(pixels(3, dtype=np.uint16)), 3, "has 16 bits for each channel, expected 8, because bits would be lost"),
     "uint16, the other order of bytes": (npy(pixels(3, dtype=np.uint16).astype(">u2")), 3, "has 16 bits for each channel"),
     "int32": (npy(pixels(3).astype(np.int32)), 3, "holds int32, expected uint8: scale it to 0 to 255"),
     "float": (npy(pixels(3) / 255), 3, "holds float64, expected uint8: scale it to 0 to 255"),
