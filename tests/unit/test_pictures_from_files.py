@@ -575,6 +575,34 @@ def test_a_mask_of_ones_own_is_painted_over_in_python_and_from_the_shell_alike(
         system.sample(pictures=system.preprocess([Image.open(tmp_path / "mask.png")]))
 
 
+def test_the_studio_tells_a_mask_of_a_test_image_or_of_ones_own(
+    trained: tuple[Path, Pipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept of an upload are its classes in the images' size, which the shell reads as the page does."""
+    from studio import edit
+    from studio.actions import KEPT, Studio
+
+    root, _ = trained
+    monkeypatch.chdir(root)
+    studio = Studio()
+    assert "was told pictures" in studio.about("painted")
+    of_test = [np.asarray(Image.open(KEPT / studio.take_test_picture("painted", row))) for row in studio.rows]
+    assert {blocks(number).tobytes() for number in range(240)} >= {(mask // 85).tobytes() for mask in of_test}
+    save_mask(tmp_path / "own.png", mask_of(5))
+    kept = studio.take_to_tell("painted", (tmp_path / "own.png").read_bytes(), "own.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(KEPT / kept)), nearest(mask_of(5), "crop", 8, 8))
+    assert np.array_equal(
+        np.unique(np.asarray(studio.told("painted", kept))), np.unique(nearest(mask_of(5), "crop", 8, 8))
+    )
+    drawn = studio.draw("painted", None, 2, 3, picture=kept)
+    assert edit.main([*drawn.command.split()[3:-1], str(tmp_path / "out.png")]) == 0
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png")), grid(drawn.images, 2))
+    assert not np.array_equal(drawn.images, studio.draw("painted", None, 2, 3).images)
+    save_image(tmp_path / "own.png", mask_of(5))
+    with pytest.raises(ValueError, match=r"^own.png is in Pillow's mode RGB and not gray in every pixel"):
+        studio.take_to_tell("painted", (tmp_path / "own.png").read_bytes(), "own.png")
+
+
 def test_images_of_many_channels_and_with_their_class_in_the_name_have_pictures_too(tmp_path: Path) -> None:
     for number in range(12):
         name = f"{'cat' if number % 2 else 'dog'}_{number}"
