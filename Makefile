@@ -23,7 +23,7 @@ BIND = "import socket; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, sock
 require_free = @python -c $(call BIND,$($(1))) 2>/dev/null || { echo "make $@ cannot listen on 127.0.0.1:$($(1)): expected a \
 free port ($(2)); stop what uses it, or choose another: make $@ $(1)=$$(($($(1)) + 10))" >&2; exit 2; }
 .DEFAULT_GOAL := help
-.PHONY: help setup start repro demo test check ui studio serve plots results docs map stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 weights tokenizer clean
+.PHONY: help setup start repro demo test check ui studio serve plots results docs map stack stack-down stack-status bench lock data-mnist data-fashion-mnist data-cifar10 data-emoji weights tokenizer clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9 -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -109,7 +109,7 @@ lock: setup  ## resolve the dependencies of pyproject.toml anew
 	uv pip compile pyproject.toml --all-extras --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet --output-file requirements.lock
 	uv pip compile pyproject.toml --constraint requirements.lock --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet --output-file requirements-core.lock
 
-data-mnist data-fashion-mnist data-cifar10: data-%: setup  ## download a data set into data/raw
+data-mnist data-fashion-mnist data-cifar10 data-emoji: data-%: setup  ## download a data set into data/raw
 	python data/download.py $*
 
 weights: setup  ## download the Inception-v3 weights of the FID into data/weights, print the line for params.yaml

@@ -1,12 +1,13 @@
 """Gets a data set, the weights of a feature network, or a tokenizer from its own host, checks it, and puts it in a folder.
 
-python data/download.py mnist|fashion-mnist|cifar10 [folder]
+python data/download.py mnist|fashion-mnist|cifar10|emoji [folder]
 python data/download.py inception|dinov2-small|dinov2-base|dinov2-large [folder]
 python data/download.py sd-vae-ft-mse|taesd|kandinsky-2-movq|dc-ae-f32c32-in [folder]
 
 Weights of feature networks are published as pickles. They are read once, by PyTorch's unpickler that knows tensors only, and
 kept as safetensors, which is all that features read; the line for params.yaml is printed. Tokenizers are safetensors already;
-`make tokenizer NAME=taesd` prints their lines too.
+`make tokenizer NAME=taesd` prints their lines too. Emoji are published as sprite sheets: they are cut into the tar of 64x64
+pictures with their names in words that presets/emoji.yaml reads.
 
 Nothing else in this project downloads anything. A file is there whole and checked, or not at all; running the command
 again gets only what is missing.
@@ -14,12 +15,16 @@ again gets only what is missing.
 
 import argparse
 import hashlib
+import io
+import json
 import os
 import sys
+import tarfile
 import urllib.request
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class File(NamedTuple):
@@ -128,6 +133,40 @@ TOKENIZERS = {
         HUB + "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers/resolve/main",
     ),
 }
+
+
+class Sheets(NamedTuple):
+    """Sheets of pictures in squares, each with a border of one pixel, and a JSON list of what lies where on them."""
+
+    table: File
+    sheets: dict[str, File]  # by style, in the order in which the pictures of an emoji stand in the tar
+    side: int  # of a picture without its border
+
+
+EMOJI_DATA = "https://raw.githubusercontent.com/iamcal/emoji-data/v16.0.0/"
+# The project of this address publishes no hashes: these are of the same files in the packages that it releases of this version.
+EMOJI = Sheets(
+    File(EMOJI_DATA + "emoji.json", sha256="1d602e65be88772bf8cc368ce16b855d719eeddbafe128d471b80203f494d29f"),
+    {
+        "google": File(
+            EMOJI_DATA + "sheet_google_64.png",
+            sha256="795a0c598d162c9a4aae23f2188c607b8c9bc1912cb7d84382459f8de91a3ae1",
+        ),
+        "twitter": File(
+            EMOJI_DATA + "sheet_twitter_64.png",
+            sha256="daa7711b29897de6bd811a4cfeae911d8d8baa7f7e25c97d9b64354ae425ff5c",
+        ),
+    },
+    side=64,
+)
+EMOJI_LICENCES = """\
+google/: images of Noto Emoji, Copyright Google LLC, Apache-2.0 (https://github.com/googlefonts/noto-emoji)
+twitter/: graphics of Twemoji, Copyright Twitter, Inc and other contributors, CC-BY 4.0
+  (https://github.com/jdecked/twemoji, https://creativecommons.org/licenses/by/4.0/): name them beside whatever you show
+metadata.jsonl: from emoji-data, Copyright 2013 Cal Henderson, MIT (https://github.com/iamcal/emoji-data)
+Changed: cut from the sprite sheets of emoji-data 16.0.0, and told in words.
+"""
+SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 TIMEOUT_SECONDS = 60
 MAX_BYTES = 2**31  # the largest has 1.2 GB
 
@@ -227,14 +266,69 @@ def get_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     print(f"for params.yaml: python -m tessera.sources.diffusers {folder}")
 
 
+def variants(emoji: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The emoji and its variants in skin tones: name in words, and what emoji.json says of it."""
+    name = emoji["name"].lower()
+    yield name, emoji
+    for tones, variant in emoji.get("skin_variations", {}).items():
+        yield f"{name}, {' and '.join(f'{SKIN_TONES[tone]} skin tone' for tone in tones.split('-'))}", variant
+
+
+def cut(found: Sheets, table: Path, sheets: dict[str, Path], target: Path) -> int:
+    """Write the tar of pictures and their metadata.jsonl, whole or not at all; return the number of pictures.
+
+    Pictures of which the sheet of a style only has those of another one (`has_img_STYLE` is false) are not that style's.
+    """
+    from PIL import Image  # here because other data sets do without
+
+    rows, members = [], []
+    opened = {style: Image.open(path).convert("RGBA") for style, path in sheets.items()}
+    for emoji in json.loads(table.read_text(encoding="utf-8")):
+        for text, variant in variants(emoji):
+            for style, sheet in opened.items():
+                if not variant[f"has_img_{style}"]:
+                    continue
+                left, top = (variant[f"sheet_{axis}"] * (found.side + 2) + 1 for axis in "xy")
+                picture = io.BytesIO()
+                sheet.crop((left, top, left + found.side, top + found.side)).save(picture, "png")
+                row = {"file_name": f"{style}/{variant['image']}", "text": text, "style": style}
+                row |= {key: emoji[key] for key in ("category", "subcategory")} | {"unified": variant["unified"]}
+                rows.append(json.dumps(row) + "\n")
+                members.append((row["file_name"], picture.getvalue()))
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, content in [("metadata.jsonl", "".join(rows).encode()), *members]:
+                member = tarfile.TarInfo(name)  # of no time and nobody: the same pictures are the same bytes
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return len(members)
+
+
+def get_emoji(found: Sheets, folder: Path) -> None:
+    """The tar in the folder, and beside it under which licences; the sheets lie in `emoji-data/` there."""
+    target, licences = folder / f"emoji{found.side}.tar", folder / f"emoji{found.side}.licences.txt"
+    if target.is_file():
+        print(f"{target} is there already", flush=True)
+    else:
+        table, *sheets = [fetch(file, folder / "emoji-data") for file in (found.table, *found.sheets.values())]
+        number = cut(found, table, dict(zip(found.sheets, sheets, strict=True)), target)
+        print(f"{target}  {number:,} pictures; the sheets that they were cut from are no longer needed", flush=True)
+    licences.write_text(EMOJI_LICENCES, encoding="utf-8")
+    print(f"{EMOJI_LICENCES}(also in {licences})\nfor params.yaml: cp presets/emoji.yaml params.yaml")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted(SETS | WEIGHTS | TOKENIZERS))
+    parser.add_argument("name", choices=sorted([*SETS, *WEIGHTS, *TOKENIZERS, "emoji"]))
     parser.add_argument(
         "folder",
         nargs="?",
         type=Path,
-        help="default: data/raw/NAME, data/weights, or data/weights/NAME for a tokenizer",
+        help="default: data/raw/NAME, data/raw for emoji, data/weights, or data/weights/NAME for a tokenizer",
     )
     arguments = parser.parse_args()
     place = Path(os.path.relpath(Path(__file__).parent))  # as params.yaml names files, from the project's folder
@@ -243,6 +337,8 @@ def main() -> None:
             get_weights(WEIGHTS[arguments.name], arguments.folder or place / "weights")
         if arguments.name in TOKENIZERS:
             get_tokenizer(TOKENIZERS[arguments.name], arguments.folder or place / "weights" / arguments.name)
+        if arguments.name == "emoji":
+            get_emoji(EMOJI, arguments.folder or place / "raw")
         for file in SETS.get(arguments.name, ()):
             fetch(file, arguments.folder or place / "raw" / arguments.name)
     except (ValueError, OSError) as error:

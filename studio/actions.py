@@ -21,9 +21,12 @@ from tessera import seeding
 from tessera.artifacts import checkpoints, pictures
 from tessera.artifacts import folder as artifact
 from tessera.artifacts import images as image_artifact
+from tessera.artifacts.captions import Example
 from tessera.artifacts.images import to_uint8
 from tessera.artifacts.shards import spread
+from tessera.artifacts.shown import ShownPictures
 from tessera.components import kinds, load, sets
+from tessera.editing.words import file_channels
 from tessera.nn.weightless import WithoutWeights
 from tessera.sources.bands import require_picture
 from tessera.sources.decoding import opened
@@ -104,7 +107,8 @@ class Studio:
         tokenizer, prior = self.params.tokenizers[system.tokenizer], load("priors", system.prior.kind)
         codes = f"{tokenizer.codebook_size} codes" if tokenizer.codebook_size else "no codebook"
         can = ", ".join(self.edits[name])
-        return f"tokenizer {system.tokenizer} ({codes}); prior {system.prior.kind}, which learns {prior.LEARNS}; edits: {can}"
+        learns = f"learns {prior.LEARNS}" + (f" and was told {told}" if (told := self._told(name)) else "")
+        return f"tokenizer {system.tokenizer} ({codes}); prior {system.prior.kind}, which {learns}; edits: {can}"
 
     def refusal(self, name: str, kind: str) -> str:
         """Why a system cannot do an edit, in a sentence that names those that can; empty if it can."""
@@ -126,13 +130,30 @@ class Studio:
 
     def reads_captions(self, name: str) -> bool:
         """Whether the system's prior was told captions."""
-        condition = getattr(self.params.systems[name].prior, "condition", None)
-        return condition is not None and load("conditions", condition.kind).NAME == "captions"
+        return self._told(name) == "captions"
 
+    def is_told_pictures(self, name: str) -> bool:
+        """Whether the system's prior was told pictures."""
+        return self._told(name) == "pictures"
+
+    def _told(self, name: str) -> str:
+        """What the system's prior was told beside labels, or in their place; empty: nothing."""
+        condition = getattr(self.params.systems[name].prior, "condition", None)
+        return "" if condition is None else load("conditions", condition.kind).NAME
+
+    # parameters: those of one request of the page
     def draw(
-        self, name: str, label: int | None, count: Any, seed: Any, words: Words | None = None, **knobs: float | None
+        self,
+        name: str,
+        label: int | None,
+        count: Any,
+        seed: Any,
+        words: Words | None = None,
+        picture: str = "",
+        **knobs: float | None,
     ) -> Drawn:
-        """Knobs that are None stay as params.yaml sets them. words: of a system that reads captions."""
+        """Knobs that are None stay as params.yaml sets them. words: of a system that reads captions; picture: the name of a
+        kept one, of a system that was told pictures."""
         self._check(name)
         words = words or Words()
         known = self.knobs(name)
@@ -147,12 +168,14 @@ class Studio:
             if not self.reads_captions(name):
                 raise ValueError(f"{name} was trained on labels, not on captions: leave the words out")
             options |= {"caption": words.caption or None, "negative": words.negative or None}
+        if picture:
+            options["picture"] = edit.to_tell(self.params, name, self._kept(picture).read_bytes(), "the picture")
         asked = edit.to_draw(self.params, name, sampling, **options)
         with self._models:
             system = self._open(name)
             tokens, images = edit.draw(system, asked)
         indices = tokens.numpy() if system.learns == "indices" else None
-        return Drawn(images, indices, system.spec.codebook_size, asked.command())
+        return Drawn(images, indices, system.spec.codebook_size, asked.command(picture=str(KEPT / picture)))
 
     # parameters: those of one request of the page
     def edit(
@@ -195,6 +218,37 @@ class Studio:
         """Test images evenly spread over their split, those of `rows`, each of its pixels a square."""
         return [for_painting(self._test_picture(row), THUMBNAIL) for row in self.rows]
 
+    def take_to_tell(self, name: str, data: bytes, what: str) -> str:
+        """Check an upload that this system is to be told, and keep what is read of it, in the images' size; its name."""
+        self._check(name)
+        with self._files:
+            found = edit.to_tell(self.params, name, data, what)
+        return self._keep(pictures.picture(found.numpy()))
+
+    def take_test_picture(self, name: str, number: Any) -> str:
+        """Keep the picture of a test image, by its row, that this system is to be told; its name."""
+        row = _whole(number, "the number of a test image", 0, len(self._test) - 1)
+        return self._keep(self._test_pictures(name, [row])[0])
+
+    def pictures_to_tell(self, name: str) -> list[Image.Image]:
+        """As `thumbnails`, of what this system can be told."""
+        return [for_painting(one, THUMBNAIL) for one in self._test_pictures(name, self.rows)]
+
+    def told(self, name: str, picture: str) -> Image.Image:
+        """What the system is told of a kept picture, such as its edges."""
+        condition = self.params.systems[name].prior.condition
+        part = load("conditions", condition.kind)
+        given = edit.to_tell(self.params, name, self._kept(picture).read_bytes(), "the picture")
+        example = Example("", 0, "seen", vector=part.encoded(condition, [given])[0, 1:].numpy())
+        return for_painting(pictures.picture(part.pictures_of(condition, [example])[0].numpy()))
+
+    def _test_pictures(self, name: str, rows: list[int]) -> list[Image.Image]:
+        """Those in the files of test images, or the test images of which a picture is made."""
+        self._check(name)
+        is_file = file_channels(self.params.systems[name].prior) is not None
+        source = ShownPictures(self.root / "data/images", "test") if is_file else self._test
+        return [pictures.picture(one) for one in source.uint8(np.array(rows)).numpy()]
+
     def damage(self, source: str, settings: dict[str, Any], seed: Any) -> str:
         """The picture as the models see it, damaged as `enhance` takes it to be; the damaged one's name."""
         asked = edit.request(self.params, self.names[0], "enhance", settings, seed=_seed(seed))
@@ -207,6 +261,11 @@ class Studio:
 
     def picture(self, name: str) -> Image.Image:
         """A kept picture, read as the shell would."""
+        path = self._kept(name)
+        with self._files:
+            return edit.read_picture(path.read_bytes(), "the picture")
+
+    def _kept(self, name: str) -> Path:
         if not name:
             raise ValueError("there is no picture yet: upload one, or take a test image")
         path = self.root / KEPT / name
@@ -214,8 +273,7 @@ class Studio:
             raise ValueError(
                 f"the picture is no longer in {KEPT}, as after make clean: upload it again, or take a test image"
             )
-        with self._files:
-            return edit.read_picture(path.read_bytes(), "the picture")
+        return path
 
     def _keep(self, picture: Image.Image) -> str:
         file = io.BytesIO()

@@ -13,6 +13,7 @@ from PIL import Image
 from studio.actions import MAX_IMAGES, Knob, Studio
 
 NOBODY_KNOWS = -1  # a drop-down has no value for None
+Told = tuple[str, Image.Image | None]  # the name of a kept picture, "" for none, and what is told of it
 
 
 class First(NamedTuple):
@@ -103,6 +104,62 @@ def source(
     return Source(name, label)
 
 
+def told_picture(studio: Studio, system: gr.Dropdown) -> gr.State:
+    """Shown for systems that were told pictures, beginning with that of a test image. It holds the name of the kept one."""
+
+    def taken(name: str, number: Any) -> Told:
+        kept = studio.take_test_picture(name, number)
+        return kept, studio.told(name, kept)
+
+    def begun(name: str) -> tuple[list[Image.Image] | None, int, str, Image.Image | None]:
+        if not studio.is_told_pictures(name):
+            return None, studio.rows[0], "", None
+        return studio.pictures_to_tell(name), studio.rows[0], *taken(name, studio.rows[0])
+
+    first = studio.names[0]
+    offered, row, kept, shown = begun(first)
+    name = gr.State(kept)
+    with gr.Row(visible=studio.is_told_pictures(first), elem_id="telling") as fields:
+        with gr.Column():
+            gr.Markdown("All images are drawn of one picture: click a test image's, upload one, or tell none.")
+            thumbnails = gr.Gallery(
+                offered, columns=8, object_fit="contain", format="png", allow_preview=False, buttons=[],
+                label="Pictures of test images", show_label=False, container=False, elem_id="thumbnails-told",
+                elem_classes="pixels thumbnails", interactive=False,
+            )  # fmt: skip
+            with gr.Row(equal_height=True):
+                number = gr.Number(
+                    row, label="Number of a test image", container=False, min_width=60, elem_id="number-told"
+                )
+                take = gr.Button("Take this number", size="sm", min_width=120, elem_id="take-told")
+                upload = gr.UploadButton("Upload", size="sm", min_width=70, elem_id="upload-told")
+                clear = gr.Button("Tell no picture", size="sm", min_width=120, elem_id="clear-told")
+        with gr.Column():
+            preview = gr.Image(
+                shown, type="pil", format="png", interactive=False, label="The prior is told this picture", height=240,
+                elem_id="told", elem_classes="pixels", buttons=[],
+            )  # fmt: skip
+
+    def uploaded(system: str, path: str) -> Told:
+        file = Path(path)
+        kept = studio.take_to_tell(system, file.read_bytes(), file.name)
+        return kept, studio.told(system, kept)
+
+    def clicked(system: str, event: gr.SelectData) -> tuple[int, str, Image.Image | None]:
+        row = studio.rows[event.index]
+        return row, *taken(system, row)
+
+    def changed(system: str) -> tuple[Any, ...]:
+        return gr.update(visible=studio.is_told_pictures(system)), *begun(system)
+
+    upload.upload(telling(uploaded), [system, upload], [name, preview], api_name="upload_told")
+    take.click(telling(taken), [system, number], [name, preview], api_name="take_told")
+    clear.click(telling(lambda: ("", None)), None, [name, preview], api_name=False)
+    thumbnails.select(telling(clicked), system, [number, name, preview], api_name=False)
+    system.change(telling(changed), system, [fields, thumbnails, number, name, preview], api_name=False)
+    return name
+
+
 def edit_button(studio: Studio, system: gr.Dropdown, kind: str, title: str, name: str) -> gr.Button:
     """The main button of an edit's tab; while the chosen system cannot do the edit, disabled below a sentence why."""
     refusal = studio.refusal(studio.names[0], kind)
@@ -117,10 +174,17 @@ def edit_button(studio: Studio, system: gr.Dropdown, kind: str, title: str, name
     return button
 
 
-def class_field(studio: Studio, title: str, none: str | None, value: int = NOBODY_KNOWS) -> gr.Dropdown:
+def class_field(
+    studio: Studio, title: str, none: str | None, value: int = NOBODY_KNOWS, info: str | None = None
+) -> gr.Dropdown:
     """none: the choice that is no class, if there is one."""
     choices = [(name, label) for label, name in enumerate(studio.classes)]
-    return gr.Dropdown([(none, NOBODY_KNOWS), *choices] if none else choices, value=value, label=title)
+    return gr.Dropdown([(none, NOBODY_KNOWS), *choices] if none else choices, value=value, label=title, info=info)
+
+
+def about_class(studio: Studio, name: str) -> str | None:
+    """What a class is for a system that is told pictures, too."""
+    return "beside a picture none is told unless you choose one" if studio.is_told_pictures(name) else None
 
 
 def word_fields(is_shown: bool, has_negative: bool) -> list[gr.Textbox]:

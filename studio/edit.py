@@ -83,14 +83,14 @@ class Draw(NamedTuple):
     attributes: dict[str, Any] = {}  # in the place of a caption
     picture: Any = None  # (C, H, W) uint8, in their place: what is shown of it is painted over
 
-    def command(self, target: str = "out.png") -> str:
-        """The line for the shell that does it again."""
+    def command(self, target: str = "out.png", picture: str = "in.png") -> str:
+        """The line for the shell that does it again. picture: the file of the one that is told."""
         parts = [f"python -m studio.edit --system {self.system} --sample"]
         parts += [f"--label {self.label}"] if self.label is not None else []
         parts += [f"--caption {shlex.quote(self.caption)}"] if self.caption is not None else []
         parts += [f"--attribute {shlex.quote(f'{key}={value}')}" for key, value in self.attributes.items()]
         parts += [f"--negative {shlex.quote(self.negative)}"] if self.negative is not None else []
-        parts += ["--picture in.png"] if self.picture is not None else []
+        parts += [f"--picture {shlex.quote(picture)}"] if self.picture is not None else []
         parts += [f"--count {self.count}"] if self.count != 1 else []
         parts += _options("--sampling", self.sampling, self.usual_sampling)
         return " ".join([*parts, *_seeded(self.seed), shlex.quote(target)])
@@ -323,7 +323,7 @@ def main(arguments: list[str]) -> int:
             wanted |= {"caption": given.caption, "negative": given.negative}
             wanted["attributes"] = _pairs(given.attribute)
             if given.picture is not None:
-                wanted["picture"] = _to_tell(params, given.system, given.picture)
+                wanted["picture"] = to_tell(params, given.system, given.picture.read_bytes(), str(given.picture))
             drawing = to_draw(params, given.system, _pairs(given.sampling), **wanted)
             _, images = draw(open_system(params, given.system), drawing)
             pictures.save_grid(given.output, images, min(ROW, len(images)))
@@ -338,19 +338,19 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _to_tell(params: Pipeline, name: str, path: Path) -> torch.Tensor:
+def to_tell(params: Pipeline, name: str, data: bytes, what: str) -> torch.Tensor:
     """(C, H, W) uint8 of a file: an image of the data set, or, of a prior that was told pictures from files, such a one."""
     system, dataset = params.systems.get(name), params.dataset
     channels = None if system is None else words.file_channels(system.prior)
     if channels is None:
-        picture = read_picture(path.read_bytes(), str(path))
+        picture = read_picture(data, what)
         return to_uint8(Frame(dataset, picture.size).tensor(picture))[0]
     how = {key: getattr(dataset, key) for key in ("height", "width", "resize", "background")}
     try:
         with pillow_warnings():
-            return torch.tensor(decoded(path.read_bytes(), MAX_PIXELS, channels=channels, **how))
+            return torch.tensor(decoded(data, MAX_PIXELS, channels=channels, **how))
     except Unreadable as reason:
-        raise ValueError(f"{path} {reason}") from None
+        raise ValueError(f"{what} {reason}") from None
 
 
 def _require_used(given: argparse.Namespace) -> None:

@@ -30,6 +30,7 @@ CSS = """
 /* Gradio asks an editor twice for what is painted, and waits for ever if a new picture comes between */
 #editor > [data-testid=status-tracker] {display: none}
 [data-testid=status-tracker]:has(> .error) {display: none}  /* a red box without words: the message says them */
+#told img {outline: 1px solid var(--border-color-primary)}  /* a white picture on a white page */
 .cannot {padding: 8px 12px; border-left: 4px solid var(--color-accent); background: var(--background-fill-secondary)}
 .cannot .cannot {padding: 0; border: 0}
 """

@@ -63,35 +63,42 @@ def build(studio: Studio) -> gr.Blocks:
 
 def _sample(studio: Studio, system: gr.Dropdown) -> None:
     has = studio.knobs(studio.names[0])
+    about_class = controls.about_class(studio, studio.names[0])
     with gr.Row():
         label, count, seed = (
-            controls.class_field(studio, "Class", "one after another"),
+            controls.class_field(studio, "Class", "one after another", info=about_class),
             controls.count_field(),
             controls.seed_field(),
         )
     words = controls.word_fields(studio.reads_captions(studio.names[0]), has_negative=True)
+    picture = controls.told_picture(studio, system)
     with gr.Row():
         knobs = [controls.knob_field(knob, has.get(knob)) for knob in KNOBS]
     button = gr.Button("Draw", variant="primary", elem_id="draw")
     shown, command = gr.HTML(elem_id="drawn"), controls.command_field()
 
-    def fields_of(name: str) -> list[gr.Slider | gr.Textbox]:
+    def fields_of(name: str) -> list[gr.Slider | gr.Textbox | gr.Dropdown]:
         of_words = [gr.Textbox(visible=studio.reads_captions(name)) for _ in words]
-        return [*(controls.knob_field(knob, studio.knobs(name).get(knob)) for knob in KNOBS), *of_words]
+        of_knobs = [controls.knob_field(knob, studio.knobs(name).get(knob)) for knob in KNOBS]
+        return [*of_knobs, *of_words, gr.Dropdown(info=controls.about_class(studio, name))]
 
-    def draw(name: str, label: int, count: int, seed: int, *values: Any) -> tuple[str, str]:
+    # parameters: the fields of the tab
+    def draw(name: str, picture: str, label: int, count: int, seed: int, *values: Any) -> tuple[str, str]:
         has, of_words = studio.knobs(name), Words(*values[len(KNOBS) :]) if studio.reads_captions(name) else None
         chosen = {knob: value for knob, value in zip(KNOBS, values, strict=False) if knob in has}
-        drawn = studio.draw(name, known(label), count, seed, of_words, **chosen)
+        told = picture if studio.is_told_pictures(name) else ""
+        drawn = studio.draw(name, known(label), count, seed, of_words, told, **chosen)
         return figures.html(drawn), drawn.command
 
-    system.change(telling(fields_of), system, [*knobs, *words], api_name=False)
-    button.click(telling(draw), [system, label, count, seed, *knobs, *words], [shown, command], api_name="sample")
+    system.change(telling(fields_of), system, [*knobs, *words, label], api_name=False)
+    given = [system, picture, label, count, seed, *knobs, *words]
+    button.click(telling(draw), given, [shown, command], api_name="sample")
 
 
 def _compare(studio: Studio) -> None:
     gr.Markdown(
         "Two systems of your choice with the same class and seed, each with the sampling settings of `params.yaml`."
+        + " Pictures are told in the tab Sample alone." * any(map(studio.is_told_pictures, studio.names))
     )
     with gr.Row():
         label, count, seed = (

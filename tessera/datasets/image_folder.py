@@ -33,10 +33,10 @@ from tessera.sources.decoding import PILLOW_MAX_PIXELS, Background, Filter, Resi
 from tessera.sources.listing import Entry, Listing
 from tessera.sources.metadata import DescribedLayout, Metadata, described
 from tessera.sources.naming import LabelPattern, NamedLayout, without_classes
-from tessera.sources.pictures import PicturedLayout, paired
+from tessera.sources.pictures import paired, pictured
 from tessera.sources.processes import Decoder, Fate, Task, fate, fates, num_cores, task
 from tessera.sources.records import DatasetName, Record, Source
-from tessera.sources.shards import ShardKind, open_shards
+from tessera.sources.shards import ShardKind, open_pictured_shards, open_shards
 
 LICENCE = "not stated: that of the images' authors"
 TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that exists beside train/ is the test split
@@ -95,7 +95,7 @@ def opened(config: Config) -> Iterator[Source]:
         if sets(config, "metadata"):
             layout = DescribedLayout(layout, config, entries, read)
         if sets(config.metadata, "picture"):
-            layout = PicturedLayout(layout, config, entries)
+            layout = pictured(layout, config, entries)
         if sets(config, "label_pattern"):
             layout = NamedLayout(layout, config, entries)
         spec = ImageSpec(
@@ -169,7 +169,7 @@ def census(config: Config) -> dict[str, list[int]]:
         if sets(config, "metadata"):
             layout = DescribedLayout(layout, config, entries, _)  # what reads one of them
         if sets(config.metadata, "picture"):
-            layout = PicturedLayout(layout, config, entries)
+            layout = pictured(layout, config, entries)
         if sets(config, "label_pattern"):
             layout = NamedLayout(layout, config, entries)
         for entry in entries:
@@ -182,6 +182,9 @@ def census(config: Config) -> dict[str, list[int]]:
 def _open(config: Config):  # a context manager of (entries, reader)
     limits = Limits(config.max_file_bytes, config.max_archive_bytes, config.max_archive_files)
     if sets(config, "shards"):
+        if sets(config.metadata, "picture"):
+            column = config.metadata.picture
+            return open_pictured_shards(Path(config.source), config.shards, config.image or "image", column, limits)
         return open_shards(Path(config.source), config.shards, config.image or "image", limits)
     return open_source(Path(config.source), limits)
 

@@ -2,6 +2,7 @@
 
     metadata: {file: metadata.jsonl, picture: mask}   the column with the file of each image, relative to the metadata's folder
     metadata: {file: beside, picture: mask.png}       a/1.mask.png beside a/1.jpg; of a/1.png beside a/1.jpg, picture: png
+                                                      of shards of parquet, picture: mask is the column with their bytes
 
 A picture has the size of its image, and is cropped and resized as that is, but to the nearest pixel: labels are never mixed.
 Gray levels are kept as they are, and so are the indices of a palette, which are the classes of a mask; with picture_channels: 3
@@ -24,6 +25,7 @@ from tessera.sources.bands import NPY, NPY_HEADERS
 from tessera.sources.decoding import Background, Resize, opened, pixels_of
 from tessera.sources.listing import Entry, Listing
 from tessera.sources.records import Record, Unreadable
+from tessera.sources.shards import PictureOf
 
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF: a quarter of a turn
 MOST = 255  # of gray levels
@@ -69,11 +71,6 @@ class PicturedLayout:
             raise ValueError(
                 f"{config.source} is packed, and can be read from the front to the back alone, where images lie apart from "
                 f"their pictures: unpack it, or pack it as a plain .tar or a .zip"
-            )
-        if layout.table.is_table:
-            raise ValueError(
-                f"{config.source} is shards of parquet, beside whose images are no files: expected shards of tar, or a folder, "
-                f"for metadata.picture"
             )
         self._table = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._table.execute(
@@ -134,6 +131,26 @@ class PicturedLayout:
     def beside(self, entry: Entry) -> Entry:
         """The entry of an image, whose place is its own and that of its picture."""
         return entry._replace(place=(entry.place, self._of(self.layout.said(entry.name).picture)))
+
+
+class PicturedRows:
+    """A layout of images each of which has a picture in its own row of a table."""
+
+    def __init__(self, layout: Any):
+        """layout: a DescribedLayout."""
+        self.layout = layout
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layout, name)
+
+    def beside(self, entry: Entry) -> Entry:
+        """The entry of an image, whose place is its own and that of its picture."""
+        return entry._replace(place=(entry.place, Entry(self.layout.said(entry.name).picture, PictureOf(entry.place))))
+
+
+def pictured(layout: Any, config: Any, entries: Listing) -> PicturedLayout | PicturedRows:
+    """The DescribedLayout of images with their pictures. Raises ValueError as a PicturedLayout does."""
+    return PicturedRows(layout) if layout.table.is_table else PicturedLayout(layout, config, entries)
 
 
 def _is_packed(source: Path) -> bool:

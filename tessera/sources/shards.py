@@ -7,7 +7,7 @@ are read anywhere, tables from the front to the back: their images come in the o
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tessera.sources.archives import Limits, TarReader, open_source
 from tessera.sources.listing import Entry, Listing
@@ -39,6 +39,20 @@ def open_shards(path: Path, kind: ShardKind, image: str, limits: Limits) -> Iter
             yield entries, _tars_reader(paths)
         return
     tables = Tables(paths, image, limits)
+    with closing(Listing(tables.entries(), is_sorted=False)) as entries:
+        yield entries, tables
+
+
+@contextmanager
+def open_pictured_shards(
+    path: Path, kind: ShardKind, image: str, picture: str, limits: Limits
+) -> Iterator[tuple[Listing, Reader]]:
+    """As open_shards, of images with pictures (sources/pictures.py); picture: the column of parquet that holds these."""
+    if kind == "tar":
+        with open_shards(path, kind, image, limits) as found:
+            yield found
+        return
+    tables = PicturedTables(shards_in(path, kind), image, picture, limits)
     with closing(Listing(tables.entries(), is_sorted=False)) as entries:
         yield entries, tables
 
@@ -164,12 +178,71 @@ class Tables:
                 begin += len(batch)
 
 
+class PictureOf(NamedTuple):
+    """The place of the picture of the image at this place."""
+
+    image: int
+
+
+class PicturedTables(Tables):
+    """Images in one column of parquet files, their pictures in another one; both are read a few rows at a time."""
+
+    def __init__(self, paths: list[Path], image: str, picture: str, limits: Limits):
+        """Raises ValueError, naming the file, unless each has such a column of pictures."""
+        super().__init__(paths, image, limits)
+        self.picture, self.pictures = picture, Tables(paths, picture, limits)
+        for path in paths:
+            self._require_pictures(path)
+
+    def _require_pictures(self, path: Path) -> None:
+        import pyarrow as pa
+
+        schema = _opened(path).schema_arrow
+        others = [name for name in schema.names if name != self.image]
+        if self.picture not in others:
+            raise ValueError(
+                f"{path} has no column {self.picture!r} beside that of the images, expected it among "
+                f"{', '.join(map(repr, others))[:200]}: name the column with the pictures in metadata.picture"
+            )
+        kind = schema.field(self.picture).type
+        if not (pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+            raise ValueError(
+                f"{path}: the column {self.picture!r} is of {kind}, expected the bytes of pictures, or {{bytes, path}} as the "
+                f"package datasets writes them: beside shards of parquet are no files that it could name"
+            )
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """As of other tables; of a picture the row says its name alone."""
+        import pyarrow as pa
+
+        seen: set[int] = set()
+        for path in self.paths:
+            table, names = _opened(path), self._names(path)
+            schema = table.schema_arrow
+            columns = [name for name in schema.names if name not in (self.image, self.picture)]
+            kind, classes = schema.field(self.picture).type, _class_names(schema)
+            if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+                columns.append(f"{self.picture}.path")
+            for batch in table.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    name = next(names)
+                    picture = (row.pop(self.picture, None) or {}).get("path") or f"{name}: {self.picture}"
+                    told = {key: _named(value, classes.get(key)) for key, value in row.items()}
+                    if _is_new(name, seen):
+                        yield name, told | {self.picture: picture}, f"{path}: {name}"
+
+    def __call__(self, entry: Entry) -> bytes:
+        if isinstance(entry.place, PictureOf):
+            return self.pictures(entry._replace(place=entry.place.image))
+        return super().__call__(entry)
+
+
 def _opened(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, pre_buffer=False)  # else the column of a whole file is held in memory
     except (pa.ArrowInvalid, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be read as parquet ({reason:.200}): write it again") from None

@@ -61,13 +61,16 @@ def tiny_params() -> dict[str, Any]:
     masked["sampling"] = {"guidance_scale": 1.5, "decoding_steps": 3}
     gan = values["systems"]["gan"]
     gan["prior"] |= {"channels": 8, "num_blocks": 1, "training": TRAINING}
-    values["systems"] = {"gan": gan, "masked": masked, "flow": flow, "untrained": flow}
+    edges = {"kind": "image", "shows": "edges", "pixels": [8, 8], "patch_size": 4, "width": 16, "depth": 1}
+    of_edges = flow["prior"] | {"num_views": 1, "condition": edges}
+    painted = {**flow, "prior": {key: value for key, value in of_edges.items() if key != "guide"}}
+    values["systems"] = {"gan": gan, "masked": masked, "flow": flow, "untrained": flow, "painted": painted}
     return values
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout in which three of four systems are trained, by the stages."""
+    """A checkout in which four of five systems are trained, by the stages."""
     root = tmp_path_factory.mktemp("checkout")
     values = tiny_params()
     (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
@@ -76,7 +79,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(root)
         patch.setattr(publish, "ROOT", root)
         stages.run("prepare_images")
-        for used, names in {"vqvae": ("masked", "flow"), "none": ("gan",)}.items():
+        for used, names in {"vqvae": ("masked", "flow", "painted"), "none": ("gan",)}.items():
             stages.run(f"train_tokenizer@{used}", f"encode_tokens@{used}", *(f"train_prior@{name}" for name in names))
     return root
 
@@ -127,7 +130,7 @@ def images_in(text: str) -> np.ndarray:
 
 
 def test_only_trained_systems_are_offered_the_most_able_first_with_only_the_knobs_they_have(studio: Studio) -> None:
-    assert studio.names == ["masked", "flow", "gan"]
+    assert studio.names == ["masked", "flow", "painted", "gan"]
     assert {name: knob.key for name, knob in studio.knobs("masked").items()} == {
         "guidance": "guidance_scale", "temperature": "temperature", "steps": "decoding_steps",
     }  # fmt: skip
@@ -137,7 +140,7 @@ def test_only_trained_systems_are_offered_the_most_able_first_with_only_the_knob
 
 
 def test_a_system_that_cannot_do_an_edit_is_known_before_it_tries(studio: Studio) -> None:
-    assert studio.edits == {name: kinds("edits") for name in ("masked", "flow")} | {"gan": ["interpolate"]}
+    assert studio.edits == {name: kinds("edits") for name in studio.names[:3]} | {"gan": ["interpolate"]}
     assert "prior gan has no way to do so: choose masked or flow" in studio.refusal("gan", "inpaint")
     assert not studio.refusal("flow", "inpaint")
 
@@ -493,6 +496,32 @@ def test_a_sample_shows_the_images_and_indices_of_its_command(page, root, studio
     page.click("#draw")
     page.get_by_text("there are no indices to show").wait_for()
     assert np.array_equal(images_in(page.inner_html("#drawn")), studio.draw("flow", None, 6, 0).images)
+
+
+def test_a_picture_is_told_and_another_one_or_none(page, root, studio, monkeypatch, tmp_path) -> None:
+    """By a system that was told edges, which are shown in the place of the picture that has them."""
+    assert not page.locator("#telling").is_visible()
+    page.click("#system input")
+    page.get_by_role("option", name="painted", exact=True).last.click()
+    page.locator("#told img").wait_for()
+    page.locator("#thumbnails-told button").nth(5).click()
+    kept = studio.take_test_picture("painted", studio.rows[5])
+    for picture in (kept, ""):
+        page.click("#draw")
+        expected = studio.draw("painted", None, 6, 0, picture=picture)
+        page.wait_for_function(
+            "found => document.querySelector('.command textarea').value == found", arg=expected.command
+        )
+        photograph(page, f"studio-told-{bool(picture)}")
+        assert np.array_equal(images_in(page.inner_html("#drawn")), expected.images)
+        written = run(expected.command, root, monkeypatch, tmp_path / "out.png")
+        assert np.array_equal(written, pictures.grid(expected.images, 6))
+        page.click("#clear-told")
+        page.locator("#told img").wait_for(state="hidden")
+    assert f"--picture {KEPT / kept} " in studio.draw("painted", None, 6, 0, picture=kept).command
+    page.click("#system input")
+    page.get_by_role("option", name="flow", exact=True).last.click()
+    page.locator("#telling").wait_for(state="hidden")
 
 
 def seen_of_the_editor(page: Any) -> np.ndarray:

@@ -21,7 +21,7 @@ import safetensors.numpy
 from clones import ROOT
 from ports import free_ports
 
-pytestmark = pytest.mark.e2e(seconds=120)
+pytestmark = pytest.mark.e2e(seconds=130)
 TOKENIZER, PRIOR = "train_tokenizer@vqgan", "train_prior@vqgan-flow"
 
 
@@ -166,6 +166,33 @@ def test_two_processes_train_the_prior_that_one_process_trains(clone):
     for curves in losses:
         assert curves.index[curves.follow_fd_test.notna()].tolist() == [3, 7, 9]  # steps 4, 8 and 10
     np.testing.assert_allclose(losses[1].test_loss, losses[0].test_loss, atol=1e-4)
+    for key, one in weights[0].items():
+        assert np.abs(weights[1][key] - one).mean() < 1e-5, key
+
+
+def test_two_processes_train_the_adversarial_prior_that_one_process_trains(clone, tmp_path):
+    """Told captions, and noise that is zero, as each process draws that of its own share."""
+    clone = clone.copy(tmp_path / "own")
+    code = clone.folder / "tessera/priors/gan.py"
+    drawn = "noise = torch.randn(len(labels), self.config.noise_dim, device=labels.device)"
+    assert code.read_text().count(drawn) == 1
+    code.write_text(code.read_text().replace(drawn, drawn.replace("randn", "zeros")))
+    params = clone.params()
+    prior = params["systems"]["gan"]["prior"]
+    prior["training"] |= {"num_steps": 10, "optimizer": "adamw"}
+    words = [[f"the digit {number}"] for number in range(10)]
+    prior["condition"] = {"kind": "caption", "max_bytes": 12, "width": 16, "depth": 1, "of_classes": words}
+    assert prior["num_views"] == 1 and prior["r1_weight"] and prior["r2_weight"]
+    clone.write_params(params)
+    curves, weights = [], []
+    for number in ("1", "2"):
+        result = clone.run(*clone.command_of("train_prior@gan"), TESSERA_PROCESSES=number)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+        curves.append(pd.read_csv(clone.folder / "data/curves/priors/gan.csv").drop(columns="discriminator_accuracy"))
+        weights.append(safetensors.numpy.load_file(clone.folder / "data/priors/gan/weights.safetensors"))
+    assert "2 processes" in result.stdout and {"r1_penalty", "r2_penalty", "fake_logits"} <= set(curves[0])
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5, atol=1e-5)
+    assert any("label_embedding.transformer" in key for key in weights[0])
     for key, one in weights[0].items():
         assert np.abs(weights[1][key] - one).mean() < 1e-5, key
 

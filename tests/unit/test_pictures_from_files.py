@@ -1,6 +1,7 @@
 """Pictures in files beside images: from a column or a rule of names to the images artifact, a prior, and what it draws."""
 
 import json
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from tessera.datasets import image_folder
 from tessera.export import __main__ as command
 from tessera.params import Pipeline
 from tessera.running.job import Job
+from tessera.sources import shards
 from tessera.sources.pictures import picture_of
 
 ROOT = Path(__file__).parents[2]
@@ -170,21 +172,111 @@ def packed(folder: Path, how: str) -> Path:
     return target
 
 
-@pytest.mark.parametrize("how", ["zip", "tar", "shards", "processes"])
-def test_archives_and_processes_give_the_same_pictures(
-    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+def as_webdataset(folder: Path) -> dict[str, Any]:
+    """Two shards; the picture of an image lies before it, in one of them beyond another one's."""
+    for number, letter in enumerate("ab"):
+        paths = sorted((folder / letter).iterdir(), key=lambda path: path.name[:1])
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as file:
+            for path in paths:
+                file.add(path, path.relative_to(folder))
+                path.unlink()
+        (folder / letter).rmdir()
+    return {"shards": "tar"}
+
+
+def as_tables(folder: Path, has_paths: bool = True) -> dict[str, Any]:
+    """Two files, as the package `datasets` writes images; pictures of plain bytes if they have no paths."""
+    rows = []
+    for number, name in enumerate(NAMES):
+        path = folder / "ab"[number % 2] / f"{name}.png"
+        mask = path.with_suffix(".mask.png").read_bytes()
+        image = {"bytes": path.read_bytes(), "path": str(path.relative_to(folder))}
+        rows.append({"image": image, "mask": {"bytes": mask, "path": f"{name}.png"} if has_paths else mask})
+    for letter in "ab":
+        shutil.rmtree(folder / letter)
+    for number, part in enumerate((rows[0::2], rows[1::2])):  # in the order of the names
+        pq.write_table(pa.Table.from_pylist(part), folder / f"{number}.parquet", row_group_size=5)
+    return {"shards": "parquet", "metadata": {"file": "beside", "picture": "mask"}}
+
+
+def as_plain_tables(folder: Path) -> dict[str, Any]:
+    return as_tables(folder, has_paths=False)
+
+
+def as_archive(how: str) -> Callable[[Path], dict[str, Any]]:
+    return lambda folder: {"source": str(packed(folder, how))}
+
+
+def as_one_shard(folder: Path) -> dict[str, Any]:
+    return {"source": str(packed(folder, "tar")), "shards": "tar"}
+
+
+CONTAINERS: list[tuple[str, Callable[[Path], dict[str, Any]], int]] = [
+    ("column", as_archive("zip"), 1),
+    ("column", as_archive("tar"), 2),
+    ("column", as_one_shard, 1),
+    ("names", as_archive("zip"), 2),
+    ("names", as_webdataset, 1),
+    ("names", as_tables, 2),
+    ("names", as_plain_tables, 1),
+]
+
+
+@pytest.mark.parametrize(("form", "make", "processes"), CONTAINERS)
+def test_the_same_pictures_in_another_container_are_the_same_artifact(
+    tmp_path: Path,
+    form: str,
+    make: Callable[[Path], dict[str, Any]],
+    processes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = with_column(tmp_path / "source")
-    if how == "processes":
-        monkeypatch.setattr(image_folder, "PROCESSES_FROM", 1)
-        monkeypatch.setattr(image_folder, "num_cores", lambda: 2)
-        source = tmp_path / "source"
-    elif how == "shards":
-        source = packed(tmp_path / "source", "tar")
-        settings |= {"shards": "tar"}
-    else:
-        source = packed(tmp_path / "source", how)
-    check(prepared(tmp_path, config_of(source, settings), monkeypatch))
+    settings = FORMS[form](tmp_path / "source")
+    in_folder = config_of(tmp_path / "source", settings)
+    whole = prepared(tmp_path / "whole", in_folder, monkeypatch)
+    counted = image_folder.census(in_folder)
+    monkeypatch.setattr(image_folder, "PROCESSES_FROM", 1 if processes > 1 else 4096)
+    monkeypatch.setattr(image_folder, "num_cores", lambda: processes)
+    monkeypatch.setattr(shards, "ROWS_AT_ONCE", 4)
+    source = {"source": str(tmp_path / "source")} | make(tmp_path / "source")
+    dataset = config_of(Path(source["source"]), settings | source)
+    images = prepared(tmp_path / "other", dataset, monkeypatch)
+    check(images)
+    for path in whole.glob("t*/*.*"):
+        assert path.read_bytes() == (images / path.relative_to(whole)).read_bytes()
+    indices = [pd.read_parquet(each / "index.parquet").query("kept") for each in (whole, images)]
+    pd.testing.assert_frame_equal(*(one.drop(columns="id").reset_index(drop=True) for one in indices))
+    assert {split: sorted(labels) for split, labels in image_folder.census(dataset).items()} == {
+        split: sorted(labels) for split, labels in counted.items()
+    }
+
+
+def test_an_image_without_a_picture_in_its_row_is_listed_and_reading_goes_on_anywhere(tmp_path: Path) -> None:
+    settings = with_names(tmp_path / "source") | as_tables(tmp_path / "source")
+    path = tmp_path / "source/0.parquet"
+    table = pq.read_table(path).to_pylist()
+    table[2]["mask"] |= {"bytes": None}
+    table[3]["mask"] = table[4]["image"]
+    pq.write_table(pa.Table.from_pylist(table), path, row_group_size=5)
+    with image_folder.opened(config_of(tmp_path / "source", settings, max_unreadable_fraction=1.0)) as opened:
+        records, rest = list(opened.records(0)), list(opened.records(9))
+    assert [record.source for record in records if record.reason] == ["a/04.png", "a/06.png"]
+    assert "has the picture '04.png', which has no bytes in its row: the table names a file" in records[2].reason
+    assert "has the picture 'a/08.png', which is in Pillow's mode RGB and not gray" in records[3].reason
+    assert [record.source for record in rest] == [record.source for record in records[9:]]
+    for one, other in zip(records[9:], rest, strict=True):
+        np.testing.assert_array_equal(one.metadata.picture, other.metadata.picture)
+
+
+def test_a_table_is_never_held_as_a_whole(tmp_path: Path) -> None:
+    """Of 40 MB, in groups of 10 rows; what is no image is read too."""
+    data = np.random.default_rng(0).bytes(50_000)
+    rows = [{"image": data, "mask": {"bytes": data, "path": None}}] * 400
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet", row_group_size=10, use_dictionary=False)
+    settings = {"labels": "none", "shards": "parquet", "metadata": {"file": "beside", "picture": "mask"}}
+    before = pa.total_allocated_bytes()
+    with image_folder.opened(config_of(tmp_path / "0.parquet", settings)) as opened:
+        held = [pa.total_allocated_bytes() - before for _ in opened.records(0)]
+    assert len(held) == 400 and 0 < max(held) < 15_000_000
 
 
 def test_images_that_were_kept_before_a_kill_keep_their_pictures(
@@ -329,9 +421,15 @@ def test_sources_in_which_no_image_can_have_a_picture_are_refused(tmp_path: Path
     pq.write_table(pa.table({"image": [b"", b""], "mask": ["a", "b"]}), tmp_path / "0.parquet")
     settings = {"labels": "none", "shards": "parquet", "metadata": {"file": "beside", "picture": "mask"}}
     with pytest.raises(
-        ValueError, match=r"is shards of parquet, beside whose images are no files: expected shards of tar"
+        ValueError, match=r"'mask' is of string, expected the bytes of pictures, or {bytes, path} .* no"
     ):
         list(image_folder.records(config_of(tmp_path / "0.parquet", settings)))
+    for column in ("msk", "image"):
+        settings["metadata"]["picture"] = column
+        with pytest.raises(
+            ValueError, match=f"has no column '{column}' beside that of the images, expected it among 'mask':"
+        ):
+            list(image_folder.records(config_of(tmp_path / "0.parquet", settings)))
     (tmp_path / "c").mkdir()
     Image.new("L", (4, 4)).save(tmp_path / "c/1.jpg")
     with pytest.raises(ValueError, match=r"picture 'jpg' is how the names of all images end: none is left for a pict"):
@@ -475,6 +573,34 @@ def test_a_mask_of_ones_own_is_painted_over_in_python_and_from_the_shell_alike(
         system.preprocess([Image.open(tmp_path / "mask.png")], are_told=True)
     with pytest.raises(ValueError, match="the pictures have channels 3: expected 1, as those of files had"):
         system.sample(pictures=system.preprocess([Image.open(tmp_path / "mask.png")]))
+
+
+def test_the_studio_tells_a_mask_of_a_test_image_or_of_ones_own(
+    trained: tuple[Path, Pipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept of an upload are its classes in the images' size, which the shell reads as the page does."""
+    from studio import edit
+    from studio.actions import KEPT, Studio
+
+    root, _ = trained
+    monkeypatch.chdir(root)
+    studio = Studio()
+    assert "was told pictures" in studio.about("painted")
+    of_test = [np.asarray(Image.open(KEPT / studio.take_test_picture("painted", row))) for row in studio.rows]
+    assert {blocks(number).tobytes() for number in range(240)} >= {(mask // 85).tobytes() for mask in of_test}
+    save_mask(tmp_path / "own.png", mask_of(5))
+    kept = studio.take_to_tell("painted", (tmp_path / "own.png").read_bytes(), "own.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(KEPT / kept)), nearest(mask_of(5), "crop", 8, 8))
+    assert np.array_equal(
+        np.unique(np.asarray(studio.told("painted", kept))), np.unique(nearest(mask_of(5), "crop", 8, 8))
+    )
+    drawn = studio.draw("painted", None, 2, 3, picture=kept)
+    assert edit.main([*drawn.command.split()[3:-1], str(tmp_path / "out.png")]) == 0
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png")), grid(drawn.images, 2))
+    assert not np.array_equal(drawn.images, studio.draw("painted", None, 2, 3).images)
+    save_image(tmp_path / "own.png", mask_of(5))
+    with pytest.raises(ValueError, match=r"^own.png is in Pillow's mode RGB and not gray in every pixel"):
+        studio.take_to_tell("painted", (tmp_path / "own.png").read_bytes(), "own.png")
 
 
 def test_images_of_many_channels_and_with_their_class_in_the_name_have_pictures_too(tmp_path: Path) -> None:
