@@ -18,8 +18,6 @@ from tessera.artifacts.shards import Shards, labels_of
 WHITE = 65535
 LEVELS = WHITE // 255  # of 16 bits to one of 8: 257, so that black stays black and white white
 WIDE = ("torch.uint16", "torch.int16", "uint16")  # int16: the same bits, which every device can gather
-
-
 ROUNDED = "precision bf16 has 8 significant bits, and would round images of 16"
 
 
