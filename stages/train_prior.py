@@ -15,7 +15,7 @@ from tessera.contracts import Job, KnowsLikelihood
 from tessera.evaluation.figures import Protocol, Recorder, without_network
 from tessera.evaluation.likelihood import bits_of_each, mean_loss, proportional_rows
 from tessera.params import Pipeline
-from tessera.training import faster_precision, loop, previews, told, warm_start
+from tessera.training import aligned, faster_precision, loop, previews, told, warm_start
 from tessera.training.snapshot import Snapshot
 from tessera.training.validation import PriorValidation, hold_out
 
@@ -53,6 +53,8 @@ def run(  # nine parameters: one for each option of the command in dvc.yaml
         warm_start.begin(objective, config, "priors", job)
     if sets(config, "guide"):
         validation = Snapshot(config, validation, job)
+    if sets(config, "alignment"):
+        splits |= {"train": aligned.begin(objective, config.alignment, splits["train"], images, job)}
     preview = previews.Previews(previews.of_prior(params, name, spec, tokenizer), job)
     model = loop.fit(
         objective, splits["train"], config.training, seed=params.seed, job=job, validation=validation, preview=preview

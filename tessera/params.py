@@ -235,7 +235,7 @@ class Pipeline(Params):
             found.append(f"features {' and '.join(called_fid)} are both of kind inception: only one can be the fid")
         for name, tokenizer in self.tokenizers.items():
             trained_by = getattr(tokenizer, "perceptual", None)
-            if all(_is_same_network(judge, trained_by) for judge in self.features.values()):
+            if all(is_same_network(judge, trained_by) for judge in self.features.values()):
                 found.append(
                     f"tokenizer {name} is trained to please {trained_by.network}, which is also its only judge (features "
                     f"{', '.join(self.features)}): add features of another network, or choose another one for perceptual"
@@ -330,7 +330,7 @@ class Pipeline(Params):
         return Description(params, tags, _flat(whole) | settings)
 
 
-def _is_same_network(first: Any, second: Any) -> bool:
+def is_same_network(first: Any, second: Any) -> bool:
     """Whether two parts look at images with one network; installed weights may be those of a file of any sha256."""
     networks = {getattr(config, "network", None) for config in (first, second)}
     digests = {getattr(config, "sha256", None) for config in (first, second)}

@@ -15,8 +15,10 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tessera.bases import middle
 from tessera.bases.guide import Autoguidance, Guide
 from tessera.bases.initialization import Initialization
+from tessera.bases.middle import Alignment, Dispersive
 from tessera.bases.optimization import optimizers_for
 from tessera.components import AddedKey, ConditionConfig, Fraction, Params, load, sets
 from tessera.contracts import TokenBatch, TokenSpec
@@ -75,6 +77,8 @@ class ConditionalConfig(PriorSettings):
     is_conditional: bool = True  # False: every label is the null label
     condition: AddedKey[ConditionConfig] = None  # what is told of an image in the place of its label
     guide: AddedKey[Guide] = None  # a worse version of the prior, kept beside it: what autoguidance leads away from
+    alignment: AddedKey[Alignment] = None  # middle features tell what another network, or the tokenizer, sees
+    dispersive: AddedKey[Dispersive] = None  # middle features of different images lie apart
 
 
 class ConditionalModel(nn.Module):
@@ -84,6 +88,10 @@ class ConditionalModel(nn.Module):
         super().__init__()
         self.config, self.spec = config, spec
         self.null_label = spec.num_classes
+        if sets(config, "alignment"):
+            middle.require(config)
+        if sets(config, "dispersive"):
+            middle.require(config)
 
     def null_labels(self, labels: Tensor) -> Tensor:
         """(B,) labels -> (B,) null labels; of other conditions their own null."""
@@ -169,6 +177,10 @@ class ConditionalObjective(nn.Module):
 
     def forward(self, batch: TokenBatch, phase: str, step: int) -> dict[str, Tensor]:
         """The loss and further terms to plot, scalars."""
+        if sets(self.config, "alignment"):
+            return middle.with_terms(self, batch, step)
+        if sets(self.config, "dispersive"):
+            return middle.with_terms(self, batch, step)
         return self.loss(batch.tokens, self.dropped(batch.labels), step)
 
     def loss(self, tokens: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
@@ -185,6 +197,8 @@ class ConditionalObjective(nn.Module):
         return torch.where(is_dropped, self.model.null_label, labels)
 
     def optimizers(self) -> dict[str, list[Optimizer]]:
+        if sets(self.config, "alignment"):  # with the head, which is the objective's own
+            return {"prior": optimizers_for(self, self.config.training)}
         return {"prior": optimizers_for(self.model, self.config.training)}
 
 

@@ -14,6 +14,7 @@ from tessera.components import load, sets
 from tessera.contracts import ImageBatch, ImageSpec, Planned, TokenBatch, TokenSpec
 from tessera.nn.precision import in_precision
 from tessera.params import Pipeline
+from tessera.training import aligned
 from tessera.training.faster_precision import trial_step
 
 PROCESS_SECONDS = 4.0  # of a stage beside its work, most of it for importing torch (docs/log.md, the tests' diet)
@@ -126,6 +127,8 @@ def _tried(entry: str, folder: str, config: Any, spec: Any, batch: Any, seconds:
     if batch is None or not hasattr(module, "Objective") or not config.training.num_steps:
         return []
     objective = module.Objective(module.Model(config, spec), config)
+    if sets(config, "alignment"):
+        batch = aligned.for_trial(objective, config.alignment, batch)
     precisions = ("fp32", "bf16") if sets(config.training, "precision_by") else (config.training.precision,)
     each = [_seconds_per_step(objective, batch, config.training, precision, seconds) for precision in precisions]
     return [Trained(entry, config.training.num_steps, min(each))]

@@ -25,8 +25,8 @@ from tessera.bases.guide import EXAMPLE
 from tessera.components import Params, load, sets
 from tessera.contracts import Planned, TokenSpec
 from tessera.nn.weightless import WithoutWeights
-from tessera.params import Pipeline
-from tessera.training import views, warm_start
+from tessera.params import Pipeline, is_same_network
+from tessera.training import aligned, views, warm_start
 
 MOST_NAMED = 20  # classes, in a sentence
 
@@ -38,7 +38,7 @@ def problems(params: Pipeline, planned: Planned, is_begin: bool = True) -> list[
     """
     planned = planned._replace(is_begin=is_begin)
     asked = [_networks(params, planned), _parts(params, planned), _channels(params, planned)]
-    asked.append(_bits(params, planned))
+    asked += [_bits(params, planned), _alignments(params, planned)]
     asked += [_settings(params), _numbers(params, planned)]
     if is_begin:
         asked.append(f"{where}: {sentence}" for where, config in _configs(params) for sentence in _weights(config))
@@ -152,6 +152,28 @@ def _bits(params: Pipeline, planned: Planned) -> Iterator[str]:
             "encode_tokens.latents_dtype: float16 has 11 significant bits, and the latents of tokenizer none are images of 16: "
             "write latents_dtype: float32"
         )
+
+
+def _alignments(params: Pipeline, planned: Planned) -> Iterator[str]:
+    """Networks that priors are aligned to: whether there are such ones, with weights and the layer."""
+    for name, system in params.systems.items():
+        settings = getattr(system.prior, "alignment", None)
+        if settings is None or settings.to == "latents":
+            continue
+        where = f"systems.{name}.prior"
+        if all(is_same_network(judge, settings) for judge in params.features.values()):
+            yield (
+                f"{where}: it is trained to see as {settings.network} does, which is also its only judge (features "
+                f"{', '.join(params.features)}): add features of another network, or choose another one for alignment"
+            )
+        try:
+            config = aligned.config_of(settings)
+            with WithoutWeights():
+                load("features", config.kind).Model(config, planned.spec)
+        except ValueError as refusal:
+            yield f"{where}: {aligned.in_our_words(refusal)}"
+            continue
+        yield from (f"{where}: {sentence}" for sentence in load("features", config.kind).problems(config, planned))
 
 
 def _settings(params: Pipeline) -> Iterator[str]:
