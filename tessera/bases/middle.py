@@ -19,6 +19,7 @@ for latents; the target is averaged or repeated to the grid of the features; pai
 the term does not depend on the size of the batch.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any, Literal, NamedTuple
@@ -162,16 +163,14 @@ class Head(nn.Module):
 
 
 def dispersion(features: Tensor, temperature: float) -> Tensor:
-    """Wang and He: (B, ...) -> log of the mean over pairs of different images of exp(-distance^2 / temperature), per number."""
+    """Wang and He: (B, ...) -> log of the mean over all pairs of exp(-distance^2 / temperature), per number; at least -log B.
+
+    Pairs of an image with itself are among them: without them it would pay without end to let features grow.
+    """
     with torch.autocast(features.device.type, enabled=False):
         flat = features.float().flatten(1)
-        if len(flat) < 2:
-            return flat.new_zeros(())
-        return torch.logsumexp(-F.pdist(flat).square() / (flat.shape[1] * temperature), 0) - _log_pairs(len(flat))
-
-
-def _log_pairs(number: int) -> float:
-    return float(torch.tensor(number * (number - 1) / 2, dtype=torch.float64).log())
+        pairs = -F.pdist(flat).square() / (flat.shape[1] * temperature)
+        return torch.logsumexp(torch.cat([pairs, pairs, pairs.new_zeros(len(flat))]), 0) - 2 * math.log(len(flat))
 
 
 def with_terms(objective: Any, batch: Any, step: int) -> dict[str, Tensor]:
