@@ -14,6 +14,22 @@ from tessera.running.job import Job
 GRAPH = yaml.safe_load((Path(__file__).parents[1] / "dvc.yaml").read_text())["stages"]
 
 
+def made_small(raw: dict[str, Any]) -> dict[str, Any]:
+    """What presets/emoji.yaml says, in sizes for which a pipeline takes seconds; changed in place, returns its prior."""
+    training = {"num_steps": 8, "batch_size": 8}
+    for judge in raw["features"].values():
+        judge |= {"channels": 8, "feature_dim": 16, "training": training}
+    raw["tokenizers"]["vqgan"] |= {"channels": 16, "num_blocks": 1, "discriminator_start_step": 4, "training": training}
+    raw["encode_tokens"] |= {"warps": 1, "batch_size": 16}
+    raw["sample_images"] = {"num_images": 20, "batch_size": 8}
+    raw["edit_images"] = {"num_images": 4, "num_seeds": 1, "batch_size": 4}
+    for metric in raw["evaluate"]["metrics"].values():
+        metric |= {"neighbors": 2, "density_neighbors": 2} if metric["kind"] == "precision_recall" else {}
+    raw["evaluate"]["metrics"]["brightness"] = {"kind": "brightness"}
+    prior = raw["systems"]["vqgan-flow"]["prior"]
+    return prior | {"denoiser": {"kind": "transformer", "width": 32, "depth": 1, "heads": 2}, "training": training}
+
+
 class Stages:
     """What `dvc repro` would do below `root` under some params, but for what is done to be sure, to resume and to track."""
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from in_process import Stages
+from in_process import Stages, made_small
 from PIL import Image
 
 import tessera
@@ -61,24 +61,14 @@ def params_of(source: Path) -> Pipeline:
     }
     raw["dataset"] |= {"label_pattern": "([a-z]+)_[0-9]+"}
     del raw["dataset"]["metadata"]
-    training = {"num_steps": 8, "batch_size": 8}
     raw["features"] = {name: one for name, one in raw["features"].items() if one["kind"] == "classifier"}
-    for judge in raw["features"].values():
-        judge |= {"channels": 8, "feature_dim": 16, "training": training}
-    raw["tokenizers"]["vqgan"] |= {"channels": 16, "num_blocks": 1, "discriminator_start_step": 4, "training": training}
-    prior = raw["systems"][NAME]["prior"]
-    prior |= {"denoiser": {"kind": "transformer", "width": 32, "depth": 1, "heads": 2}, "training": training}
+    prior = made_small(raw)
     prior.pop("condition")
-    raw["encode_tokens"] |= {"warps": 1, "batch_size": 16}
-    raw["sample_images"] = {"num_images": 20, "batch_size": 8}
+    raw["systems"][NAME]["prior"] = prior
     raw["edits"] = {
         "inpaint": {"kind": "inpaint", "candidates": 2},
         "variations": {"kind": "variations", "strength": 0.5},
     }
-    raw["edit_images"] = {"num_images": 4, "num_seeds": 1, "batch_size": 4}
-    for metric in raw["evaluate"]["metrics"].values():
-        metric |= {"neighbors": 2, "density_neighbors": 2} if metric["kind"] == "precision_recall" else {}
-    raw["evaluate"]["metrics"]["brightness"] = {"kind": "brightness"}
     return parse(Pipeline, raw)
 
 

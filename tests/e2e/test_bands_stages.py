@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from in_process import Stages
+from in_process import Stages, made_small
 from PIL import Image
 
 import tessera
@@ -56,15 +56,9 @@ def params_of(source: Path) -> Pipeline:
     raw: dict[str, Any] = yaml.safe_load((ROOT / "presets/emoji.yaml").read_text())
     raw["dataset"] |= {"source": str(source), "height": SIDE, "width": SIDE, "test_fraction": 0.3, "bands": CHANNELS}
     raw["dataset"] |= {"label_pattern": "([a-z]+)_[0-9]+", "metadata": {"captions": ["text"]}}
-    training = {"num_steps": 8, "batch_size": 8}
-    for judge in raw["features"].values():
-        judge |= {"channels": 8, "feature_dim": 16, "training": training}
-    raw["tokenizers"]["vqgan"] |= {"channels": 16, "num_blocks": 1, "discriminator_start_step": 4, "training": training}
-    prior = raw["systems"][NAME]["prior"]
-    prior |= {"denoiser": {"kind": "transformer", "width": 32, "depth": 1, "heads": 2}, "training": training}
+    prior = made_small(raw)
     prior["condition"] |= {"max_bytes": 24}
-    raw["encode_tokens"] |= {"warps": 1, "batch_size": 16}
-    raw["sample_images"] = {"num_images": 20, "batch_size": 8}
+    raw["systems"][NAME]["prior"] = prior
     raw["edits"] = {
         "inpaint": {"kind": "inpaint", "candidates": 2},
         "denoise": {"kind": "enhance", "damage": "noise", "noise_std": 0.4},
@@ -72,10 +66,6 @@ def params_of(source: Path) -> Pipeline:
         "restyle": {"kind": "restyle"},
         "variations": {"kind": "variations", "strength": 0.5},
     }
-    raw["edit_images"] = {"num_images": 4, "num_seeds": 1, "batch_size": 4}
-    for metric in raw["evaluate"]["metrics"].values():
-        metric |= {"neighbors": 2, "density_neighbors": 2} if metric["kind"] == "precision_recall" else {}
-    raw["evaluate"]["metrics"]["brightness"] = {"kind": "brightness"}
     return parse(Pipeline, raw)
 
 
