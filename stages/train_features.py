@@ -12,7 +12,7 @@ from tessera.contracts import Job
 from tessera.evaluation import figures
 from tessera.evaluation.judge import Judge
 from tessera.params import Pipeline
-from tessera.training import faster_precision, loop, told
+from tessera.training import by_speed, loop, told
 
 
 def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, metrics: Path, job: Job) -> None:
@@ -37,7 +37,9 @@ def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, met
     with artifact.create(out) as place:
         checkpoints.save(place, "features", config, spec, model, job.code_of(config))
         if sets(getattr(config, "training", config), "precision_by"):
-            faster_precision.write_record(place, job)
+            by_speed.write_record(place, job, "precision")
+        if sets(getattr(config, "training", config), "compile_by"):
+            by_speed.write_record(place, job, "compile")
     job.keep_history(history)
     found, test = figures.Recorder(), splits["test"]
     protocol = figures.without_network(spec.name, "test images", len(test))

@@ -15,7 +15,7 @@ from tessera.contracts import Job, KnowsLikelihood
 from tessera.evaluation.figures import Protocol, Recorder, without_network
 from tessera.evaluation.likelihood import bits_of_each, mean_loss, proportional_rows
 from tessera.params import Pipeline
-from tessera.training import aligned, faster_precision, loop, previews, told, warm_start
+from tessera.training import aligned, by_speed, loop, previews, told, warm_start
 from tessera.training.snapshot import Snapshot
 from tessera.training.validation import PriorValidation, hold_out
 
@@ -66,7 +66,9 @@ def run(  # nine parameters: one for each option of the command in dvc.yaml
     with artifact.create(out) as place:
         checkpoints.save(place, "priors", config, spec, model, job.code_of(config))
         if sets(config.training, "precision_by"):
-            faster_precision.write_record(place, job)
+            by_speed.write_record(place, job, "precision")
+        if sets(config.training, "compile_by"):
+            by_speed.write_record(place, job, "compile")
         if sets(config, "init"):
             warm_start.write_record(place, job)
         if sets(config, "condition"):

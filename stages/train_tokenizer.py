@@ -10,7 +10,7 @@ from tessera.artifacts import images as image_artifact
 from tessera.components import load, sets
 from tessera.contracts import Job
 from tessera.params import Pipeline
-from tessera.training import faster_precision, loop, previews, warm_start
+from tessera.training import by_speed, loop, previews, warm_start
 
 
 def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job: Job) -> None:
@@ -34,7 +34,9 @@ def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job
     with artifact.create(out) as place:
         checkpoints.save(place, "tokenizers", config, spec, model, job.code_of(config))
         if sets(getattr(config, "training", config), "precision_by"):
-            faster_precision.write_record(place, job)
+            by_speed.write_record(place, job, "precision")
+        if sets(getattr(config, "training", config), "compile_by"):
+            by_speed.write_record(place, job, "compile")
         if sets(config, "init"):
             warm_start.write_record(place, job)
     job.keep_history(history)

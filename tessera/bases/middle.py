@@ -102,6 +102,7 @@ def require(config: Any) -> None:
     training = config.training
     for setting, is_set, mend in (
         ("compile: true", training.compile, "compile: false"),
+        ("compile_by: speed", sets(training, "compile_by"), "no compile_by"),
         ("gradient_checkpointing: true", training.gradient_checkpointing, "gradient_checkpointing: false"),
         ("sharding: full", training.sharding == "full", "sharding: none"),
         ("data_on_device: true", training.data_on_device, "data_on_device: false"),

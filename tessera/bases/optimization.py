@@ -40,6 +40,7 @@ class Training(Params):
     gradient_checkpointing: bool = False  # blocks are run again in the backward pass: a third slower, far less memory
     data_on_device: bool = False  # the training data lie on the GPU as stored (uint8 images), for sets that fit there
     precision_by: AddedKey[Literal["speed"]] = None  # whichever is faster here, in the place of `precision`
+    compile_by: AddedKey[Literal["speed"]] = None  # if it is worth it here, in the place of `compile`
 
 
 class PriorTraining(Training):

@@ -15,7 +15,7 @@ from tessera.contracts import ImageBatch, ImageSpec, Planned, TokenBatch, TokenS
 from tessera.nn.precision import in_precision
 from tessera.params import Pipeline
 from tessera.training import aligned
-from tessera.training.faster_precision import trial_step
+from tessera.training.by_speed import trial_step
 
 PROCESS_SECONDS = 4.0  # of a stage beside its work, most of it for importing torch (docs/log.md, the tests' diet)
 ENTRIES = {"run": 6, "features": 2, "tokenizers": 3, "systems": 4}  # of the graph: once, and for each of a section

@@ -26,7 +26,7 @@ from tessera.components import Params, load, sets
 from tessera.contracts import Planned, TokenSpec
 from tessera.nn.weightless import WithoutWeights
 from tessera.params import Pipeline, is_same_network
-from tessera.training import aligned, views, warm_start
+from tessera.training import aligned, by_speed, views, warm_start
 
 MOST_NAMED = 20  # classes, in a sentence
 
@@ -200,7 +200,9 @@ def _settings(params: Pipeline) -> Iterator[str]:
                 f"each, expected at most {most}: write num_views: {most}"
             )
     for where, config in _configs(params):
-        yield from (f"{where}: {sentence}" for ask in (_batches, _late_discriminator) for sentence in ask(config))
+        yield from (
+            f"{where}: {sentence}" for ask in (_batches, _compiler, _late_discriminator) for sentence in ask(config)
+        )
 
 
 def _batches(config: Params) -> Iterator[str]:
@@ -209,6 +211,15 @@ def _batches(config: Params) -> Iterator[str]:
         yield (
             f"training.batch_size {training.batch_size} is not divisible by gradient_accumulation "
             f"{training.gradient_accumulation}: choose a divisor"
+        )
+
+
+def _compiler(config: Params) -> Iterator[str]:
+    training = getattr(config, "training", None)
+    if training is not None and training.compile and not torch.cuda.is_available() and by_speed.compiler() is None:
+        yield (
+            f"training.compile: true, but {by_speed.NO_COMPILER}: install g++, or write compile_by: speed, which compiles "
+            f"where that can be done and pays"
         )
 
 

@@ -29,7 +29,7 @@ from tessera.contracts import Job, Objective
 from tessera.nn.draw import MovesOncePerStep
 from tessera.nn.precision import slowness
 from tessera.nn.processes import Processes
-from tessera.training import faster_precision
+from tessera.training import by_speed
 from tessera.training.reading import Data, Reader
 from tessera.training.sharding import gathered, is_sharded, shard, whole
 from tessera.training.speed import Speed
@@ -76,7 +76,11 @@ def fit(
     Writes history.csv into job.state, resumes from the newest whole checkpoint there. At a row of the history raises Diverged,
     for a loss or gradient that is not finite, which is never applied, and TrainingFailed, where the objective says so."""
     if sets(settings, "precision_by"):
-        settings = faster_precision.settled(objective, data, settings, seed=seed, job=job, timeout=LONGEST_VALIDATION)
+        settings = by_speed.in_precision(objective, data, settings, seed=seed, job=job, timeout=LONGEST_VALIDATION)
+    if sets(settings, "compile_by"):
+        settings = by_speed.compiled(
+            objective, data, settings, compile_networks=compile_networks, seed=seed, job=job, timeout=LONGEST_VALIDATION
+        )
     accelerator = _accelerator(settings, job, is_validated=validation is not None)
     rank, is_main = accelerator.process_index, accelerator.is_main_process
     processes = Processes(accelerator.num_processes)

@@ -51,6 +51,14 @@ def test_the_default_params_fit_their_images(tmp_path):
     assert found(tmp_path) == []
 
 
+def test_compiling_needs_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (told,) = found(tmp_path, {"systems.vqgan-flow.prior.training.compile": True})
+    assert "systems.vqgan-flow.prior: training.compile: true, but this machine has no C++ compiler" in told
+    assert found(tmp_path, {"systems.vqgan-flow.prior.training.compile_by": "speed"}) == []
+
+
 TRAINING = {"num_steps": 3, "batch_size": 6, "gradient_accumulation": 4}
 LPIPS = {"kind": "lpips", "weights": "no.safetensors", "sha256": "0" * 64}
 PERCEPTUAL = {"kind": "features", "network": "other_net", "weights": "no.safetensors", "sha256": "0" * 64}
