@@ -6,10 +6,13 @@
 The budget holds what an image costs to learn: training of both stages and encoding, in process time of one thread, the
 images encoded once for all systems of a tokenizer. Sampling and judging are not counted. Learning rates end with the
 training, so the number of steps is fixed before, from the pace of the first ones; the seconds in the table are those used.
+What `compile: true` costs is a part of the budget: run it with TORCHINDUCTOR_COMPILE_THREADS=1, so that the compiler is a
+child of this process, and TORCHINDUCTOR_FORCE_DISABLE_CACHES=1, so that nothing is left of an earlier run.
 """
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -57,7 +60,7 @@ class Views:
 def fitted(module: Any, config: Any, spec: Any, data: Any, seconds: float, seed: int) -> tuple[torch.nn.Module, float]:
     """The model of a part trained for about `seconds` of process time, and the seconds that it took."""
 
-    def run(num_steps: int) -> tuple[torch.nn.Module, float]:
+    def run(num_steps: int) -> tuple[Any, float]:
         settings = config.training.model_copy(update={"num_steps": num_steps})
         sized = config.model_copy(update={"training": settings})
         if hasattr(config, "discriminator_start_step"):  # at the same share of a shorter or longer training
@@ -70,15 +73,23 @@ def fitted(module: Any, config: Any, spec: Any, data: Any, seconds: float, seed:
             job = Job(f"{config.kind} {num_steps}", Path(folder))
             job.checkpoint_seconds = float("inf")
             job.resumable()
-            began = time.process_time()
+            began = used()
             model = loop.fit(objective, data, settings, seed=seed, job=job)
-            return model, time.process_time() - began
+            return model, used() - began
 
-    run(WARM_STEPS)  # what happens once, such as imports
+    _, first = run(WARM_STEPS)  # with what happens once, such as imports, and compiling
     _, warm = run(WARM_STEPS)
     _, paced = run(WARM_STEPS + PACED_STEPS)
     assert paced > warm, (paced, warm)
-    return run(int(seconds * PACED_STEPS / (paced - warm)))
+    once = first - warm if config.training.compile else 0.0
+    model, trained = run(int((seconds - once) * PACED_STEPS / (paced - warm)))
+    return model, trained + once
+
+
+def used() -> float:
+    """CPU seconds of this process and of its children that have ended, such as compilers."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 @torch.no_grad()
