@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     if found:
         print("\n".join(found), file=sys.stderr)
         return 2
-    print("\n".join([*problems.remarks(planned), f"all is well: {sentence(params, planned)}{expected}"]))
+    print("\n".join([*problems.remarks(params, planned), f"all is well: {sentence(params, planned)}{expected}"]))
     return 0
 
 

@@ -45,16 +45,31 @@ def problems(params: Pipeline, planned: Planned, is_begin: bool = True) -> list[
     return [sentence for some in asked for sentence in some]
 
 
-def remarks(planned: Planned) -> list[str]:
+def remarks(params: Pipeline, planned: Planned) -> list[str]:
     """A sentence for each thing that can be borne, but that nobody would expect."""
+    return [*_barren(planned), *_guided_from_nothing(params)]
+
+
+def _barren(planned: Planned) -> Iterator[str]:
     spec, counts = planned.spec, np.bincount(planned.labels["train"], minlength=planned.spec.num_classes)
     barren = [f"{label} ({spec.class_names[label]!r})" for label in np.flatnonzero(counts == 0)]
-    if not barren:
-        return []
-    return [
-        f"class {', '.join(barren[:MOST_NAMED])}{' and others' if len(barren) > MOST_NAMED else ''} of {spec.name} has no "
-        f"training image: no prior learns it, and to draw it is refused; add images of it, or take it out"
-    ]
+    if barren:
+        yield (
+            f"class {', '.join(barren[:MOST_NAMED])}{' and others' if len(barren) > MOST_NAMED else ''} of {spec.name} has no "
+            f"training image: no prior learns it, and to draw it is refused; add images of it, or take it out"
+        )
+
+
+def _guided_from_nothing(params: Pipeline) -> Iterator[str]:
+    for name, system in params.systems.items():
+        scale = getattr(params.sampling(name), "guidance_scale", 1.0)
+        is_told = getattr(system.prior, "is_conditional", False)
+        if is_told and scale != 1.0 and getattr(system.prior, "label_dropout", 1.0) == 0:
+            yield (
+                f"systems.{name}.sampling: guidance_scale {scale:g} leads away from a prior that is told nothing, which with "
+                f"label_dropout: 0 it never learns to be: write label_dropout: 0.1 in systems.{name}.prior, or "
+                f"guidance_scale: 1"
+            )
 
 
 def require(params: Pipeline, planned: Planned, is_begin: bool = True) -> None:

@@ -59,7 +59,7 @@ class Job:
         """Raise ValueError, a sentence per problem, if a later stage could not work on such images."""
         planned = images.planned(params, spec, labels, said)
         problems.require(params, planned)
-        for remark in problems.remarks(planned):
+        for remark in problems.remarks(params, planned):
             self.say(remark)
 
     def track(self, items: Iterable[Item], total: int, what: str = "") -> Iterator[Item]:

@@ -51,6 +51,18 @@ def test_the_default_params_fit_their_images(tmp_path):
     assert found(tmp_path) == []
 
 
+def test_guidance_away_from_what_is_never_learnt_is_remarked(tmp_path):
+    def told(changes):
+        params = all_params.read(written(tmp_path, changes))
+        labels = {"train": np.arange(1400) % 10, "test": np.arange(359) % 10}
+        return problems.remarks(params, images.planned(params, DIGITS, labels))
+
+    never = {"systems.vqgan-flow.prior.label_dropout": 0}
+    (remark,) = told(never)
+    assert "systems.vqgan-flow.sampling: guidance_scale 1.4 leads away from a prior that is told nothing" in remark
+    assert told({}) == told(never | {"systems.vqgan-flow.sampling.guidance_scale": 1}) == []
+
+
 def test_compiling_needs_a_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/compiler")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
