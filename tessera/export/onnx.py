@@ -3,8 +3,9 @@
 The batch is of any size. Images are float32 in [-1, 1], tokens as TrainedSystem has them, labels up to and including the null
 label; of a prior that was told something beside them, `labels` are the rows of its condition, as its file in conditions/ says
 (the label plus 1, then what is told). prior.onnx is one call of the prior's network, by its own inputs: logits of all indices
-(autoregressive, masked), the prediction at a noise level or a time (diffusion, flow), or for jumps from a time (flow map),
-latents of noise (GAN). guide.onnx is the same of its guide, where it keeps one. The sampler around them is the caller's.
+(autoregressive, masked), or of their digits, some of which are shown (bitwise), the prediction at a noise level or a time
+(diffusion, flow), or for jumps from a time (flow map), latents of noise (GAN). guide.onnx is the same of its guide, where it
+keeps one. The sampler around them is the caller's.
 """
 
 import inspect
@@ -22,6 +23,7 @@ from tessera.nn.cross_attention import CrossAttention
 from tessera.system import System
 
 OPSET = 20
+OPTIONAL = ("is_hidden",)  # arguments that `forward` can do without, and a sampler around it cannot
 EXAMPLES = 2  # images while the graph is traced: a batch of one would be taken for a constant
 
 
@@ -117,10 +119,11 @@ def _labels(system: System, told: Sequence[Example]) -> Tensor:
 
 
 def _inputs_of_prior(system: System, tokens: Tensor, told: Sequence[Example]) -> dict[str, Tensor]:
-    """An example of each argument that the prior's `forward` cannot do without, known by its name."""
+    """An example of each argument that the prior's `forward`, or a sampler around it, needs, known by its name."""
     config = system.prior.config
     examples: dict[str, Callable[[], Tensor]] = {
         "indices": lambda: tokens.flatten(1),
+        "is_hidden": lambda: torch.rand(*tokens.flatten(1).shape, len(system.prior.radix.sizes)) < 0.5,
         "x": lambda: tokens,
         "t": lambda: torch.rand(EXAMPLES),
         "lengths": lambda: torch.rand(EXAMPLES),
@@ -129,7 +132,7 @@ def _inputs_of_prior(system: System, tokens: Tensor, told: Sequence[Example]) ->
         "labels": lambda: _labels(system, told),
     }
     parameters = inspect.signature(system.prior.forward).parameters.values()
-    needed = [each.name for each in parameters if each.default is inspect.Parameter.empty]
+    needed = [each.name for each in parameters if each.default is inspect.Parameter.empty or each.name in OPTIONAL]
     unknown = [name for name in needed if name not in examples]
     if unknown:
         raise ValueError(

@@ -104,6 +104,7 @@ SMALL = {
     },
     "priors": {
         "autoregressive": {"width": 16, "depth": 2, "heads": 2, "training": TRAINING},
+        "bitwise": {"width": 16, "depth": 2, "heads": 2, "training": TRAINING},
         "flow_matching": {
             "denoiser": {"kind": "transformer", "width": 16, "depth": 2, "heads": 2},
             "training": TRAINING,

@@ -12,7 +12,7 @@ from tessera.nn import samplers
 from tessera.nn.gumbel import gumbel_noise
 from tessera.nn.precision import in_precision
 
-KINDS = ["autoregressive", "masked", "flow_matching", "flow_map", "diffusion"]
+KINDS = ["autoregressive", "bitwise", "masked", "flow_matching", "flow_map", "diffusion"]
 LABELS = torch.arange(60) % 3
 
 

@@ -31,6 +31,8 @@ SAMPLINGS = [
     ("masked", {"order": "random"}),
     ("autoregressive", {}),
     ("autoregressive", {"guidance_scale": 2.0, "guidance_ramp": 2.0, "top_k": 5, "top_p": 0.9}),
+    ("bitwise", {"order": "confidence"}),
+    ("bitwise", {"guidance_scale": 2.0, "autoguidance_scale": 2.0, "guidance_ramp": 2.0}),
     ("diffusion", {"sampler": "ancestral", "num_steps": 3}),
     ("flow_matching", {"num_steps": 3}),
     ("gan", {"truncation": 1.0}),

@@ -574,6 +574,7 @@ def test_a_frame_sees_of_a_picture_what_the_data_set_makes_of_it(resize: str, si
 
 TRACED = [
     "lfq-masked",
+    "fsq-bitwise",
     "residual-autoregressive",
     "vae-diffusion",
     "vae-flow-map",
