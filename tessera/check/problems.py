@@ -161,6 +161,8 @@ def _bits(params: Pipeline, planned: Planned) -> Iterator[str]:
     for name in params.systems:
         if params.sampling(name).precision == "bf16":
             yield (f"systems.{name}.sampling: {ROUNDED}: write precision: fp32, or leave it out")
+    if params.encode_tokens.precision == "bf16":
+        yield f"encode_tokens: {ROUNDED}: write precision: fp32, or leave it out"
     has_none = any(config.kind == "none" for config in params.tokenizers.values())
     if has_none and params.encode_tokens.latents_dtype == "float16":
         yield (
@@ -216,7 +218,9 @@ def _settings(params: Pipeline) -> Iterator[str]:
             )
     for where, config in _configs(params):
         yield from (
-            f"{where}: {sentence}" for ask in (_batches, _compiler, _late_discriminator) for sentence in ask(config)
+            f"{where}: {sentence}"
+            for ask in (_batches, _chosen_twice, _compiler, _late_discriminator)
+            for sentence in ask(config)
         )
 
 
@@ -227,6 +231,16 @@ def _batches(config: Params) -> Iterator[str]:
             f"training.batch_size {training.batch_size} is not divisible by gradient_accumulation "
             f"{training.gradient_accumulation}: choose a divisor"
         )
+
+
+def _chosen_twice(config: Params) -> Iterator[str]:
+    training = getattr(config, "training", None)
+    for key, unset in (("precision", "fp32"), ("compile", False)):
+        if getattr(training, f"{key}_by", None) is not None and getattr(training, key) != unset:
+            yield (
+                f"training.{key} is {str(getattr(training, key)).lower()}, and {key}_by: speed would choose it: leave out one "
+                f"of them"
+            )
 
 
 def _compiler(config: Params) -> Iterator[str]:

@@ -107,6 +107,11 @@ MISTAKES = [
         2.0,
         r"scale is 2, but the prior keeps no guide .*: write guide: {snapshot_at: 0.25} in systems.vqgan-flow.prior",
     ),
+    (
+        "systems.vqgan-flow.prior.training",
+        {"num_steps": 3, "precision": "bf16", "precision_by": "speed"},
+        "training.precision is bf16, and precision_by: speed would choose it: leave out one",
+    ),
     ("systems.vqgan-flow.prior.training", TRAINING, "batch_size 6 is not divisible by gradient_accumulation 4"),
     ("tokenizers.vqgan.training", TRAINING, "tokenizers.vqgan: training.batch_size 6"),
 ]
