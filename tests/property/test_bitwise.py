@@ -99,6 +99,8 @@ def test_places_see_indices_before_them_and_digits_that_are_shown():
     is_hidden[:, :, 0] = False  # which is the index modulo 3
     before = model(indices, labels, is_hidden)
     assert before.shape == (5, 4, 7)
+    shown, hidden = (model(indices * 0, labels, one) for one in (is_hidden, torch.ones_like(is_hidden)))
+    assert not torch.allclose(shown, hidden, atol=1e-3)  # a 0 that is shown says more than one that is hidden
     for change, begin in (
         (3, 2),
         (1, 1),
