@@ -36,10 +36,8 @@ def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, met
         module.prepare(model, config)
     with artifact.create(out) as place:
         checkpoints.save(place, "features", config, spec, model, job.code_of(config))
-        if sets(getattr(config, "training", config), "precision_by"):
-            by_speed.write_record(place, job, "precision")
-        if sets(getattr(config, "training", config), "compile_by"):
-            by_speed.write_record(place, job, "compile")
+        if sets(getattr(config, "training", config), "by_speed"):
+            by_speed.write_record(place, job)
     job.keep_history(history)
     found, test = figures.Recorder(), splits["test"]
     protocol = figures.without_network(spec.name, "test images", len(test))

@@ -65,10 +65,8 @@ def run(  # nine parameters: one for each option of the command in dvc.yaml
         validation.keep(model)
     with artifact.create(out) as place:
         checkpoints.save(place, "priors", config, spec, model, job.code_of(config))
-        if sets(config.training, "precision_by"):
-            by_speed.write_record(place, job, "precision")
-        if sets(config.training, "compile_by"):
-            by_speed.write_record(place, job, "compile")
+        if sets(config.training, "by_speed"):
+            by_speed.write_record(place, job)
         if sets(config, "init"):
             warm_start.write_record(place, job)
         if sets(config, "condition"):

@@ -33,10 +33,8 @@ def run(params: Pipeline, name: str, images: Path, out: Path, history: Path, job
             return
     with artifact.create(out) as place:
         checkpoints.save(place, "tokenizers", config, spec, model, job.code_of(config))
-        if sets(getattr(config, "training", config), "precision_by"):
-            by_speed.write_record(place, job, "precision")
-        if sets(getattr(config, "training", config), "compile_by"):
-            by_speed.write_record(place, job, "compile")
+        if sets(getattr(config, "training", config), "by_speed"):
+            by_speed.write_record(place, job)
         if sets(config, "init"):
             warm_start.write_record(place, job)
     job.keep_history(history)

@@ -102,7 +102,7 @@ def require(config: Any) -> None:
     training = config.training
     for setting, is_set, mend in (
         ("compile: true", training.compile, "compile: false"),
-        ("compile_by: speed", sets(training, "compile_by"), "no compile_by"),
+        ("by_speed: compile", "compile" in (training.by_speed or ()), "compile: false, and leave it out of by_speed"),
         ("gradient_checkpointing: true", training.gradient_checkpointing, "gradient_checkpointing: false"),
         ("sharding: full", training.sharding == "full", "sharding: none"),
         ("data_on_device: true", training.data_on_device, "data_on_device: false"),

@@ -39,8 +39,8 @@ class Training(Params):
     compile: bool = False  # torch.compile of the networks: minutes at the start, faster steps on a GPU
     gradient_checkpointing: bool = False  # blocks are run again in the backward pass: a third slower, far less memory
     data_on_device: bool = False  # the training data lie on the GPU as stored (uint8 images), for sets that fit there
-    precision_by: AddedKey[Literal["speed"]] = None  # whichever is faster here, in the place of `precision`
-    compile_by: AddedKey[Literal["speed"]] = None  # if it is worth it here, in the place of `compile`
+    # which of these keys are left to the machine: the faster precision, and whether compiling pays
+    by_speed: AddedKey[Annotated[tuple[Literal["precision", "compile"], ...], Field(min_length=1)]] = None
 
 
 class PriorTraining(Training):

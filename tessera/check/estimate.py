@@ -129,7 +129,7 @@ def _tried(entry: str, folder: str, config: Any, spec: Any, batch: Any, seconds:
     objective = module.Objective(module.Model(config, spec), config)
     if sets(config, "alignment"):
         batch = aligned.for_trial(objective, config.alignment, batch)
-    precisions = ("fp32", "bf16") if sets(config.training, "precision_by") else (config.training.precision,)
+    precisions = ("fp32", "bf16") if "precision" in (config.training.by_speed or ()) else (config.training.precision,)
     each = [_seconds_per_step(objective, batch, config.training, precision, seconds) for precision in precisions]
     return [Trained(entry, config.training.num_steps, min(each))]
 

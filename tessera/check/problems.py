@@ -235,19 +235,17 @@ def _batches(config: Params) -> Iterator[str]:
 
 def _chosen_twice(config: Params) -> Iterator[str]:
     training = getattr(config, "training", None)
-    for key, unset in (("precision", "fp32"), ("compile", False)):
-        if getattr(training, f"{key}_by", None) is not None and getattr(training, key) != unset:
-            yield (
-                f"training.{key} is {str(getattr(training, key)).lower()}, and {key}_by: speed would choose it: leave out one "
-                f"of them"
-            )
+    for key in getattr(training, "by_speed", None) or ():
+        found = getattr(training, key)
+        if found != type(training).model_fields[key].default:
+            yield f"training.{key} is {str(found).lower()}, and by_speed would choose it: leave it out of one of the two"
 
 
 def _compiler(config: Params) -> Iterator[str]:
     training = getattr(config, "training", None)
     if training is not None and training.compile and not torch.cuda.is_available() and by_speed.compiler() is None:
         yield (
-            f"training.compile: true, but {by_speed.NO_COMPILER}: install g++, or write compile_by: speed, which compiles "
+            f"training.compile: true, but {by_speed.NO_COMPILER}: install g++, or write by_speed: [compile], which compiles "
             f"where that can be done and pays"
         )
 

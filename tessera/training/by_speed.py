@@ -1,4 +1,4 @@
-"""What a training leaves to its machine: the precision (`precision_by: speed`), and whether to compile (`compile_by: speed`).
+"""What a training leaves to its machine, by the key `by_speed: [precision, compile]`: its precision, and whether to compile.
 
 At the start some steps are tried each way, on a copy and on the training's own first rows. The choice lies in the training's
 state, so that whoever resumes goes on as it began, and in a file of the artifact. A training that chose is to the last bit the
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import environ
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -29,46 +29,48 @@ from tessera.contracts import Job, Objective
 from tessera.nn.precision import slowness
 from tessera.training.reading import Data, Reader
 
-Choice = Literal["precision", "compile"]
+CompileNetworks = Callable[[Any], None]
+CHOICES, RECORD = ("precision", "compile"), "by_speed.json"
 TRIED = 5  # steps of each, after one that is not counted
 WORTH = 0.9  # of the time of a step in fp32: bf16 rounds, and has to pay for that
 NO_COMPILER = "this machine has no C++ compiler (g++, or the one that CXX names)"
 SHORTEST = 120  # seconds of a training for which compiling is tried: it takes 10 to 40 on a processor core
 
 
-def in_precision(
-    objective: Objective, data: Data, settings: Training, *, seed: int, job: Job, timeout: Any
-) -> Training:
-    """The settings with the precision that was chosen here, now or before this training was interrupted.
-
-    All processes take the choice of the first. timeout: how long they wait for each other, here and in the training.
-    """
-    return _settled("precision", _precision, objective, data, settings, seed, job, timeout)
-
-
-def compiled(
+def settled(
     objective: Objective,
     data: Data,
     settings: Training,
-    *,
-    compile_networks: Callable[[Any], None],
+    compile_networks: CompileNetworks,
     seed: int,
     job: Job,
     timeout: Any,
 ) -> Training:
-    """As `in_precision`, for `compile`. To be asked after it: steps are tried in the precision of the settings."""
+    """The settings with what was chosen here, now or before this training was interrupted; the precision first.
 
-    def choose(*of: Any) -> tuple[bool, str]:
-        return _compile(*of, compile_networks=compile_networks)
+    All processes take the choice of the first. timeout: how long they wait for each other, here and in the training.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
+    kept = job.state / RECORD
+    chosen = artifact.read_json(kept) if state.is_main_process and kept.is_file() else {}
+    chosen = broadcast_object_list([chosen])[0]
+    for choice in [each for each in CHOICES if each in (settings.by_speed or ()) and each not in chosen]:
+        settings = settings.model_copy(update=chosen)
+        if choice == "precision":
+            found, why = _precision(objective, data, settings, seed, state)
+        else:
+            found, why = _compile(objective, data, settings, seed, state, compile_networks)
+        chosen = chosen | {choice: broadcast_object_list([found])[0]}
+        job.say(f"{choice} {str(found).lower()}: {why}")
+        if state.is_main_process:
+            artifact.write_json(kept, chosen)
+    return settings.model_copy(update=chosen)
 
-    return _settled("compile", choose, objective, data, settings, seed, job, timeout)
 
-
-def write_record(place: Path, job: Job, choice: Choice) -> None:
+def write_record(place: Path, job: Job) -> None:
     """Put into an artifact, and show the tracker, what was chosen. Not the times: the same training makes the same artifact."""
-    name = f"{choice}.json"
-    (place / name).write_bytes((job.state / name).read_bytes())
-    job.attach(place / name, name)
+    (place / RECORD).write_bytes((job.state / RECORD).read_bytes())
+    job.attach(place / RECORD, RECORD)
 
 
 def compiler() -> str | None:
@@ -95,28 +97,6 @@ def trial_step(
             optimizer.zero_grad(set_to_none=True)
 
 
-def _settled(
-    choice: Choice,
-    choose: Callable[[Objective, Data, Training, int, PartialState], tuple[Any, str]],
-    objective: Objective,
-    data: Data,
-    settings: Training,
-    seed: int,
-    job: Job,
-    timeout: Any,
-) -> Training:
-    """The settings with what `choose` finds, and says why; or with what the state of this training holds already."""
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
-    kept = job.state / f"{choice}.json"
-    chosen = artifact.read_json(kept)[choice] if state.is_main_process and kept.is_file() else None
-    if broadcast_object_list([chosen is None])[0]:
-        chosen, why = choose(objective, data, settings, seed, state)
-        job.say(f"{choice} {str(chosen).lower()}: {why}")
-        if state.is_main_process:
-            artifact.write_json(kept, {choice: chosen})
-    return settings.model_copy(update={choice: broadcast_object_list([chosen])[0]})
-
-
 def _precision(objective: Any, data: Data, settings: Training, seed: int, state: PartialState) -> tuple[str, str]:
     """The precision, and the reason in words."""
     if slowness("bf16", state.device):
@@ -137,8 +117,7 @@ def _compile(
     settings: Training,
     seed: int,
     state: PartialState,
-    *,
-    compile_networks: Callable[[Any], None],
+    compile_networks: CompileNetworks,
 ) -> tuple[bool, str]:
     """Whether to compile, and the reason in words."""
     if state.device.type == "cpu" and compiler() is None:

@@ -75,12 +75,8 @@ def fit(
 
     Writes history.csv into job.state, resumes from the newest whole checkpoint there. At a row of the history raises Diverged,
     for a loss or gradient that is not finite, which is never applied, and TrainingFailed, where the objective says so."""
-    if sets(settings, "precision_by"):
-        settings = by_speed.in_precision(objective, data, settings, seed=seed, job=job, timeout=LONGEST_VALIDATION)
-    if sets(settings, "compile_by"):
-        settings = by_speed.compiled(
-            objective, data, settings, compile_networks=compile_networks, seed=seed, job=job, timeout=LONGEST_VALIDATION
-        )
+    if sets(settings, "by_speed"):
+        settings = by_speed.settled(objective, data, settings, compile_networks, seed, job, LONGEST_VALIDATION)
     accelerator = _accelerator(settings, job, is_validated=validation is not None)
     rank, is_main = accelerator.process_index, accelerator.is_main_process
     processes = Processes(accelerator.num_processes)

@@ -1,4 +1,4 @@
-"""`precision_by` and `compile_by: speed`: the faster way is found, kept, and trains as where it is named."""
+"""`by_speed`: the faster way is found, kept, and trains as where it is named."""
 
 import json
 import signal
@@ -79,7 +79,7 @@ def faster(request, monkeypatch):
 
 def test_the_faster_precision_makes_the_training_that_names_it(tmp_path, faster):
     precision, taken = faster
-    chosen = train(Job("chosen", tmp_path / "chosen"), precision_by="speed")
+    chosen = train(Job("chosen", tmp_path / "chosen"), by_speed=("precision",))
     assert min(taken.values()) > 1  # both were tried
     named = train(Job("named", tmp_path / "named"), precision=precision)
     other = train(Job("other", tmp_path / "other"), precision={"fp32": "bf16", "bf16": "fp32"}[precision])
@@ -89,7 +89,7 @@ def test_the_faster_precision_makes_the_training_that_names_it(tmp_path, faster)
 
 def test_whoever_resumes_computes_as_it_began_and_the_artifact_says_how(tmp_path, faster, monkeypatch):
     precision, taken = faster
-    whole = train(Job("whole", tmp_path / "whole"), precision_by="speed")
+    whole = train(Job("whole", tmp_path / "whole"), by_speed=("precision",))
     job = Job("parts", tmp_path / "parts")
     batches = iter(range(100))  # the first is that of the trial
 
@@ -98,13 +98,13 @@ def test_whoever_resumes_computes_as_it_began_and_the_artifact_says_how(tmp_path
             job.request_stop(signal.SIGTERM)
 
     with pytest.raises(Stopped):
-        train(job, Data(stop_at_the_seventh), precision_by="speed")
+        train(job, Data(stop_at_the_seventh), by_speed=("precision",))
     monkeypatch.setattr(by_speed, "trial_step", lambda *of: pytest.fail("it was tried again"))
     again = Job("parts", tmp_path / "parts")
-    resumed = train(again, precision_by="speed")
+    resumed = train(again, by_speed=("precision",))
     assert all(torch.equal(resumed.state_dict()[name], value) for name, value in whole.state_dict().items())
-    by_speed.write_record(tmp_path, again, "precision")
-    assert json.loads((tmp_path / "precision.json").read_text()) == {"precision": precision}
+    by_speed.write_record(tmp_path, again)
+    assert json.loads((tmp_path / by_speed.RECORD).read_text()) == {"precision": precision}
 
 
 def test_without_instructions_for_bf16_it_is_not_tried(tmp_path, monkeypatch):
@@ -112,7 +112,7 @@ def test_without_instructions_for_bf16_it_is_not_tried(tmp_path, monkeypatch):
     monkeypatch.setattr(by_speed, "trial_step", lambda *of: pytest.fail("it was tried"))
     job, said = Job("x", tmp_path), []
     job.say = said.append
-    train(job, precision_by="speed")
+    train(job, by_speed=("precision",))
     assert "precision fp32: this processor has no instructions for bf16" in said
 
 
@@ -143,7 +143,7 @@ def clock(monkeypatch):
 def test_where_compiling_pays_it_is_the_training_that_is_compiled_also_resumed(tmp_path, clock, monkeypatch):
     costs, compiled = clock
     costs["compiling"] = 5.0  # 12 steps save 6
-    whole = train(Job("whole", tmp_path / "whole"), compile_by="speed")
+    whole = train(Job("whole", tmp_path / "whole"), by_speed=("compile",))
     assert len(compiled) == 2  # the copy that was tried, and the network itself
     named = train(Job("named", tmp_path / "named"), compile=True)
     assert all(torch.equal(whole.state_dict()[name], value) for name, value in named.state_dict().items())
@@ -154,13 +154,13 @@ def test_where_compiling_pays_it_is_the_training_that_is_compiled_also_resumed(t
             job.request_stop(signal.SIGTERM)
 
     with pytest.raises(Stopped):
-        train(job, Data(stop_at_the_seventh), compile_by="speed")
+        train(job, Data(stop_at_the_seventh), by_speed=("compile",))
     monkeypatch.setattr(by_speed, "trial_step", lambda *of: pytest.fail("it was tried again"))
     again = Job("parts", tmp_path / "parts")
-    resumed = train(again, compile_by="speed")
+    resumed = train(again, by_speed=("compile",))
     assert all(torch.equal(resumed.state_dict()[name], value) for name, value in whole.state_dict().items())
-    by_speed.write_record(tmp_path, again, "compile")
-    assert json.loads((tmp_path / "compile.json").read_text()) == {"compile": True}
+    by_speed.write_record(tmp_path, again)
+    assert json.loads((tmp_path / by_speed.RECORD).read_text()) == {"compile": True}
 
 
 @needs_compiler
@@ -182,7 +182,7 @@ def test_where_compiling_does_not_pay_nothing_is_compiled(
     monkeypatch.setattr(by_speed, "compiler", lambda: "g++" if has_compiler else None)
     job, said = Job("x", tmp_path), []
     job.say = said.append
-    chosen = train(job, compile_by="speed")
+    chosen = train(job, by_speed=("compile",))
     assert any(line.startswith(f"compile false: {why}") for line in said), said
     plain = train(Job("plain", tmp_path / "plain"))
     assert all(torch.equal(chosen.state_dict()[name], value) for name, value in plain.state_dict().items())

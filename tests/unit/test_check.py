@@ -68,7 +68,7 @@ def test_compiling_needs_a_compiler(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (told,) = found(tmp_path, {"systems.vqgan-flow.prior.training.compile": True})
     assert "systems.vqgan-flow.prior: training.compile: true, but this machine has no C++ compiler" in told
-    assert found(tmp_path, {"systems.vqgan-flow.prior.training.compile_by": "speed"}) == []
+    assert found(tmp_path, {"systems.vqgan-flow.prior.training.by_speed": ["compile"]}) == []
 
 
 TRAINING = {"num_steps": 3, "batch_size": 6, "gradient_accumulation": 4}
@@ -109,8 +109,8 @@ MISTAKES = [
     ),
     (
         "systems.vqgan-flow.prior.training",
-        {"num_steps": 3, "precision": "bf16", "precision_by": "speed"},
-        "training.precision is bf16, and precision_by: speed would choose it: leave out one",
+        {"num_steps": 3, "precision": "bf16", "by_speed": ["precision"]},
+        "training.precision is bf16, and by_speed would choose it: leave it out of one",
     ),
     ("systems.vqgan-flow.prior.training", TRAINING, "batch_size 6 is not divisible by gradient_accumulation 4"),
     ("tokenizers.vqgan.training", TRAINING, "tokenizers.vqgan: training.batch_size 6"),
