@@ -378,7 +378,7 @@ def test_the_served_model_draws_embeddings(checkout: Path, params: Pipeline) -> 
     alone, beside = ask(embeddings=vectors, seed=1.0), ask(embeddings=vectors, labels=[7, 7], seed=1.0)
     assert len(alone) == 2 and alone != beside
     assert ask(embeddings=[[0.0, 1.0, 2.0], [1.0, 0.0, -3.0]], seed=1.0) == alone
-    strong, other = (ask(embeddings=[[0.0, one, 2.0], [1, 0, -3.0]], guidance_scale=20.0) for one in (1, -1))
+    strong, other = (ask(embeddings=[[one, one, -one], [1, 0, -3.0]], guidance_scale=20.0) for one in (1, -1))
     assert other[0] != strong[0] and other[1] == strong[1]
     for row, sentence in [
         ({"embeddings": [[1, 2]]}, "an embedding has 2 numbers: expected embedding_dim 3"),
