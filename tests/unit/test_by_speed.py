@@ -14,6 +14,7 @@ from tessera.running.job import Job, Stopped
 from tessera.training import by_speed
 from tessera.training.loop import fit
 
+BOTH = ("compile", "precision")  # in whatever order they are named
 needs_compiler = pytest.mark.skipif(by_speed.compiler() is None, reason="this machine has no C++ compiler")
 
 
@@ -61,6 +62,24 @@ def train(job, data=None, **changes):
     return fit(Objective(settings), data or Data(), settings, seed=5, job=job)
 
 
+def check_resumed_without_a_trial(whole, folder, monkeypatch, keys, chosen):
+    """A training that is stopped ends as the whole one did, tries nothing again, and its artifact says what was chosen."""
+    job, batches = Job("parts", folder / "parts"), iter(range(100))  # the first batches are those of the trials
+
+    def stop_at_the_seventh():
+        if next(batches) == 7:
+            job.request_stop(signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train(job, Data(stop_at_the_seventh), by_speed=keys)
+    monkeypatch.setattr(by_speed, "trial_step", lambda *of: pytest.fail("it was tried again"))
+    again = Job("parts", folder / "parts")
+    resumed = train(again, by_speed=keys)
+    assert all(torch.equal(resumed.state_dict()[name], value) for name, value in whole.state_dict().items())
+    by_speed.write_record(folder, again)
+    assert json.loads((folder / by_speed.RECORD).read_text()) == chosen
+
+
 @pytest.fixture(params=["fp32", "bf16"])
 def faster(request, monkeypatch):
     """The trial is made; a clock of the test's own decides it."""
@@ -90,21 +109,7 @@ def test_the_faster_precision_makes_the_training_that_names_it(tmp_path, faster)
 def test_whoever_resumes_computes_as_it_began_and_the_artifact_says_how(tmp_path, faster, monkeypatch):
     precision, taken = faster
     whole = train(Job("whole", tmp_path / "whole"), by_speed=("precision",))
-    job = Job("parts", tmp_path / "parts")
-    batches = iter(range(100))  # the first is that of the trial
-
-    def stop_at_the_seventh():
-        if next(batches) == 7:
-            job.request_stop(signal.SIGTERM)
-
-    with pytest.raises(Stopped):
-        train(job, Data(stop_at_the_seventh), by_speed=("precision",))
-    monkeypatch.setattr(by_speed, "trial_step", lambda *of: pytest.fail("it was tried again"))
-    again = Job("parts", tmp_path / "parts")
-    resumed = train(again, by_speed=("precision",))
-    assert all(torch.equal(resumed.state_dict()[name], value) for name, value in whole.state_dict().items())
-    by_speed.write_record(tmp_path, again)
-    assert json.loads((tmp_path / by_speed.RECORD).read_text()) == {"precision": precision}
+    check_resumed_without_a_trial(whole, tmp_path, monkeypatch, ("precision",), {"precision": precision})
 
 
 def test_without_instructions_for_bf16_it_is_not_tried(tmp_path, monkeypatch):
@@ -143,24 +148,11 @@ def clock(monkeypatch):
 def test_where_compiling_pays_it_is_the_training_that_is_compiled_also_resumed(tmp_path, clock, monkeypatch):
     costs, compiled = clock
     costs["compiling"] = 5.0  # 12 steps save 6
-    whole = train(Job("whole", tmp_path / "whole"), by_speed=("compile",))
+    whole = train(Job("whole", tmp_path / "whole"), by_speed=BOTH)
     assert len(compiled) == 2  # the copy that was tried, and the network itself
     named = train(Job("named", tmp_path / "named"), compile=True)
     assert all(torch.equal(whole.state_dict()[name], value) for name, value in named.state_dict().items())
-    job, batches = Job("parts", tmp_path / "parts"), iter(range(100))
-
-    def stop_at_the_seventh():
-        if next(batches) == 7:
-            job.request_stop(signal.SIGTERM)
-
-    with pytest.raises(Stopped):
-        train(job, Data(stop_at_the_seventh), by_speed=("compile",))
-    monkeypatch.setattr(by_speed, "trial_step", lambda *of: pytest.fail("it was tried again"))
-    again = Job("parts", tmp_path / "parts")
-    resumed = train(again, by_speed=("compile",))
-    assert all(torch.equal(resumed.state_dict()[name], value) for name, value in whole.state_dict().items())
-    by_speed.write_record(tmp_path, again)
-    assert json.loads((tmp_path / by_speed.RECORD).read_text()) == {"compile": True}
+    check_resumed_without_a_trial(whole, tmp_path, monkeypatch, BOTH, {"precision": "fp32", "compile": True})
 
 
 @needs_compiler
